@@ -1,0 +1,740 @@
+"""HD-PiSSA (High-rank Distributed PiSSA) in one file.
+
+Every linear weight W is cut by its SVD into K slices of r components. Device i trains slice i on its own
+mini-batch, and all devices add their small updates to the one shared W:
+
+    A_i = U[:, ir:(i+1)r] S^1/2     B_i = S^1/2 V^T[ir:(i+1)r]        fixed for the whole run   (section 4.1)
+    Y = X W                         forward: the adapter is muted                               (section 4.3)
+    dU_i = dA_i B_i + A_i dB_i + dA_i dB_i                            dA_i, dB_i from AdamW     (section 4.2)
+    W <- W + 1/K sum_i dU_i                                           the same on every device  (section 4.2)
+
+Data-parallel PiSSA gives every device the same top-r slice, so its update has rank r; here one update has
+rank up to 2Kr, while each device holds the optimizer state of r components per weight.
+
+One idea differs from the paper's text and not from its maths: the *increments* dA_i, dB_i are the trained
+tensors, zero at the start of every step. At zero the output is X W exactly, their gradients are the ones
+residual PiSSA would compute, and after optimizer.step() they are the dA_i, dB_i above. The paper reaches the
+same gradients by scaling the adapter by a small constant and dividing it out again (its "mute scalar").
+
+    adapters = hd_pissa.attach(model, rank=16)
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr=2e-5, weight_decay=0.0)
+    for batch in loader:
+        model(**batch).loss.backward()
+        optimizer.step()            # fills dA_i, dB_i
+        adapters.merge_()           # dU_i of all K shards into W; increments back to zero
+        optimizer.zero_grad()
+
+    python train.py                              one process holds all K shards in turn ("virtual devices")
+    torchrun --nproc_per_node=2 train.py         gloo on CPUs
+    torchrun --nproc_per_node=8 train.py         NCCL on GPUs, one shard each
+
+Notation (the paper's letters; an nn.Linear stores W^T, a transformers Conv1D stores W):
+
+    K         number of shards, "devices" in the paper        S         singular values; also shards per process
+    r         components per shard                            A, B      (m, r), (r, n) factors of one shard
+    m, n      input, output features; W is (m, n)             dA, dB    (m, r), (r, n) increments of one step
+    X, Y      (T, m), (T, n) input and output, T tokens       P, Q      (m, 2Kr), (2Kr, n); P Q = sum_i dU_i
+    U, S, Vt  (m, d) (d,) (d, n), d = min(m, n)               s         alpha / r, PEFT's scaling
+
+Not here on purpose: models, data and the command line (train.py), benchmarks, plots (tutorial/).
+Paper: Wang et al., "HD-PiSSA: High-Rank Distributed Orthogonal Adaptation", EMNLP 2025.
+"""
+
+import contextlib
+import hashlib
+import math
+import time
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+# ----------------------------------------------------------------------------------------------------------
+# Processes. One process is the same code: its collectives are the identity.
+
+
+def rank() -> int:
+    """Index of this process, 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def agree(error: str | None) -> None:
+    """Raise the first process's `error` as a ValueError on every process, or return if no process has one.
+
+    Called before any collective that a failed process would never reach: the others would wait for it.
+    """
+    errors = [error]
+    if world_size() > 1:
+        errors = [None] * world_size()
+        dist.all_gather_object(errors, error)
+    for message in errors:
+        if message is not None:
+            raise ValueError(message)
+
+
+def gather_shards(local: torch.Tensor) -> torch.Tensor:
+    """(S, ...) of this process -> (K, ...) of all, in shard order on every process."""
+    if world_size() == 1:
+        return local
+    out = local.new_empty((world_size() * local.shape[0], *local.shape[1:]))
+    dist.all_gather_into_tensor(out, local.contiguous())
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Orthogonal adapters initialization (section 4.1)
+
+
+def components(W: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The k largest singular triplets of W: U (m, k), S (k,) descending, Vt (k, n), in float64.
+
+    Exact, not randomized: the individual components are dealt out to shards, and randomized SVD mixes
+    neighbours. Below float64 the eigenvectors of the Gram matrix of the shorter side are enough (its
+    condition is squared, hence float64) and cost less than a full SVD; a result that is not orthonormal,
+    as for a rank-deficient W, is thrown away for the full SVD.
+    """
+    M = W.detach().double()
+    if W.dtype != torch.float64:
+        short = M if M.shape[0] <= M.shape[1] else M.T                  # (d, max(m, n))
+        E = torch.linalg.eigh(short @ short.T).eigenvectors[:, -k:].flip(1)  # (d, k), descending
+        rest = E.T @ short                                              # (k, max(m, n)) = S V^T
+        S = rest.norm(dim=1)
+        rest = rest / S.clamp_min(torch.finfo(S.dtype).tiny)[:, None]
+        if (rest @ rest.T - torch.eye(k, dtype=S.dtype, device=S.device)).abs().max() < 1e-5:
+            return (E, S, rest) if short is M else (rest.T, S, E.T)
+    U, S, Vt = torch.linalg.svd(M, full_matrices=False)
+    return U[:, :k], S[:k], Vt[:k]
+
+
+def seed_of(*parts) -> int:
+    """A 63-bit generator seed that depends on `parts` alone (Python's own hash changes between runs)."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+def shard_factors(W: torch.Tensor, K: int, r: int, init: str, s: float, seed: int) -> torch.Tensor:
+    """Factors of all K shards of one weight, A_i transposed and flattened beside B_i: (K, r*m + r*n).
+
+        hd_pissa   A_i = U_i (S_i / s)^1/2, B_i = (S_i / s)^1/2 V_i^T on components ir .. (i+1)r   (section 4.1)
+        top        every shard the components 0 .. r                                           (appendix C)
+        lora       A_i Kaiming-uniform as in PEFT, another draw per shard, B_i = 0             (appendix C)
+
+    W: (m, n). Dividing S by s makes s A_i B_i the PiSSA slice, as PEFT does.
+    """
+    m, n = W.shape
+    if init == "lora":
+        draws = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(K)]
+        At = torch.stack([torch.rand((r, m), generator=g, dtype=torch.float64) for g in draws])  # (K, r, m)
+        At, B = (2 * At - 1) / math.sqrt(m), torch.zeros((K, r, n), dtype=torch.float64)
+    else:
+        U, S, Vt = components(W, r if init == "top" else K * r)
+        root = (S / s).sqrt()
+        At = (U * root).T.reshape(-1, r, m).expand(K, r, m)             # (K r, m) -> (K, r, m)
+        B = (root[:, None] * Vt).reshape(-1, r, n).expand(K, r, n)      # (K r, n) -> (K, r, n)
+    return torch.cat((At.flatten(1), B.flatten(1)), dim=1)              # (K, r m + r n)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Muting mechanism (section 4.3)
+
+
+class Mute(torch.autograd.Function):
+    """Y = X W forward; backward gives dX = dY W^T and the gradients of residual PiSSA for dA, dB.
+
+    Equation (1) of the paper, Y = X (W_res,i + A_i B_i), equals X W at dA = dB = 0, so nothing of the adapter
+    is computed forward. Nothing but the input is kept for the backward. A and B travel as plain attributes,
+    so that recomputation under activation checkpointing cannot swap them for another shard's.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, dA, dB, s, conv1d, mask):
+        ctx.save_for_backward(x, weight)
+        ctx.A, ctx.B, ctx.s, ctx.conv1d, ctx.mask = A, B, s, conv1d, mask
+        # Y = X W      (4.3), by the very call of the plain layer, so that logits are equal bit for bit
+        if conv1d:
+            return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dY):
+        x, weight = ctx.saved_tensors
+        dtype = dY.dtype                                                # under autocast: the matmuls' dtype
+        dX = None
+        if ctx.needs_input_grad[0]:
+            # dX = dY W^T
+            dX = dY @ (weight.T if ctx.conv1d else weight).to(dtype)    # (..., n) (n, m) -> (..., m)
+        dY = dY.reshape(-1, dY.shape[-1])                               # (T, n)
+        X = x.reshape(-1, x.shape[-1]).to(dtype)                        # (T, m)
+        if ctx.mask is not None:
+            X = X * ctx.mask(X)                                         # dropout on the adapter's input alone
+        # g_A = s X^T (dY B_i^T)      (4.3); computed as its transpose, which is how dA lies in memory
+        gA = ((dY @ (ctx.s * ctx.B.T).to(dtype)).T @ X).T               # ((T, r)^T (T, m))^T -> (m, r)
+        # g_B = s (X A_i)^T dY        (4.3)
+        gB = (X @ (ctx.s * ctx.A).to(dtype)).T @ dY                     # (T, r)^T (T, n) -> (r, n)
+        return dX, None, None, None, None, gA.to(ctx.A.dtype), gB.to(ctx.B.dtype), None, None, None
+
+
+class Muted:
+    """Mixed in front of nn.Linear or Conv1D by `attach`: the same module and weight, the muted forward."""
+
+    def forward(self, x):
+        slot = self.hd_pissa
+        mask = slot.dropout_mask() if slot.dropout > 0 and self.training else None
+        return Mute.apply(x, self.weight, self.bias, slot.A, slot.B, slot.dA, slot.dB, slot.s, slot.conv1d, mask)
+
+
+class MutedLinear(Muted, nn.Linear):
+    """nn.Linear with the adapter muted. A class of its own, so that `type(module)` says what happened."""
+
+
+class Slot:
+    """What one adapted layer reads at forward: the factors of the shard in use and the layer's place."""
+
+    def __init__(self, name: str, module: nn.Module, r: int, s: float, dropout: float, adapters: "Adapters"):
+        self.name, self.module, self.plain_class = name, module, type(module)
+        self.conv1d = not isinstance(module, nn.Linear)
+        stored = tuple(module.weight.shape)
+        self.m, self.n = stored if self.conv1d else stored[::-1]
+        self.r, self.s, self.dropout, self.adapters = r, s, dropout, adapters
+        self.start = 0              # where this layer begins in a row of its bucket
+        self.A = self.B = self.dA = self.dB = None
+        self.backwards = {}         # global shard -> backward passes since the last merge, for the mask's seed
+
+    def factors(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of this layer in a bucket (S, N): At (S, r, m) and B (S, r, n); also of increments."""
+        cut = self.start + self.r * self.m
+        At = flat[:, self.start:cut].unflatten(1, (self.r, self.m))
+        return At, flat[:, cut:cut + self.r * self.n].unflatten(1, (self.r, self.n))
+
+    def dropout_mask(self):
+        """The scaled mask that backward multiplies X by, drawn there from (seed, step, micro-step, shard, layer).
+
+        It is counted in the backward: a forward recomputed under activation checkpointing must not advance it.
+        """
+        adapters, shard, p = self.adapters, self.adapters.first + self.adapters.current, self.dropout
+
+        def draw(X):
+            micro = self.backwards[shard] = self.backwards.get(shard, -1) + 1
+            seed = seed_of(adapters.seed, adapters.step, micro, shard, self.name)
+            keep = torch.empty(X.shape, dtype=X.dtype, device=X.device)
+            return keep.bernoulli_(1 - p, generator=torch.Generator(X.device).manual_seed(seed)).div_(1 - p)
+
+        return draw
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Direct weight update (section 4.2)
+
+
+def update_factors(At, B, dAt, dB) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pt (2Kr, m) and Q (2Kr, n) with Pt^T Q = sum_i dU_i, exactly.
+
+        dU_i = dA_i B_i + A_i dB_i + dA_i dB_i = dA_i (B_i + dB_i) + A_i dB_i                  (section 4.2)
+
+    At, dAt: (K, r, m). B, dB: (K, r, n). Any number of shards may stand in for K.
+    """
+    Pt = torch.stack((dAt, At)).flatten(0, 2)                           # (2, K, r, m) -> (2Kr, m)
+    Q = torch.stack((B + dB, dB)).flatten(0, 2)                         # (2, K, r, n) -> (2Kr, n)
+    return Pt, Q
+
+
+class Bucket:
+    """Factors and increments of some layers as one row per shard, so that one collective moves them all."""
+
+    def __init__(self, slots: list[Slot], rows: int, S: int, dtype: torch.dtype, device: torch.device):
+        self.slots = slots
+        width = 0
+        for slot in slots:
+            slot.start, width = width, width + slot.r * (slot.m + slot.n)
+        self.basis = torch.zeros((rows, width), dtype=dtype, device=device)       # A_i, B_i kept here
+        self.increments = torch.zeros((S, width), dtype=dtype, device=device)     # dA_i, dB_i of this process
+
+
+class Adapters:
+    """State of HD-PiSSA on one process: the fixed A_i, B_i, the increments and the merge. Made by `attach`."""
+
+    def __init__(self, model, found, r, K, init, alpha, dropout, aggregate, exchange, seed, bucket_mb):
+        self.model, self.rank, self.K, self.aggregate, self.exchange = model, r, K, aggregate, exchange
+        self.S, self.seed, self.step, self.idle, self.current = K // world_size(), seed, 0, 0, 0
+        self.first = rank() * self.S                                    # global index of local shard 0
+        self.config = dict(rank=r, shards=K, init=init, alpha=alpha, aggregate=aggregate, dropout=dropout, seed=seed)
+        self.s = 1.0 if alpha is None else alpha / r
+        self.slots = [Slot(name, module, r, self.s, dropout, self) for name, module in found]
+        self.skipped: dict[str, str] = {}
+        wide = any(slot.module.weight.dtype == torch.float64 for slot in self.slots)
+        dtype = torch.float64 if wide else torch.float32
+        # The dense exchange needs no foreign A_i, B_i; the exchange of factors needs all K of them.
+        self.kept = slice(0, K) if exchange == "all_gather" else slice(self.first, self.first + self.S)
+        limit, groups, size = bucket_mb * 2**20 // dtype.itemsize, [], math.inf
+        for slot in self.slots:
+            size += K * r * (slot.m + slot.n)
+            if size > limit or slot.module.weight.device != groups[-1][0].module.weight.device:
+                groups.append([])
+                size = K * r * (slot.m + slot.n)
+            groups[-1].append(slot)
+        rows = self.kept.stop - self.kept.start
+        self.buckets = [Bucket(g, rows, self.S, dtype, g[0].module.weight.device) for g in groups]
+        self.device = self.buckets[0].increments.device
+        self.leaves: list[dict[str, torch.Tensor]] = [{} for _ in range(self.S)]     # one dict per local shard
+        self.touched: set[int] = set()                                  # local shards with a gradient
+        self._hooks = []
+        for i, leaves in enumerate(self.leaves):
+
+            def touch(leaf, i=i):
+                self.touched.add(i)
+
+            for slot, (dAt, dB) in self._views(lambda bucket: bucket.increments):
+                # detach: a leaf of its own on the bucket's memory. dA lies transposed, as the merge reads it.
+                leaves[slot.name + ".dA"] = dAt[i].T.detach().requires_grad_()      # (m, r)
+                leaves[slot.name + ".dB"] = dB[i].detach().requires_grad_()         # (r, n)
+                self._hooks.append(leaves[slot.name + ".dB"].register_post_accumulate_grad_hook(touch))
+
+    def _views(self, flat):
+        for bucket in self.buckets:
+            for slot in bucket.slots:
+                yield slot, slot.factors(flat(bucket))
+
+    def parameters(self) -> list[torch.Tensor]:
+        """The increments of this process, for any optimizer that `check` accepts."""
+        return [leaf for leaves in self.leaves for leaf in leaves.values()]
+
+    def named_parameters(self):
+        """Pairs ("<module path>.shard<s>.dA", (m, r)) and ("... .dB", (r, n)), s counted within the process."""
+        for i, leaves in enumerate(self.leaves):
+            for name, leaf in leaves.items():
+                path, kind = name.rsplit(".", 1)
+                yield f"{path}.shard{i}.{kind}", leaf
+
+    def _select(self, i: int) -> None:
+        # Tensors are swapped, not an index: under torch.compile one graph then serves every shard.
+        self.current = i
+        own = self.first + i - self.kept.start
+        for slot, (At, B) in self._views(lambda bucket: bucket.basis):
+            slot.A, slot.B = At[own].T, B[own]                          # (m, r), (r, n)
+            slot.dA, slot.dB = self.leaves[i][slot.name + ".dA"], self.leaves[i][slot.name + ".dB"]
+
+    @contextlib.contextmanager
+    def shard(self, i: int):
+        """The enclosed forward and its backward, wherever that runs, train this process's shard `i`."""
+        if not 0 <= i < self.S:
+            raise ValueError(f"shard({i}): this process holds shards 0..{self.S - 1} (K={self.K} over "
+                             f"{world_size()} processes)")
+        before = self.current
+        self._select(i)
+        try:
+            yield
+        finally:
+            self._select(before)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients of all K shards so that their joint 2-norm is at most `max_norm`; return the norm."""
+        squares = torch.zeros(self.S, dtype=torch.float64, device=self.device)
+        for i, leaves in enumerate(self.leaves):
+            grads = [p.grad for p in leaves.values() if p.grad is not None]
+            if grads:
+                squares[i] = torch.stack([g.norm().double().to(self.device) for g in grads]).square().sum()
+        # Per shard first, then in shard order: the sum does not depend on how shards are dealt to processes.
+        norm = gather_shards(squares).sum().sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for p in self.parameters():
+            if p.grad is not None:
+                p.grad.mul_(scale.to(p.grad))
+        return norm
+
+    def check(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise a ValueError for an optimizer whose step is not a function of gradients and its own state.
+
+        The parameters are increments that start every step at zero: weight decay would decay zeros, and a rule
+        that reads the parameter (Adafactor's scale, LBFGS's line search, ASGD's average) would read nothing.
+        """
+        name, held, wanted = type(optimizer).__name__, set(), set(map(id, self.parameters()))
+        for group in optimizer.param_groups:
+            ours = wanted & set(map(id, group["params"]))
+            held |= ours
+            if ours and group.get("weight_decay", 0):
+                raise ValueError(f"{name} has weight_decay={group['weight_decay']}, which has no effect on increments "
+                                 "that start at zero; pass weight_decay=0.0 (the paper's setting)")
+        if any(cls.__name__.lower() in ("adafactor", "lbfgs", "asgd", "lamb", "lars") for cls in type(optimizer).__mro__):
+            raise ValueError(f"{name} reads the parameter itself, and HD-PiSSA's increments start every step at zero; "
+                             "use an optimizer that depends on gradients alone, e.g. AdamW, SGD, RMSprop")
+        if held != wanted:
+            raise ValueError(f"{name} holds {len(held)} of the {len(wanted)} increments; build it from "
+                             "adapters.parameters()")
+
+    def _refuse(self) -> None:
+        # One small gather tells every process the state of every shard, so that all refuse alike.
+        local = torch.zeros((self.S, 3), dtype=torch.float64, device=self.device)
+        for i, leaves in enumerate(self.leaves):
+            size = [torch.linalg.vector_norm(b.increments[i], math.inf).double().to(self.device) for b in self.buckets]
+            local[i, 0] = i in self.touched
+            local[i, 1] = torch.stack(size).sum()                       # NaN and Inf survive the norm and the sum
+            if not local[i, 1]:     # zero increments: from zero gradients, or because no optimizer filled them?
+                grads = [p.grad for p in leaves.values() if p.grad is not None]
+                local[i, 2] = not grads or any(bool(g.any()) for g in grads)
+        touched, size, gradient = gather_shards(local).T.tolist()
+        without = [i for i in range(self.K) if not touched[i]]
+        if without:
+            raise ValueError(
+                f"merge_: shards {without} of {self.K} got no gradient since the last merge. Every process trains each "
+                f"of its {self.S} shards in every step:\n    for s in range({self.S}):\n"
+                "        with adapters.shard(s):\n            loss(s).backward()")
+        bad = [i for i in range(self.K) if not math.isfinite(size[i])]
+        if bad:
+            raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched. Lower the "
+                             "learning rate or clip the gradients")
+        self.idle = self.idle + 1 if not any(size) and any(gradient) else 0
+        if self.idle >= 2:
+            raise ValueError("merge_: all increments are zero in two successive merges although there are gradients; "
+                             "call optimizer.step() before merge_(), build the optimizer from adapters.parameters(), "
+                             "and use a learning rate above 0")
+
+    @torch.no_grad()
+    def merge_(self) -> None:
+        """W <- W + (s/K) sum_i dU_i on every process, then dA_i = dB_i = 0      (section 4.2; "sum": without 1/K).
+
+        1. agree that every shard has a gradient and finite increments, else raise everywhere
+        2. exchange   all_gather: the increments, K r (m + n) numbers a weight; all_reduce: dU itself, m n numbers
+        3. fold       one matrix product of inner size 2Kr per weight, added in place
+        4. zero the increments
+
+        Shards are summed in the same order everywhere, so replicas of W stay equal bit for bit.
+        Raises ValueError for a shard without gradient, non-finite increments, or zero increments twice.
+        """
+        self._refuse()
+        weight_of_sum = self.s / self.K if self.aggregate == "mean" else self.s
+        for bucket in self.buckets:
+            increments = gather_shards(bucket.increments) if self.exchange == "all_gather" else bucket.increments
+            for slot in bucket.slots:
+                W = slot.module.weight
+                Pt, Q = update_factors(*slot.factors(bucket.basis), *slot.factors(increments))
+                # sum_i dU_i = P Q, in the layout W is stored in: Conv1D (m, n), Linear (n, m)
+                left, right = (Pt.T, Q) if slot.conv1d else (Q.T, Pt)
+                if self.exchange == "all_gather":
+                    W.addmm_(left.to(W.dtype), right.to(W.dtype), alpha=weight_of_sum)
+                else:
+                    dU = left @ right                                   # this process's shards
+                    if world_size() > 1:
+                        dist.all_reduce(dU)
+                    W.add_(dU, alpha=weight_of_sum)
+            bucket.increments.zero_()
+        self.touched.clear()
+        for slot in self.slots:
+            slot.backwards.clear()
+        self.step += 1
+
+    def state_dict(self) -> dict:
+        """Config, step, and A_i, B_i of this process's shards by global shard: "<module path>.shard<i>.A"."""
+        state = {"config": dict(self.config), "step": self.step}
+        for name, tensor in self._basis():
+            state[name] = tensor.clone()
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict) -> None:
+        """Take A_i, B_i and the step from `state`; ValueError if it belongs to another configuration or model."""
+        wrong = {k: (v, state.get("config", {}).get(k)) for k, v in self.config.items()
+                 if state.get("config", {}).get(k) != v}
+        own = dict(self._basis())
+        missing = [name for name in own if name not in state or state[name].shape != own[name].shape]
+        agree(f"adapter state of another run: (here, there) = {wrong}, tensors missing or of another shape: "
+              f"{missing[:3]}" if wrong or missing else None)
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        if self.exchange == "all_gather":
+            for bucket in self.buckets:
+                bucket.basis.copy_(gather_shards(bucket.basis[self.first:self.first + self.S]))
+        self.step = state["step"]
+
+    def _basis(self):
+        for slot, (At, B) in self._views(lambda bucket: bucket.basis):
+            for i in range(self.first, self.first + self.S):
+                yield f"{slot.name}.shard{i}.A", At[i - self.kept.start].T
+                yield f"{slot.name}.shard{i}.B", B[i - self.kept.start]
+
+    def detach_(self) -> nn.Module:
+        """Make the model's modules plain again; W keeps everything merged so far."""
+        for hook in self._hooks:
+            hook.remove()
+        for slot in self.slots:
+            slot.module.__class__ = slot.plain_class
+            del slot.module.hd_pissa
+        return self.model
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Attaching
+
+
+def find_layers(model: nn.Module, targets) -> tuple[list[tuple[str, nn.Module]], dict[str, str]]:
+    """The (name, module) pairs that `targets` selects, and {name: reason} for the linear layers it leaves out."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        named = dict(model.named_modules())
+        head = next((named[k] for k in ("lm_head", "head", "output", "score") if isinstance(named.get(k), nn.Linear)), None)
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                owners[id(p)] = owners.get(id(p), 0) + 1
+    found, skipped = [], {}
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) and type(module).__name__ not in ("Conv1D", "MutedConv1D"):
+            continue
+        if targets != "all-linear" and not any(name == t or name.endswith("." + t) for t in targets):
+            skipped[name] = "not in targets"
+        elif isinstance(module, Muted):
+            raise ValueError(f"{name} already has HD-PiSSA attached; call detach_() on the first adapters")
+        elif isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
+            skipped[name] = "a Linear with a forward of its own"
+        elif "weight" not in module._parameters:
+            skipped[name] = "its weight is computed (parametrization)"
+        elif owners[id(module.weight)] > 1:
+            skipped[name] = "tied weight"
+        elif module is head and targets == "all-linear":
+            skipped[name] = "output head"
+        else:
+            found.append((name, module))
+    return found, skipped
+
+
+def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="all-linear", init: str = "hd_pissa",
+           alpha: float | None = None, dropout: float = 0.0, aggregate: str = "mean", exchange: str = "auto",
+           seed: int = 0, bucket_mb: int = 256, progress: bool = False) -> Adapters:
+    """Cut the targeted weights of `model` into K shards of `rank` components, mute them, freeze everything else.
+
+    rank        r, components per shard and weight                                             (section 4.1)
+    shards      K, the total over all processes and a multiple of their number (default: one per process)
+    targets     "all-linear" (every Linear and Conv1D but the output head and tied weights), or name suffixes
+    init        "hd_pissa" (disjoint slices), "top" (every shard the top r), "lora" (random A, zero B)
+    alpha       s = alpha / rank scales the adapter as in PEFT; None: s = 1
+    dropout     probability, on the adapter's input; 0 = off
+    aggregate   "mean" (the paper, 1/K) or "sum" (the published code; with Adam a K times larger step)
+    exchange    "all_gather" (factors), "all_reduce" (dense dU), "auto" (fewer bytes: all_gather)
+    seed        of the random draws: dropout and the "lora" init
+    bucket_mb   MiB of gathered factors per collective
+
+    Returns Adapters. Module classes change, names and state_dict keys do not. Raises ValueError, on every
+    process alike, for arguments or weights that cannot be trained.
+    """
+    error, found, skipped = None, [], {}
+    K = world_size() if shards is None else shards
+    try:
+        _check_arguments(rank, K, init, alpha, dropout, aggregate, exchange)
+        found, skipped = find_layers(model, targets)
+        _check_layers(found, skipped, rank, K, init, targets)
+    except ValueError as e:
+        error = str(e)
+    agree(error)
+    exchange = "all_gather" if exchange == "auto" else exchange
+    adapters = Adapters(model, found, rank, K, init, alpha, dropout, aggregate, exchange, seed, bucket_mb)
+    adapters.skipped = skipped
+    _deal(adapters, init, progress)
+    model.requires_grad_(False)
+    for slot in adapters.slots:
+        slot.module.hd_pissa = slot
+        cls = slot.plain_class
+        slot.module.__class__ = MutedLinear if cls is nn.Linear else type(f"Muted{cls.__name__}", (Muted, cls), {})
+    adapters._select(0)
+    return adapters
+
+
+def _check_arguments(r, K, init, alpha, dropout, aggregate, exchange) -> None:
+    for name, value, allowed in (("init", init, ("hd_pissa", "top", "lora")), ("aggregate", aggregate, ("mean", "sum")),
+                                 ("exchange", exchange, ("auto", "all_gather", "all_reduce"))):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+    for name, value in (("rank", r), ("shards", K)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: must be a whole number, 1 or more")
+    if K % world_size():
+        raise ValueError(f"shards={K} is not a multiple of the {world_size()} processes; use shards="
+                         f"{max(1, K // world_size()) * world_size()} or another number of processes")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"alpha={alpha}: scales every gradient by alpha/rank, so nothing would train; use alpha > 0 "
+                         "or None for a scale of 1")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout={dropout}: must be at least 0 and below 1")
+
+
+def _check_layers(found, skipped, r, K, init, targets) -> None:
+    if not found:
+        raise ValueError(f"targets={targets!r} match no layer; linear layers left out: "
+                         f"{', '.join(f'{k} ({v})' for k, v in list(skipped.items())[:8]) or 'none'}")
+    largest = min(min(module.weight.shape) for _, module in found) // (1 if init == "top" else K)
+    for name, module in found:
+        W = module.weight
+        if W.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name}.weight is {W.dtype}: HD-PiSSA adds small updates to W itself, which need float32 "
+                             "or float64; load the model with torch_dtype=torch.float32")
+        need = r if init == "top" else K * r
+        if need > min(W.shape):
+            remedy = f"the largest rank for these layers at {K} shards is {largest}" if largest else \
+                f"use at most {min(W.shape)} shards"
+            raise ValueError(f"{name} is {tuple(W.shape)}: {K} shards x rank {r} need {need} components, it has "
+                             f"{min(W.shape)}; {remedy}")
+        if not torch.isfinite(W).all():
+            raise ValueError(f"{name}.weight holds NaN or Inf; the checkpoint is damaged, load it again")
+
+
+@torch.no_grad()
+def _deal(adapters: Adapters, init: str, progress: bool) -> None:
+    # Each weight is decomposed by exactly one process and sent to the others: SVDs of one matrix on two
+    # machines may differ in sign or order, and the shards would overlap.
+    K, seed, error, mine = adapters.K, adapters.seed, None, {}
+    own = [j for j in range(len(adapters.slots)) if j % world_size() == rank()]
+    for j in tqdm(own, desc="SVD", unit="layer", disable=not (progress and rank() == 0)):
+        slot = adapters.slots[j]
+        W = slot.module.weight if slot.conv1d else slot.module.weight.T  # (m, n)
+        try:
+            mine[j] = shard_factors(W, K, slot.r, init, slot.s, seed_of(seed, slot.name))
+        except RuntimeError as e:
+            error = f"{slot.name}: the decomposition failed: {e}"
+            break
+    agree(error)
+    for j, (bucket, slot) in enumerate((bucket, slot) for bucket in adapters.buckets for slot in bucket.slots):
+        width = slot.r * (slot.m + slot.n)
+        rows = mine.pop(j).to(bucket.basis) if j in mine else bucket.basis.new_empty((K, width))
+        if world_size() > 1:
+            dist.broadcast(rows, src=j % world_size())
+        bucket.basis[:, slot.start:slot.start + width] = rows[adapters.kept]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What an update looks like (section 6)
+
+
+def update_spectrum(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Singular values of after - before, descending, float64. Both weights: (m, n) or (n, m)."""
+    return torch.linalg.svdvals(after.detach().double() - before.detach().double())
+
+
+def effective_rank(S: torch.Tensor, tolerance: float = 1e-2) -> int:
+    """#{ sigma > tolerance * sigma_1 }. Counting nonzero singular values would count the rounding of W."""
+    return int((S > tolerance * S[0]).sum()) if S[0] > 0 else 0
+
+
+def rounding_floor(W: torch.Tensor, steps: int) -> float:
+    """Size of the largest singular value that rounding alone puts into W after `steps` in-place additions.
+
+    Each addition errs by up to half a unit in the last place, uniformly: ulp / sqrt(12) an entry. A random
+    (m, n) matrix of that deviation has norm (sqrt(m) + sqrt(n)) times it, and independent steps add in square.
+    """
+    W = W.detach()
+    ulp = torch.finfo(W.dtype).eps * torch.exp2(torch.floor(torch.log2(W.abs().clamp_min(torch.finfo(W.dtype).tiny))))
+    deviation = ulp.double().square().mean().sqrt() / math.sqrt(12)
+    return float(deviation * (math.sqrt(W.shape[0]) + math.sqrt(W.shape[1])) * math.sqrt(steps))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def lr_factor(step: int, max_steps: int, warmup: float, schedule: str) -> float:
+    """Share of the peak learning rate at `step` (from 0): linear warm-up, then "cosine", "linear" or "constant".
+
+    warmup: steps if 1 or more, a ratio of max_steps below 1, 0 = off. The first step has 1/warmup, never 0.
+    """
+    ramp = round(warmup) if warmup >= 1 else math.ceil(warmup * max_steps)
+    if step < ramp:
+        return (step + 1) / ramp
+    done = (step - ramp) / max(1, max_steps - ramp)
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+
+
+def pad(rows, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets (b, t) of `rows`, each (tokens, prompt length); the prompt and the padding are -100.
+
+    Padding stands on the right of causal attention, so no real token sees it and no attention mask is needed.
+    """
+    length = max(len(tokens) for tokens, _ in rows) - 1
+    x = torch.zeros((len(rows), length), dtype=torch.long)
+    y = torch.full((len(rows), length), -100, dtype=torch.long)
+    for i, (tokens, prompt) in enumerate(rows):
+        x[i, :len(tokens) - 1] = torch.tensor(tokens[:-1])
+        y[i, max(prompt, 1) - 1:len(tokens) - 1] = torch.tensor(tokens[max(prompt, 1):])
+    return x.to(device), y.to(device)
+
+
+def response_tokens(rows) -> int:
+    """Number of tokens that the loss of `rows` sums over."""
+    return sum(len(tokens) - max(prompt, 1) for tokens, prompt in rows)
+
+
+def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """(b, t) -> (b, t, vocabulary), for a model that returns a tensor or a Hugging Face output."""
+    out = model(x)
+    return out if isinstance(out, torch.Tensor) else out.logits
+
+
+def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float = 0.03, schedule: str = "cosine",
+          betas=(0.9, 0.999), eps: float = 1e-8, max_grad_norm: float = 0.0, micro_batch_size: int = 8,
+          device="cpu", progress: bool = True):
+    """Fine-tune `model` and yield one log record a step: step, loss, lr, grad_norm, tokens_per_second.
+
+    batches           step batches, each a list of B rows (tokens, prompt length), the same on every process.
+                      Shard i trains on rows iB/K .. (i+1)B/K - 1, wherever shard i lives.
+    lr                peak learning rate; it belongs to adapters.aggregate ("sum" steps K times further)
+    max_grad_norm     joint 2-norm over all shards; 0 = off
+    micro_batch_size  rows per forward
+
+    `adapters` is what attach() returns, or anything with the same parameters, shard, clip_grad_norm_, check and
+    merge_: train.py's data-parallel baselines run through this loop too, with `whole_batch` set. Loss of a shard:
+    the mean over its own response tokens; with `whole_batch`, over those of the whole step batch.
+    """
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr}: nothing would train; use a learning rate above 0 (the paper: 2e-5)")
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=0.0, foreach=True)
+    adapters.check(optimizer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: lr_factor(t, max_steps, warmup, schedule))
+    K, S, first = adapters.K, adapters.S, adapters.first
+    whole_batch = getattr(adapters, "whole_batch", False)
+    bar = tqdm(total=max_steps, desc="train", unit="step", disable=not (progress and rank() == 0))
+    model.train()
+    for step, batch in zip(range(1, max_steps + 1), batches):
+        start, size = time.perf_counter(), len(batch) // K
+        mini = [batch[i * size:(i + 1) * size] for i in range(K)]
+        counts = [response_tokens(rows) for rows in mini]
+        if size * K != len(batch) or 0 in counts:
+            raise ValueError(f"step {step}: {len(batch)} rows with {counts} response tokens per shard; every one of the "
+                             f"{K} shards needs the same number of rows and a response token")
+
+        # Local backward: each shard of this process on its own mini-batch.
+        losses = torch.zeros(S, dtype=torch.float64, device=device)
+        for i in range(S):
+            # whole_batch: processes are averaged later, so the sum over them must carry their number here.
+            norm = counts[first + i] if not whole_batch else sum(counts) / world_size()
+            for a in range(0, size, micro_batch_size):
+                x, y = pad(mini[first + i][a:a + micro_batch_size], device)
+                with adapters.shard(i):
+                    logits = logits_of(model, x)                        # (b, t, vocabulary)
+                    loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum")
+                    (loss / norm).backward()
+                losses[i] += loss.detach()
+        sums = gather_shards(losses).tolist()
+        bad = [i for i, value in enumerate(sums) if not math.isfinite(value)]
+        if bad:
+            raise ValueError(f"step {step}: the loss of shards {bad} is not finite; W is untouched by this step. Lower the "
+                             "learning rate, or look at these rows of the batch")
+
+        # AdamW turns gradients into dA_i, dB_i; all shards go into the one W.
+        grad_norm = adapters.clip_grad_norm_(max_grad_norm or math.inf)
+        lr_now = scheduler.get_last_lr()[0]
+        optimizer.step()
+        adapters.merge_()
+        optimizer.zero_grad(set_to_none=True)
+        scheduler.step()
+
+        seconds = time.perf_counter() - start
+        record = {"step": step, "loss": sum(sums) / sum(counts), "lr": lr_now, "grad_norm": float(grad_norm),
+                  "tokens_per_second": sum(len(tokens) for tokens, _ in batch) / seconds}
+        bar.update()
+        bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{lr_now:.2e}", tok_s=f"{record['tokens_per_second']:.0f}")
+        yield record
+    bar.close()
