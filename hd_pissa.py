@@ -1,20 +1,18 @@
 """HD-PiSSA (High-rank Distributed PiSSA) in one file.
 
 Every linear weight W is cut by its SVD into K slices of r components. Device i trains slice i on its own
-mini-batch, and all devices add their small updates to the one shared W:
+mini-batch, and the small updates of all devices are added to the one shared W:
 
-    A_i = U[:, ir:(i+1)r] S^1/2     B_i = S^1/2 V^T[ir:(i+1)r]        fixed for the whole run   (section 4.1)
-    Y = X W                         forward: the adapter is muted                               (section 4.3)
-    dU_i = dA_i B_i + A_i dB_i + dA_i dB_i                            dA_i, dB_i from AdamW     (section 4.2)
-    W <- W + 1/K sum_i dU_i                                           the same on every device  (section 4.2)
+    A_i = U[:, ir:(i+1)r] S^1/2     B_i = S^1/2 V^T[ir:(i+1)r]      fixed for the whole run  (section 4.1)
+    Y = X W                         forward: the adapter is muted                            (section 4.3)
+    dU_i = dA_i B_i + A_i dB_i + dA_i dB_i                          dA_i, dB_i from AdamW    (section 4.2)
+    W <- W + 1/K sum_i dU_i                                         on every device alike    (section 4.2)
 
-Data-parallel PiSSA gives every device the same top-r slice, so its update has rank r; here one update has
-rank up to 2Kr, while each device holds the optimizer state of r components per weight.
-
-One idea differs from the paper's text and not from its maths: the *increments* dA_i, dB_i are the trained
-tensors, zero at the start of every step. At zero the output is X W exactly, their gradients are the ones
-residual PiSSA would compute, and after optimizer.step() they are the dA_i, dB_i above. The paper reaches the
-same gradients by scaling the adapter by a small constant and dividing it out again (its "mute scalar").
+Data-parallel PiSSA gives every device the same top-r slice and its update has rank r; here one update has
+rank up to 2Kr at the optimizer memory of rank r. The increments dA_i, dB_i are themselves the trained tensors,
+zero at the start of every step: then the output is X W exactly, their gradients are those of residual PiSSA,
+and after optimizer.step() they are the dA_i, dB_i above. (The paper multiplies the adapter by a tiny "mute
+scalar" in the forward and divides the gradients by it; at zero increments there is nothing to mute.)
 
     adapters = hd_pissa.attach(model, rank=16)
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=2e-5, weight_decay=0.0)
@@ -30,17 +28,18 @@ same gradients by scaling the adapter by a small constant and dividing it out ag
 
 Notation (the paper's letters; an nn.Linear stores W^T, a transformers Conv1D stores W):
 
-    K         number of shards, "devices" in the paper        S         singular values; also shards per process
-    r         components per shard                            A, B      (m, r), (r, n) factors of one shard
-    m, n      input, output features; W is (m, n)             dA, dB    (m, r), (r, n) increments of one step
-    X, Y      (T, m), (T, n) input and output, T tokens       P, Q      (m, 2Kr), (2Kr, n); P Q = sum_i dU_i
-    U, S, Vt  (m, d) (d,) (d, n), d = min(m, n)               s         alpha / r, PEFT's scaling
+    K         number of shards, "devices" in the paper        A, B      (m, r), (r, n) factors of a shard
+    r         components per shard                            dA, dB    (m, r), (r, n) increments of one step
+    m, n      input, output features; W is (m, n)             P, Q      (m, 2Kr), (2Kr, n); P Q = sum_i dU_i
+    X, Y      (T, m), (T, n) input and output, T tokens       s         alpha / r, PEFT's scaling
+    U, S, Vt  (m, d), (d,), (d, n), d = min(m, n)
 
-Not here on purpose: models, data and the command line (train.py), benchmarks, plots (tutorial/).
-Paper: Wang et al., "HD-PiSSA: High-Rank Distributed Orthogonal Adaptation", EMNLP 2025.
+Not here on purpose: models, data and the command line (train.py), benchmarks, plots.
+Paper: Wang et al., "HD-PiSSA: High-Rank Distributed Orthogonal Adaptation".
 """
 
 import contextlib
+import functools
 import hashlib
 import math
 import time
@@ -51,7 +50,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Processes. One process is the same code: its collectives are the identity.
 
 
@@ -66,49 +65,47 @@ def world_size() -> int:
 
 
 def agree(error: str | None) -> None:
-    """Raise the first process's `error` as a ValueError on every process, or return if no process has one.
+    """Raise ValueError with the first process's `error` on every process, or return if no process has one.
 
     Called before any collective that a failed process would never reach: the others would wait for it.
     """
-    errors = [error]
+    errors = [error] * world_size()
     if world_size() > 1:
-        errors = [None] * world_size()
         dist.all_gather_object(errors, error)
-    for message in errors:
-        if message is not None:
-            raise ValueError(message)
+    for message in filter(None, errors):
+        raise ValueError(message)
 
 
 def gather_shards(local: torch.Tensor) -> torch.Tensor:
-    """(S, ...) of this process -> (K, ...) of all, in shard order on every process."""
+    """(S, ...) of each process -> (K, ...) on every process, in shard order."""
     if world_size() == 1:
         return local
     out = local.new_empty((world_size() * local.shape[0], *local.shape[1:]))
-    dist.all_gather_into_tensor(out, local.contiguous())
+    # torch 2.13 renames the call and warns about the old name
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, local.contiguous())
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Orthogonal adapters initialization (section 4.1)
 
 
 def components(W: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The k largest singular triplets of W: U (m, k), S (k,) descending, Vt (k, n), in float64.
+    """The k largest singular triplets of W (m, n): U (m, k), S (k,) descending, Vt (k, n), in float64.
 
-    Exact, not randomized: the individual components are dealt out to shards, and randomized SVD mixes
-    neighbours. Below float64 the eigenvectors of the Gram matrix of the shorter side are enough (its
-    condition is squared, hence float64) and cost less than a full SVD; a result that is not orthonormal,
-    as for a rank-deficient W, is thrown away for the full SVD.
+    Exact, because single components are dealt out to shards and randomized SVD mixes neighbours. Below
+    float64 the eigenvectors E of the shorter side's Gram matrix do: cheaper than a full SVD, and in float64
+    because the condition is squared. If that is not orthonormal (rank-deficient W), full SVD it is.
     """
     M = W.detach().double()
     if W.dtype != torch.float64:
-        short = M if M.shape[0] <= M.shape[1] else M.T                  # (d, max(m, n))
-        E = torch.linalg.eigh(short @ short.T).eigenvectors[:, -k:].flip(1)  # (d, k), descending
-        rest = E.T @ short                                              # (k, max(m, n)) = S V^T
-        S = rest.norm(dim=1)
-        rest = rest / S.clamp_min(torch.finfo(S.dtype).tiny)[:, None]
-        if (rest @ rest.T - torch.eye(k, dtype=S.dtype, device=S.device)).abs().max() < 1e-5:
-            return (E, S, rest) if short is M else (rest.T, S, E.T)
+        wide = M if M.shape[0] <= M.shape[1] else M.T                           # (d, max(m, n))
+        E = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -k:].flip(1)       # (d, k), descending
+        R = E.T @ wide                                                         # (k, max(m, n)) = S V^T
+        S = R.norm(dim=1)
+        R = R / S.clamp_min(1e-300)[:, None]
+        if torch.dist(R @ R.T, torch.eye(k).to(S), p=math.inf) < 1e-5:
+            return (E, S, R) if wide is M else (R.T, S, E.T)
     U, S, Vt = torch.linalg.svd(M, full_matrices=False)
     return U[:, :k], S[:k], Vt[:k]
 
@@ -119,37 +116,37 @@ def seed_of(*parts) -> int:
 
 
 def shard_factors(W: torch.Tensor, K: int, r: int, init: str, s: float, seed: int) -> torch.Tensor:
-    """Factors of all K shards of one weight, A_i transposed and flattened beside B_i: (K, r*m + r*n).
+    """A_i^T and B_i of all K shards of W (m, n), flattened side by side: (K, r m + r n).
 
-        hd_pissa   A_i = U_i (S_i / s)^1/2, B_i = (S_i / s)^1/2 V_i^T on components ir .. (i+1)r   (section 4.1)
-        top        every shard the components 0 .. r                                           (appendix C)
+        hd_pissa   A_i = U_i (S_i/s)^1/2, B_i = (S_i/s)^1/2 V_i^T, components ir .. (i+1)r - 1   (section 4.1)
+        top        every shard the components 0 .. r - 1                                       (appendix C)
         lora       A_i Kaiming-uniform as in PEFT, another draw per shard, B_i = 0             (appendix C)
 
-    W: (m, n). Dividing S by s makes s A_i B_i the PiSSA slice, as PEFT does.
+    Dividing S by s makes s A_i B_i the slice of W, as in PEFT.
     """
     m, n = W.shape
     if init == "lora":
         draws = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(K)]
-        At = torch.stack([torch.rand((r, m), generator=g, dtype=torch.float64) for g in draws])  # (K, r, m)
-        At, B = (2 * At - 1) / math.sqrt(m), torch.zeros((K, r, n), dtype=torch.float64)
+        At = torch.stack([torch.rand((r, m), generator=g, dtype=torch.float64) for g in draws])
+        At, B = (2 * At - 1) / math.sqrt(m), torch.zeros((K, r, n), dtype=torch.float64)    # (K, r, m)
     else:
         U, S, Vt = components(W, r if init == "top" else K * r)
         root = (S / s).sqrt()
-        At = (U * root).T.reshape(-1, r, m).expand(K, r, m)             # (K r, m) -> (K, r, m)
-        B = (root[:, None] * Vt).reshape(-1, r, n).expand(K, r, n)      # (K r, n) -> (K, r, n)
-    return torch.cat((At.flatten(1), B.flatten(1)), dim=1)              # (K, r m + r n)
+        At = (U * root).T.reshape(-1, r, m).expand(K, r, m)                     # (m, Kr) -> (K, r, m)
+        B = (root[:, None] * Vt).reshape(-1, r, n).expand(K, r, n)              # (Kr, n) -> (K, r, n)
+    return torch.cat((At.flatten(1), B.flatten(1)), dim=1)                      # (K, r m + r n)
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Muting mechanism (section 4.3)
 
 
 class Mute(torch.autograd.Function):
-    """Y = X W forward; backward gives dX = dY W^T and the gradients of residual PiSSA for dA, dB.
+    """Y = X W forward; the backward gives dX and the gradients that residual PiSSA would have.
 
-    Equation (1) of the paper, Y = X (W_res,i + A_i B_i), equals X W at dA = dB = 0, so nothing of the adapter
-    is computed forward. Nothing but the input is kept for the backward. A and B travel as plain attributes,
-    so that recomputation under activation checkpointing cannot swap them for another shard's.
+    Equation (1), Y = X (W_res,i + A_i B_i), is X W at dA = dB = 0: the forward computes nothing of the adapter
+    and keeps nothing but its input. A and B travel as attributes, not as saved tensors, so that a forward
+    recomputed by activation checkpointing cannot swap them for another shard's.
     """
 
     @staticmethod
@@ -186,49 +183,45 @@ class Muted:
     def forward(self, x):
         slot = self.hd_pissa
         mask = slot.dropout_mask() if slot.dropout > 0 and self.training else None
-        return Mute.apply(x, self.weight, self.bias, slot.A, slot.B, slot.dA, slot.dB, slot.s, slot.conv1d, mask)
-
-
-class MutedLinear(Muted, nn.Linear):
-    """nn.Linear with the adapter muted. A class of its own, so that `type(module)` says what happened."""
+        factors = slot.A, slot.B, slot.dA, slot.dB
+        return Mute.apply(x, self.weight, self.bias, *factors, slot.s, slot.conv1d, mask)
 
 
 class Slot:
-    """What one adapted layer reads at forward: the factors of the shard in use and the layer's place."""
+    """One adapted layer: its place in the flat buffers, and the factors of the shard its forward uses."""
 
-    def __init__(self, name: str, module: nn.Module, r: int, s: float, dropout: float, adapters: "Adapters"):
-        self.name, self.module, self.plain_class = name, module, type(module)
+    def __init__(self, name: str, module: nn.Module, r: int, s: float, dropout: float, adapters):
+        self.name, self.module, self.plain_class, self.adapters = name, module, type(module), adapters
         self.conv1d = not isinstance(module, nn.Linear)
-        stored = tuple(module.weight.shape)
-        self.m, self.n = stored if self.conv1d else stored[::-1]
-        self.r, self.s, self.dropout, self.adapters = r, s, dropout, adapters
-        self.start = 0              # where this layer begins in a row of its bucket
+        self.m, self.n = module.weight.shape if self.conv1d else module.weight.T.shape
+        self.r, self.s, self.dropout = r, s, dropout
+        self.start, self.size = 0, r * (self.m + self.n)                # columns of A^T and B in a row
         self.A = self.B = self.dA = self.dB = None
-        self.backwards = {}         # global shard -> backward passes since the last merge, for the mask's seed
+        self.backwards = {}         # global shard -> backward passes since the last merge
 
-    def factors(self, flat: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of this layer in a bucket (S, N): At (S, r, m) and B (S, r, n); also of increments."""
-        cut = self.start + self.r * self.m
-        At = flat[:, self.start:cut].unflatten(1, (self.r, self.m))
-        return At, flat[:, cut:cut + self.r * self.n].unflatten(1, (self.r, self.n))
+    def views(self, flat: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """This layer's (rows, r, m) and (rows, r, n) in rows of factors, whose columns begin at `offset`."""
+        a, r = self.start - offset, self.r
+        At, B = flat[:, a:a + self.size].split((r * self.m, r * self.n), dim=1)
+        return At.unflatten(1, (r, self.m)), B.unflatten(1, (r, self.n))
 
     def dropout_mask(self):
-        """The scaled mask that backward multiplies X by, drawn there from (seed, step, micro-step, shard, layer).
+        """A function of X that draws its mask from (seed, step, micro-step, shard, layer) in the backward.
 
-        It is counted in the backward: a forward recomputed under activation checkpointing must not advance it.
+        Micro-steps are counted there: a forward that checkpointing recomputes must not advance the count.
         """
-        adapters, shard, p = self.adapters, self.adapters.first + self.adapters.current, self.dropout
+        adapters, shard = self.adapters, self.adapters.first + self.adapters.current
 
         def draw(X):
             micro = self.backwards[shard] = self.backwards.get(shard, -1) + 1
             seed = seed_of(adapters.seed, adapters.step, micro, shard, self.name)
-            keep = torch.empty(X.shape, dtype=X.dtype, device=X.device)
-            return keep.bernoulli_(1 - p, generator=torch.Generator(X.device).manual_seed(seed)).div_(1 - p)
+            generator, keep = torch.Generator(X.device).manual_seed(seed), 1 - self.dropout
+            return torch.empty_like(X).bernoulli_(keep, generator=generator).div_(keep)
 
         return draw
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Direct weight update (section 4.2)
 
 
@@ -244,44 +237,33 @@ def update_factors(At, B, dAt, dB) -> tuple[torch.Tensor, torch.Tensor]:
     return Pt, Q
 
 
-class Bucket:
-    """Factors and increments of some layers as one row per shard, so that one collective moves them all."""
-
-    def __init__(self, slots: list[Slot], rows: int, S: int, dtype: torch.dtype, device: torch.device):
-        self.slots = slots
-        width = 0
-        for slot in slots:
-            slot.start, width = width, width + slot.r * (slot.m + slot.n)
-        self.basis = torch.zeros((rows, width), dtype=dtype, device=device)       # A_i, B_i kept here
-        self.increments = torch.zeros((S, width), dtype=dtype, device=device)     # dA_i, dB_i of this process
-
-
 class Adapters:
-    """State of HD-PiSSA on one process: the fixed A_i, B_i, the increments and the merge. Made by `attach`."""
+    """HD-PiSSA's state on one process: fixed A_i, B_i, increments, and the merge into W. Made by `attach`.
 
-    def __init__(self, model, found, r, K, init, alpha, dropout, aggregate, exchange, seed, bucket_mb):
-        self.model, self.rank, self.K, self.aggregate, self.exchange = model, r, K, aggregate, exchange
-        self.S, self.seed, self.step, self.idle, self.current = K // world_size(), seed, 0, 0, 0
+    A row of a flat buffer is one shard, all layers side by side: one collective then moves many layers.
+    """
+
+    def __init__(self, found, r, K, init, alpha, dropout, aggregate, exchange, seed, bucket_mb):
+        self.K, self.S, self.aggregate, self.exchange = K, K // world_size(), aggregate, exchange
         self.first = rank() * self.S                                    # global index of local shard 0
-        self.config = dict(rank=r, shards=K, init=init, alpha=alpha, aggregate=aggregate, dropout=dropout, seed=seed)
+        self.seed, self.step, self.idle, self.current, self.skipped = seed, 0, 0, 0, {}
+        self.config = dict(rank=r, shards=K, init=init, alpha=alpha, aggregate=aggregate, dropout=dropout)
         self.s = 1.0 if alpha is None else alpha / r
         self.slots = [Slot(name, module, r, self.s, dropout, self) for name, module in found]
-        self.skipped: dict[str, str] = {}
         wide = any(slot.module.weight.dtype == torch.float64 for slot in self.slots)
-        dtype = torch.float64 if wide else torch.float32
-        # The dense exchange needs no foreign A_i, B_i; the exchange of factors needs all K of them.
-        self.kept = slice(0, K) if exchange == "all_gather" else slice(self.first, self.first + self.S)
-        limit, groups, size = bucket_mb * 2**20 // dtype.itemsize, [], math.inf
+        dtype, self.device = torch.float64 if wide else torch.float32, self.slots[0].module.weight.device
+        self.buckets, filled, width = [], math.inf, 0
         for slot in self.slots:
-            size += K * r * (slot.m + slot.n)
-            if size > limit or slot.module.weight.device != groups[-1][0].module.weight.device:
-                groups.append([])
-                size = K * r * (slot.m + slot.n)
-            groups[-1].append(slot)
-        rows = self.kept.stop - self.kept.start
-        self.buckets = [Bucket(g, rows, self.S, dtype, g[0].module.weight.device) for g in groups]
-        self.device = self.buckets[0].increments.device
-        self.leaves: list[dict[str, torch.Tensor]] = [{} for _ in range(self.S)]     # one dict per local shard
+            slot.start, width, filled = width, width + slot.size, filled + K * slot.size * dtype.itemsize
+            if filled > bucket_mb * 2**20:
+                self.buckets.append([])
+                filled = K * slot.size * dtype.itemsize
+            self.buckets[-1].append(slot)
+        # Folding factors needs A_i, B_i of all K shards on every process; the dense exchange only its own.
+        self.kept = range(K) if exchange == "all_gather" else range(self.first, self.first + self.S)
+        self.basis = torch.zeros((len(self.kept), width), dtype=dtype, device=self.device)
+        self.increments = torch.zeros((self.S, width), dtype=dtype, device=self.device)
+        self.leaves: list[dict[str, torch.Tensor]] = [{} for _ in range(self.S)]    # by local shard, name
         self.touched: set[int] = set()                                  # local shards with a gradient
         self._hooks = []
         for i, leaves in enumerate(self.leaves):
@@ -289,23 +271,19 @@ class Adapters:
             def touch(leaf, i=i):
                 self.touched.add(i)
 
-            for slot, (dAt, dB) in self._views(lambda bucket: bucket.increments):
-                # detach: a leaf of its own on the bucket's memory. dA lies transposed, as the merge reads it.
-                leaves[slot.name + ".dA"] = dAt[i].T.detach().requires_grad_()      # (m, r)
-                leaves[slot.name + ".dB"] = dB[i].detach().requires_grad_()         # (r, n)
+            for slot in self.slots:
+                # detach: a leaf of its own on the buffer's memory. dA lies transposed, as the merge reads it.
+                dAt, dB = slot.views(self.increments[i:i + 1])
+                leaves[slot.name + ".dA"] = dAt[0].T.detach().requires_grad_()      # (m, r)
+                leaves[slot.name + ".dB"] = dB[0].detach().requires_grad_()         # (r, n)
                 self._hooks.append(leaves[slot.name + ".dB"].register_post_accumulate_grad_hook(touch))
-
-    def _views(self, flat):
-        for bucket in self.buckets:
-            for slot in bucket.slots:
-                yield slot, slot.factors(flat(bucket))
 
     def parameters(self) -> list[torch.Tensor]:
         """The increments of this process, for any optimizer that `check` accepts."""
         return [leaf for leaves in self.leaves for leaf in leaves.values()]
 
     def named_parameters(self):
-        """Pairs ("<module path>.shard<s>.dA", (m, r)) and ("... .dB", (r, n)), s counted within the process."""
+        """Pairs ("<module path>.shard<s>.dA", (m, r)) and ("....dB", (r, n)), s counted in the process."""
         for i, leaves in enumerate(self.leaves):
             for name, leaf in leaves.items():
                 path, kind = name.rsplit(".", 1)
@@ -313,17 +291,17 @@ class Adapters:
 
     def _select(self, i: int) -> None:
         # Tensors are swapped, not an index: under torch.compile one graph then serves every shard.
-        self.current = i
-        own = self.first + i - self.kept.start
-        for slot, (At, B) in self._views(lambda bucket: bucket.basis):
-            slot.A, slot.B = At[own].T, B[own]                          # (m, r), (r, n)
+        self.current, own = i, self.kept.index(self.first + i)
+        for slot in self.slots:
+            At, B = slot.views(self.basis[own:own + 1])
+            slot.A, slot.B = At[0].T, B[0]                              # (m, r), (r, n)
             slot.dA, slot.dB = self.leaves[i][slot.name + ".dA"], self.leaves[i][slot.name + ".dB"]
 
     @contextlib.contextmanager
     def shard(self, i: int):
         """The enclosed forward and its backward, wherever that runs, train this process's shard `i`."""
         if not 0 <= i < self.S:
-            raise ValueError(f"shard({i}): this process holds shards 0..{self.S - 1} (K={self.K} over "
+            raise ValueError(f"shard({i}): this process holds shards 0..{self.S - 1} ({self.K} shards over "
                              f"{world_size()} processes)")
         before = self.current
         self._select(i)
@@ -334,168 +312,157 @@ class Adapters:
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scale the gradients of all K shards so that their joint 2-norm is at most `max_norm`; return the norm."""
+        """Scale the gradients of all K shards to a joint 2-norm of at most `max_norm`; return the old norm."""
         squares = torch.zeros(self.S, dtype=torch.float64, device=self.device)
         for i, leaves in enumerate(self.leaves):
-            grads = [p.grad for p in leaves.values() if p.grad is not None]
-            if grads:
-                squares[i] = torch.stack([g.norm().double().to(self.device) for g in grads]).square().sum()
+            squares[i] = sum(p.grad.norm().double().square() for p in leaves.values() if p.grad is not None)
         # Per shard first, then in shard order: the sum does not depend on how shards are dealt to processes.
         norm = gather_shards(squares).sum().sqrt()
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for p in self.parameters():
             if p.grad is not None:
-                p.grad.mul_(scale.to(p.grad))
+                p.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(p.grad))
         return norm
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise a ValueError for an optimizer whose step is not a function of gradients and its own state.
+        """Raise ValueError for an optimizer whose step is not a function of gradients and its own state.
 
-        The parameters are increments that start every step at zero: weight decay would decay zeros, and a rule
-        that reads the parameter (Adafactor's scale, LBFGS's line search, ASGD's average) would read nothing.
+        Increments start every step at zero: weight decay would decay zeros, and a rule that reads the
+        parameter (Adafactor's and LAMB's scale, LBFGS's line search, ASGD's average) would read nothing.
         """
-        name, held, wanted = type(optimizer).__name__, set(), set(map(id, self.parameters()))
+        name, held, wanted = type(optimizer).__name__, set(), {id(p) for p in self.parameters()}
         for group in optimizer.param_groups:
-            ours = wanted & set(map(id, group["params"]))
+            ours = wanted & {id(p) for p in group["params"]}
             held |= ours
             if ours and group.get("weight_decay", 0):
-                raise ValueError(f"{name} has weight_decay={group['weight_decay']}, which has no effect on increments "
-                                 "that start at zero; pass weight_decay=0.0 (the paper's setting)")
-        if any(cls.__name__.lower() in ("adafactor", "lbfgs", "asgd", "lamb", "lars") for cls in type(optimizer).__mro__):
-            raise ValueError(f"{name} reads the parameter itself, and HD-PiSSA's increments start every step at zero; "
-                             "use an optimizer that depends on gradients alone, e.g. AdamW, SGD, RMSprop")
+                raise ValueError(f"{name} has weight_decay={group['weight_decay']}, which does nothing to "
+                                 "increments that start at zero; pass weight_decay=0.0 (the paper's setting)")
+        bases = {c.__name__.lower() for c in type(optimizer).__mro__}
+        if bases & {"adafactor", "lbfgs", "asgd", "lamb", "lars"}:
+            raise ValueError(f"{name} reads the parameter itself, and increments start every step at zero; use "
+                             "an optimizer that depends on gradients alone, e.g. AdamW, SGD, RMSprop")
         if held != wanted:
             raise ValueError(f"{name} holds {len(held)} of the {len(wanted)} increments; build it from "
                              "adapters.parameters()")
 
     def _refuse(self) -> None:
-        # One small gather tells every process the state of every shard, so that all refuse alike.
+        # A (K, 3) gather tells every process the state of every shard, so that all refuse alike.
         local = torch.zeros((self.S, 3), dtype=torch.float64, device=self.device)
+        local[:, 1] = torch.linalg.vector_norm(self.increments, math.inf, dim=1)    # NaN and Inf survive
         for i, leaves in enumerate(self.leaves):
-            size = [torch.linalg.vector_norm(b.increments[i], math.inf).double().to(self.device) for b in self.buckets]
             local[i, 0] = i in self.touched
-            local[i, 1] = torch.stack(size).sum()                       # NaN and Inf survive the norm and the sum
-            if not local[i, 1]:     # zero increments: from zero gradients, or because no optimizer filled them?
+            if not local[i, 1]:     # from zero gradients, or because no optimizer filled the increments?
                 grads = [p.grad for p in leaves.values() if p.grad is not None]
                 local[i, 2] = not grads or any(bool(g.any()) for g in grads)
         touched, size, gradient = gather_shards(local).T.tolist()
         without = [i for i in range(self.K) if not touched[i]]
         if without:
-            raise ValueError(
-                f"merge_: shards {without} of {self.K} got no gradient since the last merge. Every process trains each "
-                f"of its {self.S} shards in every step:\n    for s in range({self.S}):\n"
-                "        with adapters.shard(s):\n            loss(s).backward()")
+            raise ValueError(f"merge_: shards {without} of {self.K} got no gradient since the last merge. Every "
+                             f"step trains each shard of a process:\n    for s in range({self.S}):\n"
+                             "        with adapters.shard(s):\n            loss_of_mini_batch(s).backward()")
         bad = [i for i in range(self.K) if not math.isfinite(size[i])]
         if bad:
-            raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched. Lower the "
-                             "learning rate or clip the gradients")
+            raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched. Lower "
+                             "the learning rate or clip the gradients")
         self.idle = self.idle + 1 if not any(size) and any(gradient) else 0
         if self.idle >= 2:
-            raise ValueError("merge_: all increments are zero in two successive merges although there are gradients; "
-                             "call optimizer.step() before merge_(), build the optimizer from adapters.parameters(), "
-                             "and use a learning rate above 0")
+            raise ValueError("merge_: all increments are zero in two successive merges although there are "
+                             "gradients; call optimizer.step() before merge_(), build the optimizer from "
+                             "adapters.parameters(), and use a learning rate above 0")
 
     @torch.no_grad()
     def merge_(self) -> None:
-        """W <- W + (s/K) sum_i dU_i on every process, then dA_i = dB_i = 0      (section 4.2; "sum": without 1/K).
+        """W <- W + (s/K) sum_i dU_i on every process, dA_i = dB_i = 0     (section 4.2; "sum": no 1/K).
 
         1. agree that every shard has a gradient and finite increments, else raise everywhere
-        2. exchange   all_gather: the increments, K r (m + n) numbers a weight; all_reduce: dU itself, m n numbers
-        3. fold       one matrix product of inner size 2Kr per weight, added in place
+        2. exchange   all_gather: K r (m + n) increments a weight; all_reduce: the m n numbers of dU, twice
+        3. fold       one matrix product of inner size 2Kr a weight, added in place
         4. zero the increments
 
         Shards are summed in the same order everywhere, so replicas of W stay equal bit for bit.
         Raises ValueError for a shard without gradient, non-finite increments, or zero increments twice.
         """
         self._refuse()
-        weight_of_sum = self.s / self.K if self.aggregate == "mean" else self.s
-        for bucket in self.buckets:
-            increments = gather_shards(bucket.increments) if self.exchange == "all_gather" else bucket.increments
-            for slot in bucket.slots:
+        share = self.s / self.K if self.aggregate == "mean" else self.s
+        for slots in self.buckets:
+            a, b = slots[0].start, slots[-1].start + slots[-1].size     # the bucket's columns
+            increments = self.increments[:, a:b]
+            if self.exchange == "all_gather":
+                increments = gather_shards(increments)                  # (S, b - a) -> (K, b - a)
+            for slot in slots:
                 W = slot.module.weight
-                Pt, Q = update_factors(*slot.factors(bucket.basis), *slot.factors(increments))
+                Pt, Q = update_factors(*slot.views(self.basis), *slot.views(increments, a))
                 # sum_i dU_i = P Q, in the layout W is stored in: Conv1D (m, n), Linear (n, m)
                 left, right = (Pt.T, Q) if slot.conv1d else (Q.T, Pt)
                 if self.exchange == "all_gather":
-                    W.addmm_(left.to(W.dtype), right.to(W.dtype), alpha=weight_of_sum)
+                    W.addmm_(left.to(W.dtype), right.to(W.dtype), alpha=share)
                 else:
-                    dU = left @ right                                   # this process's shards
+                    dU = left @ right                                   # of this process's shards
                     if world_size() > 1:
                         dist.all_reduce(dU)
-                    W.add_(dU, alpha=weight_of_sum)
-            bucket.increments.zero_()
+                    W.add_(dU, alpha=share)
+        self.increments.zero_()
         self.touched.clear()
         for slot in self.slots:
             slot.backwards.clear()
         self.step += 1
 
+    def _own_factors(self):
+        for slot in self.slots:
+            At, B = slot.views(self.basis)
+            for i in range(self.first, self.first + self.S):
+                yield f"{slot.name}.shard{i}.A", At[self.kept.index(i)].T
+                yield f"{slot.name}.shard{i}.B", B[self.kept.index(i)]
+
     def state_dict(self) -> dict:
-        """Config, step, and A_i, B_i of this process's shards by global shard: "<module path>.shard<i>.A"."""
-        state = {"config": dict(self.config), "step": self.step}
-        for name, tensor in self._basis():
-            state[name] = tensor.clone()
-        return state
+        """Config, step, and A_i, B_i of this process's shards by global index: "<module path>.shard<i>.A"."""
+        factors = {name: tensor.clone() for name, tensor in self._own_factors()}
+        return {"config": dict(self.config), "step": self.step, **factors}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Take A_i, B_i and the step from `state`; ValueError if it belongs to another configuration or model."""
-        wrong = {k: (v, state.get("config", {}).get(k)) for k, v in self.config.items()
-                 if state.get("config", {}).get(k) != v}
-        own = dict(self._basis())
+        """Take A_i, B_i and the step from `state`; ValueError if it is of another configuration or model."""
+        there, own = state.get("config", {}), dict(self._own_factors())
+        wrong = {k: (v, there.get(k)) for k, v in self.config.items() if there.get(k) != v}
         missing = [name for name in own if name not in state or state[name].shape != own[name].shape]
         agree(f"adapter state of another run: (here, there) = {wrong}, tensors missing or of another shape: "
               f"{missing[:3]}" if wrong or missing else None)
         for name, tensor in own.items():
             tensor.copy_(state[name])
         if self.exchange == "all_gather":
-            for bucket in self.buckets:
-                bucket.basis.copy_(gather_shards(bucket.basis[self.first:self.first + self.S]))
+            self.basis.copy_(gather_shards(self.basis[self.first:self.first + self.S]))
         self.step = state["step"]
 
-    def _basis(self):
-        for slot, (At, B) in self._views(lambda bucket: bucket.basis):
-            for i in range(self.first, self.first + self.S):
-                yield f"{slot.name}.shard{i}.A", At[i - self.kept.start].T
-                yield f"{slot.name}.shard{i}.B", B[i - self.kept.start]
-
-    def detach_(self) -> nn.Module:
-        """Make the model's modules plain again; W keeps everything merged so far."""
+    def detach_(self) -> None:
+        """Make the modules plain again; W keeps everything merged so far, and stays frozen."""
         for hook in self._hooks:
             hook.remove()
         for slot in self.slots:
             slot.module.__class__ = slot.plain_class
             del slot.module.hd_pissa
-        return self.model
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # Attaching
 
 
 def find_layers(model: nn.Module, targets) -> tuple[list[tuple[str, nn.Module]], dict[str, str]]:
-    """The (name, module) pairs that `targets` selects, and {name: reason} for the linear layers it leaves out."""
+    """The (name, module) pairs that `targets` selects, and {name: reason} for the linear layers left out."""
+    named, found, skipped = dict(model.named_modules()), [], {}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None:
-        named = dict(model.named_modules())
-        head = next((named[k] for k in ("lm_head", "head", "output", "score") if isinstance(named.get(k), nn.Linear)), None)
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for p in module._parameters.values():
-            if p is not None:
-                owners[id(p)] = owners.get(id(p), 0) + 1
-    found, skipped = [], {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) and type(module).__name__ not in ("Conv1D", "MutedConv1D"):
-            continue
-        if targets != "all-linear" and not any(name == t or name.endswith("." + t) for t in targets):
-            skipped[name] = "not in targets"
-        elif isinstance(module, Muted):
+        head = next((named[k] for k in ("lm_head", "head", "output", "score") if k in named), None)
+    weights = [id(p) for module in named.values() for p in module._parameters.values()]
+    for name, module in named.items():
+        linear = isinstance(module, nn.Linear)
+        if isinstance(module, Muted):
             raise ValueError(f"{name} already has HD-PiSSA attached; call detach_() on the first adapters")
-        elif isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward:
-            skipped[name] = "a Linear with a forward of its own"
-        elif "weight" not in module._parameters:
-            skipped[name] = "its weight is computed (parametrization)"
-        elif owners[id(module.weight)] > 1:
+        if not linear and type(module).__name__ != "Conv1D":
+            continue
+        if targets != "all-linear" and not any(f".{name}".endswith(f".{t}") for t in targets):
+            skipped[name] = "not in targets"
+        elif (linear and type(module).forward is not nn.Linear.forward) or "weight" not in module._parameters:
+            skipped[name] = "a forward or a weight of its own kind"
+        elif weights.count(id(module.weight)) > 1:
             skipped[name] = "tied weight"
         elif module is head and targets == "all-linear":
             skipped[name] = "output head"
@@ -504,10 +471,10 @@ def find_layers(model: nn.Module, targets) -> tuple[list[tuple[str, nn.Module]],
     return found, skipped
 
 
-def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="all-linear", init: str = "hd_pissa",
-           alpha: float | None = None, dropout: float = 0.0, aggregate: str = "mean", exchange: str = "auto",
-           seed: int = 0, bucket_mb: int = 256, progress: bool = False) -> Adapters:
-    """Cut the targeted weights of `model` into K shards of `rank` components, mute them, freeze everything else.
+def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="all-linear",
+           init: str = "hd_pissa", alpha: float | None = None, dropout: float = 0.0, aggregate: str = "mean",
+           exchange: str = "auto", seed: int = 0, bucket_mb: int = 256, progress: bool = False) -> Adapters:
+    """Cut the targeted weights of `model` into K shards of `rank` components, mute them, freeze all else.
 
     rank        r, components per shard and weight                                             (section 4.1)
     shards      K, the total over all processes and a multiple of their number (default: one per process)
@@ -520,36 +487,35 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
     seed        of the random draws: dropout and the "lora" init
     bucket_mb   MiB of gathered factors per collective
 
-    Returns Adapters. Module classes change, names and state_dict keys do not. Raises ValueError, on every
-    process alike, for arguments or weights that cannot be trained.
+    Module classes change, names and state_dict keys do not. Raises ValueError, on every process alike, for
+    arguments or weights that cannot be trained.
     """
-    error, found, skipped = None, [], {}
-    K = world_size() if shards is None else shards
+    K, error = world_size() if shards is None else shards, None
     try:
-        _check_arguments(rank, K, init, alpha, dropout, aggregate, exchange)
+        check_arguments(rank, K, init, alpha, dropout, aggregate, exchange)
         found, skipped = find_layers(model, targets)
-        _check_layers(found, skipped, rank, K, init, targets)
+        check_layers(found, skipped, rank, 1 if init == "top" else K, targets)
     except ValueError as e:
         error = str(e)
     agree(error)
     exchange = "all_gather" if exchange == "auto" else exchange
-    adapters = Adapters(model, found, rank, K, init, alpha, dropout, aggregate, exchange, seed, bucket_mb)
+    adapters = Adapters(found, rank, K, init, alpha, dropout, aggregate, exchange, seed, bucket_mb)
     adapters.skipped = skipped
     _deal(adapters, init, progress)
     model.requires_grad_(False)
     for slot in adapters.slots:
         slot.module.hd_pissa = slot
-        cls = slot.plain_class
-        slot.module.__class__ = MutedLinear if cls is nn.Linear else type(f"Muted{cls.__name__}", (Muted, cls), {})
+        slot.module.__class__ = type(f"Muted{slot.plain_class.__name__}", (Muted, slot.plain_class), {})
     adapters._select(0)
     return adapters
 
 
-def _check_arguments(r, K, init, alpha, dropout, aggregate, exchange) -> None:
-    for name, value, allowed in (("init", init, ("hd_pissa", "top", "lora")), ("aggregate", aggregate, ("mean", "sum")),
-                                 ("exchange", exchange, ("auto", "all_gather", "all_reduce"))):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed)}")
+def check_arguments(r, K, init, alpha, dropout, aggregate, exchange) -> None:
+    """Raise ValueError for what no model could be trained with."""
+    for name, value, allowed in (("init", init, "hd_pissa top lora"), ("aggregate", aggregate, "mean sum"),
+                                 ("exchange", exchange, "auto all_gather all_reduce")):
+        if value not in allowed.split():
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed.split())}")
     for name, value in (("rank", r), ("shards", K)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: must be a whole number, 1 or more")
@@ -557,28 +523,27 @@ def _check_arguments(r, K, init, alpha, dropout, aggregate, exchange) -> None:
         raise ValueError(f"shards={K} is not a multiple of the {world_size()} processes; use shards="
                          f"{max(1, K // world_size()) * world_size()} or another number of processes")
     if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"alpha={alpha}: scales every gradient by alpha/rank, so nothing would train; use alpha > 0 "
-                         "or None for a scale of 1")
+        raise ValueError(f"alpha={alpha}: gradients are scaled by alpha/rank, so nothing would train; use "
+                         "alpha > 0, or None for a scale of 1")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: must be at least 0 and below 1")
 
 
-def _check_layers(found, skipped, r, K, init, targets) -> None:
+def check_layers(found, skipped, r, K, targets) -> None:
+    """Raise ValueError, with the layer's name, for a weight without K r components or of a wrong kind."""
     if not found:
-        raise ValueError(f"targets={targets!r} match no layer; linear layers left out: "
-                         f"{', '.join(f'{k} ({v})' for k, v in list(skipped.items())[:8]) or 'none'}")
-    largest = min(min(module.weight.shape) for _, module in found) // (1 if init == "top" else K)
+        left_out = ", ".join(f"{name} ({why})" for name, why in list(skipped.items())[:8]) or "none"
+        raise ValueError(f"targets={targets!r} match no layer; linear layers left out: {left_out}")
+    largest = min(min(module.weight.shape) for _, module in found) // K
     for name, module in found:
         W = module.weight
         if W.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name}.weight is {W.dtype}: HD-PiSSA adds small updates to W itself, which need float32 "
-                             "or float64; load the model with torch_dtype=torch.float32")
-        need = r if init == "top" else K * r
-        if need > min(W.shape):
-            remedy = f"the largest rank for these layers at {K} shards is {largest}" if largest else \
-                f"use at most {min(W.shape)} shards"
-            raise ValueError(f"{name} is {tuple(W.shape)}: {K} shards x rank {r} need {need} components, it has "
-                             f"{min(W.shape)}; {remedy}")
+            raise ValueError(f"{name}.weight is {W.dtype}: small updates are added to W itself, which needs "
+                             "float32 or float64; load the model with dtype=torch.float32")
+        if K * r > min(W.shape):
+            remedy = f"the largest rank for these layers is {largest}" if largest else "use fewer shards"
+            raise ValueError(f"{name} is {tuple(W.shape)}: {K} shards x rank {r} need {K * r} components, it "
+                             f"has {min(W.shape)}; {remedy}")
         if not torch.isfinite(W).all():
             raise ValueError(f"{name}.weight holds NaN or Inf; the checkpoint is damaged, load it again")
 
@@ -598,15 +563,14 @@ def _deal(adapters: Adapters, init: str, progress: bool) -> None:
             error = f"{slot.name}: the decomposition failed: {e}"
             break
     agree(error)
-    for j, (bucket, slot) in enumerate((bucket, slot) for bucket in adapters.buckets for slot in bucket.slots):
-        width = slot.r * (slot.m + slot.n)
-        rows = mine.pop(j).to(bucket.basis) if j in mine else bucket.basis.new_empty((K, width))
+    for j, slot in enumerate(adapters.slots):
+        rows = mine.pop(j).to(adapters.basis) if j in mine else adapters.basis.new_empty((K, slot.size))
         if world_size() > 1:
             dist.broadcast(rows, src=j % world_size())
-        bucket.basis[:, slot.start:slot.start + width] = rows[adapters.kept]
+        adapters.basis[:, slot.start:slot.start + slot.size] = rows[adapters.kept.start:adapters.kept.stop]
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # What an update looks like (section 6)
 
 
@@ -620,24 +584,23 @@ def effective_rank(S: torch.Tensor, tolerance: float = 1e-2) -> int:
     return int((S > tolerance * S[0]).sum()) if S[0] > 0 else 0
 
 
+@torch.no_grad()
 def rounding_floor(W: torch.Tensor, steps: int) -> float:
-    """Size of the largest singular value that rounding alone puts into W after `steps` in-place additions.
+    """Largest singular value that rounding alone puts into W in `steps` in-place additions, estimated.
 
-    Each addition errs by up to half a unit in the last place, uniformly: ulp / sqrt(12) an entry. A random
-    (m, n) matrix of that deviation has norm (sqrt(m) + sqrt(n)) times it, and independent steps add in square.
+    One addition errs uniformly by up to half an ulp: deviation ulp / sqrt(12) an entry. A random (m, n)
+    matrix of that deviation has norm (sqrt(m) + sqrt(n)) times it, and independent steps add in square.
     """
-    W = W.detach()
-    ulp = torch.finfo(W.dtype).eps * torch.exp2(torch.floor(torch.log2(W.abs().clamp_min(torch.finfo(W.dtype).tiny))))
-    deviation = ulp.double().square().mean().sqrt() / math.sqrt(12)
-    return float(deviation * (math.sqrt(W.shape[0]) + math.sqrt(W.shape[1])) * math.sqrt(steps))
+    ulp = torch.finfo(W.dtype).eps * torch.exp2(torch.frexp(W.double()).exponent - 1.0)
+    return float(ulp.square().mean().sqrt() * math.sqrt(steps / 12) * sum(math.sqrt(d) for d in W.shape))
 
 
-# ----------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------
 # The loop
 
 
 def lr_factor(step: int, max_steps: int, warmup: float, schedule: str) -> float:
-    """Share of the peak learning rate at `step` (from 0): linear warm-up, then "cosine", "linear" or "constant".
+    """Share of the peak rate at `step` (from 0): linear warm-up, then "cosine", "linear" or "constant".
 
     warmup: steps if 1 or more, a ratio of max_steps below 1, 0 = off. The first step has 1/warmup, never 0.
     """
@@ -673,26 +636,28 @@ def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return out if isinstance(out, torch.Tensor) else out.logits
 
 
-def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float = 0.03, schedule: str = "cosine",
-          betas=(0.9, 0.999), eps: float = 1e-8, max_grad_norm: float = 0.0, micro_batch_size: int = 8,
-          device="cpu", progress: bool = True):
+def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float = 0.03,
+          schedule: str = "cosine", betas=(0.9, 0.999), eps: float = 1e-8, max_grad_norm: float = 0.0,
+          micro_batch_size: int = 8, device="cpu", progress: bool = True):
     """Fine-tune `model` and yield one log record a step: step, loss, lr, grad_norm, tokens_per_second.
 
-    batches           step batches, each a list of B rows (tokens, prompt length), the same on every process.
-                      Shard i trains on rows iB/K .. (i+1)B/K - 1, wherever shard i lives.
+    adapters          from `attach`, or a baseline with the same methods and `whole_batch` set (train.py)
+    batches           step batches, each a list of B rows (tokens, prompt length), the same on every process;
+                      shard i trains on rows iB/K .. (i+1)B/K - 1, wherever shard i lives
     lr                peak learning rate; it belongs to adapters.aggregate ("sum" steps K times further)
+    warmup, schedule  as in lr_factor
     max_grad_norm     joint 2-norm over all shards; 0 = off
-    micro_batch_size  rows per forward
+    micro_batch_size  rows a forward
 
-    `adapters` is what attach() returns, or anything with the same parameters, shard, clip_grad_norm_, check and
-    merge_: train.py's data-parallel baselines run through this loop too, with `whole_batch` set. Loss of a shard:
-    the mean over its own response tokens; with `whole_batch`, over those of the whole step batch.
+    A shard minimises the mean over its own response tokens; with `whole_batch`, that of the whole step batch.
+    Raises ValueError, on every process alike, for a shard without response tokens or a loss not finite.
     """
     if not 0 < lr < math.inf:
         raise ValueError(f"lr={lr}: nothing would train; use a learning rate above 0 (the paper: 2e-5)")
-    optimizer = torch.optim.AdamW(adapters.parameters(), lr=lr, betas=betas, eps=eps, weight_decay=0.0, foreach=True)
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr, betas, eps, weight_decay=0.0, foreach=True)
     adapters.check(optimizer)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: lr_factor(t, max_steps, warmup, schedule))
+    factor = functools.partial(lr_factor, max_steps=max_steps, warmup=warmup, schedule=schedule)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     K, S, first = adapters.K, adapters.S, adapters.first
     whole_batch = getattr(adapters, "whole_batch", False)
     bar = tqdm(total=max_steps, desc="train", unit="step", disable=not (progress and rank() == 0))
@@ -702,8 +667,8 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
         mini = [batch[i * size:(i + 1) * size] for i in range(K)]
         counts = [response_tokens(rows) for rows in mini]
         if size * K != len(batch) or 0 in counts:
-            raise ValueError(f"step {step}: {len(batch)} rows with {counts} response tokens per shard; every one of the "
-                             f"{K} shards needs the same number of rows and a response token")
+            raise ValueError(f"step {step}: {len(batch)} rows with {counts} response tokens per shard; each of "
+                             f"the {K} shards needs the same number of rows and a response token")
 
         # Local backward: each shard of this process on its own mini-batch.
         losses = torch.zeros(S, dtype=torch.float64, device=device)
@@ -714,14 +679,14 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
                 x, y = pad(mini[first + i][a:a + micro_batch_size], device)
                 with adapters.shard(i):
                     logits = logits_of(model, x)                        # (b, t, vocabulary)
-                    loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="sum")
+                    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
                     (loss / norm).backward()
                 losses[i] += loss.detach()
         sums = gather_shards(losses).tolist()
         bad = [i for i, value in enumerate(sums) if not math.isfinite(value)]
         if bad:
-            raise ValueError(f"step {step}: the loss of shards {bad} is not finite; W is untouched by this step. Lower the "
-                             "learning rate, or look at these rows of the batch")
+            raise ValueError(f"step {step}: the loss of shards {bad} is not finite; W is untouched by this "
+                             "step. Lower the learning rate, or look at these rows of the batch")
 
         # AdamW turns gradients into dA_i, dB_i; all shards go into the one W.
         grad_norm = adapters.clip_grad_norm_(max_grad_norm or math.inf)
@@ -731,10 +696,9 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
         optimizer.zero_grad(set_to_none=True)
         scheduler.step()
 
-        seconds = time.perf_counter() - start
-        record = {"step": step, "loss": sum(sums) / sum(counts), "lr": lr_now, "grad_norm": float(grad_norm),
-                  "tokens_per_second": sum(len(tokens) for tokens, _ in batch) / seconds}
+        loss = sum(sums) / sum(counts)                                  # token mean over the step batch
+        speed = sum(len(tokens) for tokens, _ in batch) / (time.perf_counter() - start)
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr_now:.2e}, {speed:.0f} tokens/s", refresh=False)
         bar.update()
-        bar.set_postfix(loss=f"{record['loss']:.4f}", lr=f"{lr_now:.2e}", tok_s=f"{record['tokens_per_second']:.0f}")
-        yield record
+        yield {"step": step, "loss": loss, "lr": lr_now, "grad_norm": float(grad_norm), "tokens_per_second": speed}
     bar.close()

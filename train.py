@@ -259,7 +259,7 @@ class Baseline:
     whole_batch = True
 
     def __init__(self, model, method: str, rank: int, K: int, targets, alpha, seed: int):
-        hd_pissa._check_arguments(rank, K, "top", alpha, 0.0, "mean", "auto")
+        hd_pissa.check_arguments(rank, K, "top", alpha, 0.0, "mean", "auto")
         self.K, self.S, self.first = K, K // hd_pissa.world_size(), hd_pissa.rank() * (K // hd_pissa.world_size())
         self.s, self.factors, self.slots, self.skipped = 1.0 if alpha is None else alpha / rank, [], [], {}
         model.requires_grad_(method == "full")
@@ -267,7 +267,7 @@ class Baseline:
             self._parameters = list(model.parameters())
             return
         found, self.skipped = hd_pissa.find_layers(model, targets)
-        hd_pissa._check_layers(found, self.skipped, rank, 1, "top", targets)
+        hd_pissa.check_layers(found, self.skipped, rank, 1, targets)
         init = {"lora": "lora", "pissa": "top"}[method]
         for name, module in found:
             conv1d = not isinstance(module, nn.Linear)
@@ -340,6 +340,7 @@ def parse(argv) -> argparse.Namespace:
     g.add_argument("--data", default=str(DATA / "multi_domain.jsonl"), help="JSONL file, one row a line")
     g.add_argument("--eval_data", default=None, help="JSONL file; default: 5 %% of the rows of --data, at most 500, "
                    "held out by hash")
+    g.add_argument("--eval_rows", type=int, default=500, help="held-out rows that are evaluated at most")
     g.add_argument("--out", default="out", help="directory for the results")
     g = p.add_argument_group("method")
     g.add_argument("--method", default="hd_pissa", choices=("hd_pissa", "pissa", "lora", "full"), help="what is trained")
@@ -371,7 +372,7 @@ def parse(argv) -> argparse.Namespace:
     g.add_argument("--timeout", type=float, default=600, help="seconds that a collective waits for the other processes")
     g.add_argument("--seed", type=int, default=0, help="of row order and random draws")
     args = p.parse_args(argv)
-    for name in ("rank", "shards", "batch_size", "micro_batch_size"):
+    for name in ("rank", "shards", "batch_size", "micro_batch_size", "eval_rows"):
         if getattr(args, name) < 1:
             p.error(f"--{name} {getattr(args, name)}: must be 1 or more")
     for name in ("max_steps", "epochs", "block_size", "threads", "timeout"):
@@ -423,7 +424,7 @@ def run(args) -> dict:
     block_size = min(args.block_size or min(context, 1024), context)
     rows = everywhere(lambda: read_rows(args.data))
     rows, held = (rows, everywhere(lambda: read_rows(args.eval_data))) if args.eval_data else hold_out(rows)
-    rows, held = encode(rows, tokenizer, block_size, "train"), encode(held, tokenizer, block_size, "held out")
+    rows, held = encode(rows, tokenizer, block_size, "train"), encode(held[:args.eval_rows], tokenizer, block_size, "held out")
     if len(rows) < args.batch_size or not held:
         raise ValueError(f"{args.data}: {len(rows)} rows to train on and {len(held)} held out are left, --batch_size is "
                          f"{args.batch_size}; give more rows, a larger --block_size or a smaller --batch_size")
