@@ -9,7 +9,7 @@ mini-batch, and the small updates of all devices are added to the one shared W:
     W <- W + 1/K sum_i dU_i                                         on every device alike    (section 4.2)
 
 Data-parallel PiSSA gives every device the same top-r slice and its update has rank r; here one update has
-rank up to 2Kr at the optimizer memory of rank r. The increments dA_i, dB_i are themselves the trained tensors,
+rank up to 2Kr at the optimizer memory of rank r. The trained tensors are the increments dA_i, dB_i,
 zero at the start of every step: then the output is X W exactly, their gradients are those of residual PiSSA,
 and after optimizer.step() they are the dA_i, dB_i above. (The paper multiplies the adapter by a tiny "mute
 scalar" in the forward and divides the gradients by it; at zero increments there is nothing to mute.)
@@ -144,9 +144,9 @@ def shard_factors(W: torch.Tensor, K: int, r: int, init: str, s: float, seed: in
 class Mute(torch.autograd.Function):
     """Y = X W forward; the backward gives dX and the gradients that residual PiSSA would have.
 
-    Equation (1), Y = X (W_res,i + A_i B_i), is X W at dA = dB = 0: the forward computes nothing of the adapter
-    and keeps nothing but its input. A and B travel as attributes, not as saved tensors, so that a forward
-    recomputed by activation checkpointing cannot swap them for another shard's.
+    Equation (1), Y = X (W_res,i + A_i B_i), is X W at dA = dB = 0: the forward computes nothing of the
+    adapter and keeps nothing but its input. A and B travel as attributes, not as saved tensors: a forward
+    recomputed by activation checkpointing then cannot swap them for another shard's.
     """
 
     @staticmethod
@@ -312,7 +312,7 @@ class Adapters:
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scale the gradients of all K shards to a joint 2-norm of at most `max_norm`; return the old norm."""
+        """Scale the gradients of all K shards to a joint 2-norm of at most `max_norm`; return what it was."""
         squares = torch.zeros(self.S, dtype=torch.float64, device=self.device)
         for i, leaves in enumerate(self.leaves):
             squares[i] = sum(p.grad.norm().double().square() for p in leaves.values() if p.grad is not None)
@@ -338,8 +338,8 @@ class Adapters:
                                  "increments that start at zero; pass weight_decay=0.0 (the paper's setting)")
         bases = {c.__name__.lower() for c in type(optimizer).__mro__}
         if bases & {"adafactor", "lbfgs", "asgd", "lamb", "lars"}:
-            raise ValueError(f"{name} reads the parameter itself, and increments start every step at zero; use "
-                             "an optimizer that depends on gradients alone, e.g. AdamW, SGD, RMSprop")
+            raise ValueError(f"{name} reads the parameter itself, and increments start every step at zero; "
+                             "use an optimizer that depends on gradients alone, e.g. AdamW, SGD, RMSprop")
         if held != wanted:
             raise ValueError(f"{name} holds {len(held)} of the {len(wanted)} increments; build it from "
                              "adapters.parameters()")
@@ -356,8 +356,8 @@ class Adapters:
         touched, size, gradient = gather_shards(local).T.tolist()
         without = [i for i in range(self.K) if not touched[i]]
         if without:
-            raise ValueError(f"merge_: shards {without} of {self.K} got no gradient since the last merge. Every "
-                             f"step trains each shard of a process:\n    for s in range({self.S}):\n"
+            raise ValueError(f"merge_: shards {without} of {self.K} got no gradient since the last merge. "
+                             f"Every step trains each shard of a process:\n    for s in range({self.S}):\n"
                              "        with adapters.shard(s):\n            loss_of_mini_batch(s).backward()")
         bad = [i for i in range(self.K) if not math.isfinite(size[i])]
         if bad:
@@ -667,8 +667,8 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
         mini = [batch[i * size:(i + 1) * size] for i in range(K)]
         counts = [response_tokens(rows) for rows in mini]
         if size * K != len(batch) or 0 in counts:
-            raise ValueError(f"step {step}: {len(batch)} rows with {counts} response tokens per shard; each of "
-                             f"the {K} shards needs the same number of rows and a response token")
+            raise ValueError(f"step {step}: {len(batch)} rows with {counts} response tokens per shard; "
+                             f"each of the {K} shards needs the same number of rows and a response token")
 
         # Local backward: each shard of this process on its own mini-batch.
         losses = torch.zeros(S, dtype=torch.float64, device=device)
@@ -700,5 +700,5 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
         speed = sum(len(tokens) for tokens, _ in batch) / (time.perf_counter() - start)
         bar.set_postfix_str(f"loss {loss:.4f}, lr {lr_now:.2e}, {speed:.0f} tokens/s", refresh=False)
         bar.update()
-        yield {"step": step, "loss": loss, "lr": lr_now, "grad_norm": float(grad_norm), "tokens_per_second": speed}
+        yield dict(step=step, loss=loss, lr=lr_now, grad_norm=float(grad_norm), tokens_per_second=speed)
     bar.close()

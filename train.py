@@ -1,9 +1,9 @@
 """Fine-tune a language model with HD-PiSSA, or with LoRA, PiSSA or all weights through the same loop.
 
-    python train.py                                        # embedded GPT and data, all 8 shards in one process
-    torchrun --nproc_per_node=2 train.py                   # the same experiment on two processes
+    python train.py                                    # embedded GPT and data, all 8 shards in one process
+    torchrun --nproc_per_node=2 train.py               # the same experiment on two processes
     torchrun --nproc_per_node=8 train.py --model DIR --data FILE.jsonl --rank 16 --lr 2e-5
-    python train.py --method lora --lr 8e-3                # a baseline
+    python train.py --method lora                      # a baseline
 
 The method is hd_pissa.py; here are the command line, the small GPT, the data and the baselines. Data is JSONL
 with "instruction" and "response" (and optionally "domain") in every row; the loss covers the response alone.
@@ -48,14 +48,15 @@ class Block(nn.Module):
 
     def forward(self, x):
         b, t, c = x.shape                                               # batch, tokens, width
-        q, k, v = (z.view(b, t, self.heads, -1).transpose(1, 2) for z in self.c_attn(self.ln_1(x)).split(c, dim=2))
+        qkv = self.c_attn(self.ln_1(x)).view(b, t, 3, self.heads, -1)   # (b, t, 3, heads, c / heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # each (b, heads, t, c / heads)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)     # (b, heads, t, c / heads)
         x = x + self.attn_proj(y.transpose(1, 2).reshape(b, t, c))
         return x + self.mlp_proj(F.gelu(self.c_fc(self.ln_2(x))))
 
 
 class GPT(nn.Module):
-    def __init__(self, vocabulary: int, block_size: int = 128, layers: int = 4, width: int = 128, seed: int = 0):
+    def __init__(self, vocabulary: int, block_size=128, layers=4, width=128, seed: int = 0):
         super().__init__()
         self.wte, self.wpe = nn.Embedding(vocabulary, width), nn.Embedding(block_size, width)
         self.blocks = nn.ModuleList(Block(width, width // 32) for _ in range(layers))
@@ -72,7 +73,8 @@ class GPT(nn.Module):
     def from_state_dict(cls, state: dict) -> "GPT":
         """Rebuild the model whose plain state_dict this is; its sizes are the tensors' shapes."""
         layers = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-        model = cls(state["wte.weight"].shape[0], state["wpe.weight"].shape[0], layers, state["wte.weight"].shape[1])
+        vocabulary, width = state["wte.weight"].shape
+        model = cls(vocabulary, state["wpe.weight"].shape[0], layers, width)
         model.load_state_dict(state)
         return model
 
@@ -115,22 +117,23 @@ class HFTokenizer:
         from transformers import AutoTokenizer
         self.hf = AutoTokenizer.from_pretrained(path)
         if self.hf.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {path} has no eos token, so a response would never end; set eos_token")
+            raise ValueError(f"the tokenizer of {path} has no eos token, so no response would ever end")
 
     def prompt(self, instruction: str) -> list[int]:
         if self.hf.chat_template:
             chat = [{"role": "user", "content": instruction}]
             text = self.hf.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             return self.hf(text, add_special_tokens=False)["input_ids"]
-        return self.hf("Below is an instruction that describes a task. Write a response that appropriately completes "
-                       f"the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n")["input_ids"]
+        text = ("Below is an instruction that describes a task. Write a response that appropriately completes "
+                f"the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n")
+        return self.hf(text)["input_ids"]
 
     def response(self, response: str) -> list[int]:
         return self.hf(response, add_special_tokens=False)["input_ids"] + [self.hf.eos_token_id]
 
 
 def load_model(name: str, seed: int) -> tuple[nn.Module, object, int]:
-    """(model in float32, tokenizer, context length) for "scratch", a .pt file of the GPT, or a Hugging Face model."""
+    """(float32 model, tokenizer, context length) of "scratch", a .pt file or a Hugging Face name."""
     if name == "scratch" or name.endswith(".pt"):
         tokenizer = GPTTokenizer()
         if name == "scratch":
@@ -159,7 +162,7 @@ def load_model(name: str, seed: int) -> tuple[nn.Module, object, int]:
 def read_rows(path: str) -> list[dict]:
     """Rows of a JSONL file; ValueError with file and line for one that cannot be trained on."""
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such data file; give a JSONL file with instruction and response in every row")
+        raise ValueError(f"{path}: no such data file; give a JSONL file with instruction and response a row")
     rows = []
     with open(path, encoding="utf-8") as lines:
         for i, line in enumerate(lines, 1):
@@ -171,7 +174,7 @@ def read_rows(path: str) -> list[dict]:
                 raise ValueError(f"{path}:{i}: not JSON ({e})") from None
             for field in ("instruction", "response"):
                 if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field]:
-                    raise ValueError(f"{path}:{i}: no text in the field {field!r}; every row needs instruction and response")
+                    raise ValueError(f"{path}:{i}: no text in {field!r}; rows need instruction and response")
             rows.append(row)
     if not rows:
         raise ValueError(f"{path}: holds no rows")
@@ -180,14 +183,14 @@ def read_rows(path: str) -> list[dict]:
 
 def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """(train, held out): 5 % of the rows, at most 500, chosen by hash, so that equal rows stay together."""
-    keys = [hashlib.blake2b(json.dumps(row, sort_keys=True).encode(), digest_size=16).digest() for row in rows]
+    keys = [hashlib.blake2b(json.dumps(row, sort_keys=True).encode()).digest() for row in rows]
     chosen = set(sorted(set(keys))[:max(1, min(500, round(0.05 * len(set(keys)))))])
     return ([row for row, key in zip(rows, keys) if key not in chosen],
             [row for row, key in zip(rows, keys) if key in chosen])
 
 
 def encode(rows: list[dict], tokenizer, block_size: int, what: str) -> list[tuple[list[int], int, str]]:
-    """(tokens, prompt length, domain) per row; cut on the right at block_size, dropped if no response is left."""
+    """(tokens, prompt length, domain) a row, cut on the right at block_size, dropped without a response."""
     encoded, cut, dropped = [], 0, 0
     quiet = hd_pissa.rank() > 0 or len(rows) < 20_000
     for row in tqdm(rows, desc=f"tokenize {what}", unit="row", disable=quiet):
@@ -204,7 +207,7 @@ def encode(rows: list[dict], tokenizer, block_size: int, what: str) -> list[tupl
 
 
 def step_batches(rows, batch_size: int, seed: int):
-    """Endless step batches of (tokens, prompt length) in an order fixed by the seed alone; partial ones are dropped."""
+    """Endless step batches of (tokens, prompt length), ordered by the seed alone, without partial batches."""
     epoch = 0
     while True:
         generator = torch.Generator().manual_seed(hd_pissa.seed_of("epoch", seed, epoch))
@@ -215,12 +218,12 @@ def step_batches(rows, batch_size: int, seed: int):
 
 
 @torch.no_grad()
-def evaluate(model, rows, device, batch_size: int = 32, desc: str = "evaluate") -> dict[str, dict[str, float]]:
+def evaluate(model, rows, device, batch_size: int = 32, desc: str = "evaluate") -> dict[str, dict]:
     """Per domain and in "all": loss in nats per response token, exact match in percent, rows.
 
-    Exact match: the greedy continuation of the prompt equals the whole response, end of text included. It does
-    if and only if the reference token has the largest logit at every position of one forward over the reference:
-    the first place where greedy decoding departs from the reference is the first place where that fails.
+    Exact match: the greedy continuation of the prompt equals the whole response, end of text included. It
+    does if and only if the reference token has the largest logit at every position of one forward over the
+    reference: greedy decoding departs from it at the first position where that fails.
     """
     was_training = model.training
     model.eval()
@@ -236,7 +239,7 @@ def evaluate(model, rows, device, batch_size: int = 32, desc: str = "evaluate") 
         result[chosen, 1] = (y >= 0).double().sum(1)
         result[chosen, 2] = ((logits.argmax(-1) == y) | (y < 0)).all(1).double()
     if hd_pissa.world_size() > 1:
-        dist.all_reduce(result)             # one process has each row, the others add zeros: exact in any order
+        dist.all_reduce(result)             # one process has a row, the others add zeros: exact in any order
     model.train(was_training)
     table = {}
     for domain in sorted({row[2] for row in rows} - {"all"}) + ["all"]:
@@ -251,7 +254,7 @@ def evaluate(model, rows, device, batch_size: int = 32, desc: str = "evaluate") 
 
 
 class Baseline:
-    """Trains one adapter per weight (or all weights) on the whole step batch: gradients are averaged over processes.
+    """One adapter per weight, or all weights, trained on the whole step batch: processes average gradients.
 
         lora, pissa     Y = X W_res + s (X A) B,  A (m, r), B (r, n) trained    (W_res = W, or W - s A B)
     """
@@ -260,7 +263,8 @@ class Baseline:
 
     def __init__(self, model, method: str, rank: int, K: int, targets, alpha, seed: int):
         hd_pissa.check_arguments(rank, K, "top", alpha, 0.0, "mean", "auto")
-        self.K, self.S, self.first = K, K // hd_pissa.world_size(), hd_pissa.rank() * (K // hd_pissa.world_size())
+        self.K, self.S = K, K // hd_pissa.world_size()
+        self.first = hd_pissa.rank() * self.S
         self.s, self.factors, self.slots, self.skipped = 1.0 if alpha is None else alpha / rank, [], [], {}
         model.requires_grad_(method == "full")
         if method == "full":
@@ -280,8 +284,11 @@ class Baseline:
                     dist.broadcast(factor.data, src=0)
             if method == "pissa":
                 W.data.sub_(self.s * A.detach() @ B.detach())
-            hook = module.register_forward_hook(lambda mod, args, out, A=A, B=B: out + self.s * (args[0] @ A) @ B)
-            self.factors.append((W, A, B, hook))
+
+            def residual(module, inputs, output, A=A, B=B):
+                return output + self.s * (inputs[0] @ A) @ B
+
+            self.factors.append((W, A, B, module.register_forward_hook(residual)))
         self._parameters = [p for _, A, B, _ in self.factors for p in (A, B)]
 
     def parameters(self):
@@ -294,7 +301,7 @@ class Baseline:
         """Any optimizer that torch has works on plain parameters."""
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Average the gradients over the processes, then clip: the first moment at which they must be whole."""
+        """Average the gradients over the processes, then clip: the first moment they must be whole."""
         if hd_pissa.world_size() > 1:
             for p in self._parameters:
                 dist.all_reduce(p.grad)
@@ -332,71 +339,74 @@ def everywhere(work):
     return result
 
 
-def parse(argv) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    g = p.add_argument_group("what to train")
-    g.add_argument("--model", default=str(DATA / "base.pt"), help='.pt file of the small GPT, "scratch", a Hugging '
-                   "Face directory or hub id")
-    g.add_argument("--data", default=str(DATA / "multi_domain.jsonl"), help="JSONL file, one row a line")
-    g.add_argument("--eval_data", default=None, help="JSONL file; default: 5 %% of the rows of --data, at most 500, "
-                   "held out by hash")
-    g.add_argument("--eval_rows", type=int, default=500, help="held-out rows that are evaluated at most")
-    g.add_argument("--out", default="out", help="directory for the results")
-    g = p.add_argument_group("method")
-    g.add_argument("--method", default="hd_pissa", choices=("hd_pissa", "pissa", "lora", "full"), help="what is trained")
-    g.add_argument("--rank", type=int, default=2, help="r, components per shard and weight")
-    g.add_argument("--shards", type=int, default=8, help="K, shards over all processes; a multiple of their number")
-    g.add_argument("--targets", default="all-linear", help="all-linear, or comma-separated suffixes of module names")
-    g.add_argument("--init", default="hd_pissa", choices=("hd_pissa", "top", "lora"), help="factors (appendix C)")
-    g.add_argument("--alpha", type=float, default=None, help="the adapter is scaled by alpha / rank; default: off (1)")
-    g.add_argument("--dropout", type=float, default=0.0, help="probability on the adapter's input, 0 = off")
-    g.add_argument("--aggregate", default="mean", choices=("mean", "sum"), help="mean: the paper; sum: its published code")
-    g.add_argument("--exchange", default="auto", choices=("auto", "all_gather", "all_reduce"),
-                   help="factors (all_gather) or dense dU (all_reduce); auto: fewer bytes")
-    g = p.add_argument_group("optimization")
-    g.add_argument("--lr", type=float, default=None, help="peak learning rate; it belongs to --method and --aggregate "
-                   f"(default on the embedded model: {LR})")
-    g.add_argument("--schedule", default="cosine", choices=("cosine", "linear", "constant"), help="after the warm-up")
-    g.add_argument("--warmup", type=float, default=0.03, help="in steps if 1 or more, else a share of all steps; 0 = off")
-    g.add_argument("--max_steps", type=int, default=None, help="optimizer steps; default: --epochs decides")
-    g.add_argument("--epochs", type=float, default=None, help=f"passes over the data (default: {STEPS} steps)")
-    g.add_argument("--batch_size", type=int, default=64, help="rows a step over all shards, a multiple of --shards")
-    g.add_argument("--micro_batch_size", type=int, default=32, help="rows a forward")
-    g.add_argument("--block_size", type=int, default=None, help="tokens a row, longer ones are cut; default: the "
-                   "model's context, at most 1024")
-    g.add_argument("--max_grad_norm", type=float, default=0.0, help="joint 2-norm over all shards, 0 = off")
-    g = p.add_argument_group("machine")
-    g.add_argument("--dtype", default="float32", choices=("float32", "float64"), help="of the weights (the paper: float32)")
-    g.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda if there is one")
-    g.add_argument("--threads", type=int, default=None, help="CPU threads a process; default: cores / local processes")
-    g.add_argument("--timeout", type=float, default=600, help="seconds that a collective waits for the other processes")
-    g.add_argument("--seed", type=int, default=0, help="of row order and random draws")
-    args = p.parse_args(argv)
-    for name in ("rank", "shards", "batch_size", "micro_batch_size", "eval_rows"):
-        if getattr(args, name) < 1:
-            p.error(f"--{name} {getattr(args, name)}: must be 1 or more")
-    for name in ("max_steps", "epochs", "block_size", "threads", "timeout"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            p.error(f"--{name} {getattr(args, name)}: must be above 0")
-    for name in ("lr", "warmup", "max_grad_norm", "seed"):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) < math.inf:
-            p.error(f"--{name} {getattr(args, name)}: must be a finite number, 0 or more")
-    if args.lr == 0:
-        p.error("--lr 0.0: nothing would train; use a learning rate above 0")
-    if args.batch_size % args.shards:
-        p.error(f"--batch_size {args.batch_size} is not a multiple of --shards {args.shards}; use "
-                f"{max(1, args.batch_size // args.shards) * args.shards}")
-    if args.lr is None and args.model != str(DATA / "base.pt"):
-        p.error("--lr: give the peak learning rate for this model (the paper: 2e-5 for LLaMA, with --aggregate mean)")
-    args.lr = LR[args.method] if args.lr is None else args.lr
-    args.targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
-    args.p = p
-    return args
-
-
 # Peak learning rates and steps for the embedded model and data (data/README.md says how they were found).
 LR = {"hd_pissa": 1e-2, "pissa": 4e-3, "lora": 8e-3, "full": 2e-3}
 STEPS = 300
+
+# flag, type or choices, default, help with the unit and the value that means "off"
+FLAGS = {
+    "what to train": (
+        ("model", str, str(DATA / "base.pt"), '.pt file of the small GPT, "scratch", Hugging Face directory or id'),
+        ("data", str, str(DATA / "multi_domain.jsonl"), "JSONL file, one row a line"),
+        ("eval_data", str, None, "JSONL file; None: 5 percent of the rows of --data, at most 500, by hash"),
+        ("eval_rows", int, 500, "held-out rows that are evaluated at most"),
+        ("out", str, "out", "directory for the results"),
+    ),
+    "method": (
+        ("method", ("hd_pissa", "pissa", "lora", "full"), "hd_pissa", "what is trained"),
+        ("rank", int, 2, "r, components per shard and weight"),
+        ("shards", int, 8, "K, over all processes; a multiple of their number"),
+        ("targets", str, "all-linear", "all-linear, or comma-separated suffixes of module names"),
+        ("init", ("hd_pissa", "top", "lora"), "hd_pissa", "factors of the shards (appendix C)"),
+        ("alpha", float, None, "the adapter is scaled by alpha / rank; None = off (scale 1)"),
+        ("dropout", float, 0.0, "probability on the adapter's input, 0 = off"),
+        ("aggregate", ("mean", "sum"), "mean", "mean: the paper; sum: its published code"),
+        ("exchange", ("auto", "all_gather", "all_reduce"), "auto", "factors (all_gather) or dense dU"),
+    ),
+    "optimization": (
+        ("lr", float, None, f"peak learning rate, of this --method and --aggregate; embedded model: {LR}"),
+        ("schedule", ("cosine", "linear", "constant"), "cosine", "after the warm-up"),
+        ("warmup", float, 0.03, "steps if 1 or more, else a share of all steps; 0 = off"),
+        ("max_steps", int, None, f"optimizer steps; None: --epochs decides, else {STEPS}"),
+        ("epochs", float, None, "passes over the data, used where --max_steps is not given; None = off"),
+        ("batch_size", int, 64, "rows a step over all shards, a multiple of --shards"),
+        ("micro_batch_size", int, 32, "rows a forward, at most"),
+        ("block_size", int, None, "tokens a row, longer ones are cut; None: the context, at most 1024"),
+        ("max_grad_norm", float, 0.0, "joint 2-norm over all shards, 0 = off"),
+    ),
+    "machine": (
+        ("dtype", ("float32", "float64"), "float32", "of the weights (the paper: float32)"),
+        ("device", ("auto", "cpu", "cuda"), "auto", "auto: cuda if there is one"),
+        ("threads", int, None, "CPU threads a process; None: cores / local processes"),
+        ("timeout", float, 600.0, "seconds that a collective waits for the other processes"),
+        ("seed", int, 0, "of row order and random draws"),
+    ),
+}
+
+
+def parse(argv) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+    """The flags of the command line, checked as far as that needs neither model nor data."""
+    p = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for title, flags in FLAGS.items():
+        group = p.add_argument_group(title)
+        for name, kind, default, text in flags:
+            how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            group.add_argument(f"--{name}", default=default, help=text, **how)
+    args = p.parse_args(argv)
+    for name in ("rank", "shards", "batch_size", "micro_batch_size", "eval_rows", "max_steps", "epochs",
+                 "block_size", "threads", "timeout", "lr", "warmup", "max_grad_norm", "seed"):
+        value, zero = getattr(args, name), name in ("warmup", "max_grad_norm", "seed")
+        if value is not None and not (0 <= value if zero else 0 < value) or value in (math.inf, math.nan):
+            p.error(f"--{name} {value}: must be a finite number, " + ("0 or more" if zero else "above 0"))
+    if args.batch_size % args.shards:
+        p.error(f"--batch_size {args.batch_size} is not a multiple of --shards {args.shards}; use "
+                f"--batch_size {max(1, args.batch_size // args.shards) * args.shards}")
+    if args.lr is None and args.model != str(DATA / "base.pt"):
+        p.error("--lr: give the peak learning rate for this --model (the paper, with mean: 2e-5 for LLaMA)")
+    args.lr = LR[args.method] if args.lr is None else args.lr
+    args.targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
+    return args, p
 
 
 def start_processes(args) -> torch.device:
@@ -406,8 +416,8 @@ def start_processes(args) -> torch.device:
         raise ValueError("--device cuda: torch sees no GPU here; use --device cpu")
     local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if cuda and local_size > torch.cuda.device_count():
-        raise ValueError(f"{local_size} processes share {torch.cuda.device_count()} GPUs; start one per GPU, and let --shards give each several "
-                         "shards")
+        raise ValueError(f"{local_size} processes share {torch.cuda.device_count()} GPUs; start one a GPU, "
+                         "each holds several of the --shards")
     torch.set_num_threads(args.threads or max(1, (os.cpu_count() or 1) // local_size))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
@@ -424,25 +434,29 @@ def run(args) -> dict:
     block_size = min(args.block_size or min(context, 1024), context)
     rows = everywhere(lambda: read_rows(args.data))
     rows, held = (rows, everywhere(lambda: read_rows(args.eval_data))) if args.eval_data else hold_out(rows)
-    rows, held = encode(rows, tokenizer, block_size, "train"), encode(held[:args.eval_rows], tokenizer, block_size, "held out")
+    rows = encode(rows, tokenizer, block_size, "train")
+    held = encode(held[:args.eval_rows], tokenizer, block_size, "held out")
     if len(rows) < args.batch_size or not held:
-        raise ValueError(f"{args.data}: {len(rows)} rows to train on and {len(held)} held out are left, --batch_size is "
-                         f"{args.batch_size}; give more rows, a larger --block_size or a smaller --batch_size")
-    args.max_steps = args.max_steps or (max(1, round(args.epochs * (len(rows) // args.batch_size))) if args.epochs else STEPS)
-
-    before = evaluate(model, held, device, desc="evaluate base")
+        raise ValueError(f"{args.data}: {len(rows)} rows to train on and {len(held)} held out are left, and a "
+                         f"batch has {args.batch_size}; give more rows, a larger --block_size or a smaller "
+                         "--batch_size")
+    if args.max_steps is None:
+        args.max_steps = max(1, round(args.epochs * (len(rows) // args.batch_size))) if args.epochs else STEPS
+    forward_rows = max(8, args.micro_batch_size)
+    before = evaluate(model, held, device, forward_rows, "evaluate base")
     probe, _ = hd_pissa.pad([row[:2] for row in held[:8]], device)
     with torch.no_grad():
         base_logits = hd_pissa.logits_of(model.eval(), probe)
     names = [name for name, _ in hd_pissa.find_layers(model, args.targets)[0]]
     # Rank of dW: a copy of up to 8 weights, evenly spaced over the model, taken before anything moves.
-    watched = {name: model.get_parameter(name + ".weight").detach().clone() for name in names[::max(1, len(names) // 8)][:8]}
+    watched = {name: model.get_parameter(name + ".weight").detach().clone()
+               for name in names[::max(1, len(names) // 8)][:8]}
     if args.method == "hd_pissa":
         adapters = hd_pissa.attach(model, args.rank, shards=args.shards, targets=args.targets, init=args.init,
                                    alpha=args.alpha, dropout=args.dropout, aggregate=args.aggregate,
                                    exchange=args.exchange, seed=args.seed, progress=True)
     else:
-        adapters = everywhere(lambda: Baseline(model, args.method, args.rank, args.shards, args.targets, args.alpha, args.seed))
+        adapters = Baseline(model, args.method, args.rank, args.shards, args.targets, args.alpha, args.seed)
     report_layers(args, adapters, names)
     if args.method == "hd_pissa":
         with torch.no_grad():
@@ -452,7 +466,7 @@ def run(args) -> dict:
         say(f"step-0 loss {before['all']['loss']:.6f}: logits equal the base model's bit for bit")
 
     out = Path(args.out)
-    config = {k: v for k, v in vars(args).items() if k != "p"} | {"processes": hd_pissa.world_size(), "torch": torch.__version__}
+    config = vars(args) | {"processes": hd_pissa.world_size(), "torch": torch.__version__}
     if hd_pissa.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
@@ -460,14 +474,14 @@ def run(args) -> dict:
     say(f"{args.method}: {args.max_steps} steps of {args.batch_size} rows, peak lr {args.lr:g}"
         + (f" (for aggregate={args.aggregate})" if args.method == "hd_pissa" else ""))
     batches = step_batches(rows, args.batch_size, args.seed)
-    for record in hd_pissa.train(model, adapters, batches, lr=args.lr, max_steps=args.max_steps, warmup=args.warmup,
-                                 schedule=args.schedule, max_grad_norm=args.max_grad_norm,
+    for record in hd_pissa.train(model, adapters, batches, lr=args.lr, max_steps=args.max_steps,
+                                 warmup=args.warmup, schedule=args.schedule, max_grad_norm=args.max_grad_norm,
                                  micro_batch_size=args.micro_batch_size, device=device):
         if hd_pissa.rank() == 0:
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(record) + "\n")
     adapters.detach_()
-    after = evaluate(model, held, device, desc="evaluate result")
+    after = evaluate(model, held, device, forward_rows, "evaluate result")
     report_losses(before, after)
     spectra = report_rank(args, watched, model)
     result = {"before": before, "after": after, "effective_rank": spectra}
@@ -480,31 +494,37 @@ def report_layers(args, adapters, names) -> None:
     for name in names:
         kinds[name.split(".")[-1]] = kinds.get(name.split(".")[-1], 0) + 1
     trained = "all weights" if args.method == "full" else ", ".join(f"{k} x{v}" for k, v in kinds.items())
-    say(f"trained: {trained}; {sum(p.numel() for p in adapters.parameters()):,} numbers in the optimizer of a process")
+    numbers = sum(p.numel() for p in adapters.parameters())
+    say(f"trained: {trained}; {numbers:,} numbers with AdamW moments in this process")
     for name, why in adapters.skipped.items():
         say(f"skipped: {name} ({why})")
 
 
 def report_losses(before, after) -> None:
-    say(f"\n{'held out':14} {'rows':>5} {'loss before':>12} {'after':>8} {'exact match before':>20} {'after':>8}")
+    say(f"\n{'held out':14} {'rows':>5} {'loss before':>12} {'after':>8} {'exact match, before':>19} "
+        f"{'after':>8}")
     for domain, a in before.items():
         b = after[domain]
-        say(f"{domain:14} {a['rows']:5} {a['loss']:12.4f} {b['loss']:8.4f} {a['exact_match']:18.1f} % {b['exact_match']:6.1f} %")
+        say(f"{domain:14} {a['rows']:5} {a['loss']:12.4f} {b['loss']:8.4f} {a['exact_match']:17.1f} % "
+            f"{b['exact_match']:6.1f} %")
 
 
 def report_rank(args, watched, model) -> dict:
+    """Print and return the rank of dW for the `watched` weights: {name: W before}."""
     K, r, table = args.shards, args.rank, {}
-    edge = {"lora": r, "pissa": 2 * r, "full": None}.get(args.method, 2 * K * r)
-    say(f"\neffective rank of dW (singular values above 1 % of the largest); LoRA {r}, PiSSA {2 * r}, HD-PiSSA 2Kr = {2 * K * r}")
+    edge = {"lora": r, "pissa": 2 * r, "hd_pissa": 2 * K * r}.get(args.method)
+    say("\neffective rank of dW: singular values above 1 % of the largest "
+        f"(LoRA {r}, PiSSA {2 * r}, HD-PiSSA about 2Kr = {2 * K * r})")
     for name, W in watched.items():
         after = model.get_parameter(name + ".weight").detach()
         S = hd_pissa.update_spectrum(W, after)
-        floor = hd_pissa.rounding_floor(after, args.max_steps)
-        rank = hd_pissa.effective_rank(S)
-        beyond = float(S[edge] / S[0]) if edge is not None and edge < len(S) and S[0] > 0 else None
-        table[name] = {"effective_rank": rank, "of": len(S), "beyond_edge": beyond, "rounding_floor": floor / float(S[0] or 1)}
-        say(f"  {name:34} {rank:4} of {len(S)}" + (f", sigma_{edge + 1}/sigma_1 {beyond:.1e} "
-            f"(rounding of W alone: about {table[name]['rounding_floor']:.0e})" if beyond is not None else ""))
+        floor = hd_pissa.rounding_floor(after, args.max_steps) / float(S[0] or 1)
+        table[name] = {"effective_rank": hd_pissa.effective_rank(S), "of": len(S), "rounding_floor": floor}
+        text = f"  {name:34} {table[name]['effective_rank']:4} of {len(S)}"
+        if edge is not None and edge < len(S) and S[0] > 0:
+            table[name]["beyond_edge"] = float(S[edge] / S[0])
+            text += f", sigma_{edge + 1} / sigma_1 = {float(S[edge] / S[0]):.1e} (rounding alone: {floor:.0e})"
+        say(text)
     return table
 
 
@@ -513,11 +533,11 @@ def save(out: Path, model, tokenizer, result) -> None:
         if isinstance(model, GPT):
             torch.save(model.state_dict(), out / "model.pt.tmp")
             os.replace(out / "model.pt.tmp", out / "model.pt")
-            how = f"model = train.GPT.from_state_dict(torch.load({str(out / 'model.pt')!r}, weights_only=True))"
+            how = f"train.GPT.from_state_dict(torch.load({str(out / 'model.pt')!r}, weights_only=True))"
         else:
             model.save_pretrained(out / "model")
             tokenizer.hf.save_pretrained(out / "model")
-            how = f"model = transformers.AutoModelForCausalLM.from_pretrained({str(out / 'model')!r})"
+            how = f"transformers.AutoModelForCausalLM.from_pretrained({str(out / 'model')!r})"
         (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         say(f"\nthe result is a plain model under the base model's names:\n  {how}")
     if hd_pissa.world_size() > 1:
@@ -525,11 +545,12 @@ def save(out: Path, model, tokenizer, result) -> None:
 
 
 def main(argv=None) -> dict:
-    args = parse(sys.argv[1:] if argv is None else argv)
+    """Run a command line; exit status 2 and one sentence on stderr for what the user can put right."""
+    args, parser = parse(sys.argv[1:] if argv is None else argv)
     try:
         return run(args)
     except ValueError as e:
-        args.p.exit(2, f"train.py: error: {e}\n")
+        parser.exit(2, f"train.py: error: {e}\n")
 
 
 if __name__ == "__main__":
