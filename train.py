@@ -124,8 +124,8 @@ class HFTokenizer:
             chat = [{"role": "user", "content": instruction}]
             text = self.hf.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
             return self.hf(text, add_special_tokens=False)["input_ids"]
-        text = ("Below is an instruction that describes a task. Write a response that appropriately completes "
-                f"the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n")
+        text = ("Below is an instruction that describes a task. Write a response that appropriately "
+                f"completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n")
         return self.hf(text)["input_ids"]
 
     def response(self, response: str) -> list[int]:
@@ -346,7 +346,7 @@ STEPS = 300
 # flag, type or choices, default, help with the unit and the value that means "off"
 FLAGS = {
     "what to train": (
-        ("model", str, str(DATA / "base.pt"), '.pt file of the small GPT, "scratch", Hugging Face directory or id'),
+        ("model", str, str(DATA / "base.pt"), '.pt file of the small GPT, "scratch", or a Hugging Face name'),
         ("data", str, str(DATA / "multi_domain.jsonl"), "JSONL file, one row a line"),
         ("eval_data", str, None, "JSONL file; None: 5 percent of the rows of --data, at most 500, by hash"),
         ("eval_rows", int, 500, "held-out rows that are evaluated at most"),
@@ -384,10 +384,15 @@ FLAGS = {
 }
 
 
+class OneLineErrors(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def parse(argv) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     """The flags of the command line, checked as far as that needs neither model nor data."""
-    p = argparse.ArgumentParser(prog="train.py", description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = OneLineErrors(prog="train.py", description=__doc__.split("\n")[0],
+                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for title, flags in FLAGS.items():
         group = p.add_argument_group(title)
         for name, kind, default, text in flags:
@@ -437,9 +442,8 @@ def run(args) -> dict:
     rows = encode(rows, tokenizer, block_size, "train")
     held = encode(held[:args.eval_rows], tokenizer, block_size, "held out")
     if len(rows) < args.batch_size or not held:
-        raise ValueError(f"{args.data}: {len(rows)} rows to train on and {len(held)} held out are left, and a "
-                         f"batch has {args.batch_size}; give more rows, a larger --block_size or a smaller "
-                         "--batch_size")
+        raise ValueError(f"{args.data}: {len(rows)} rows to train on and {len(held)} held out are left for batches "
+                         f"of {args.batch_size}; give more rows, a larger --block_size, a smaller --batch_size")
     if args.max_steps is None:
         args.max_steps = max(1, round(args.epochs * (len(rows) // args.batch_size))) if args.epochs else STEPS
     forward_rows = max(8, args.micro_batch_size)
@@ -471,8 +475,8 @@ def run(args) -> dict:
         out.mkdir(parents=True, exist_ok=True)
         (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
         (out / "log.jsonl").write_text("")
-    say(f"{args.method}: {args.max_steps} steps of {args.batch_size} rows, peak lr {args.lr:g}"
-        + (f" (for aggregate={args.aggregate})" if args.method == "hd_pissa" else ""))
+    belongs = f" (for aggregate={args.aggregate})" if args.method == "hd_pissa" else ""
+    say(f"{args.method}: {args.max_steps} steps of {args.batch_size} rows, peak lr {args.lr:g}{belongs}")
     batches = step_batches(rows, args.batch_size, args.seed)
     for record in hd_pissa.train(model, adapters, batches, lr=args.lr, max_steps=args.max_steps,
                                  warmup=args.warmup, schedule=args.schedule, max_grad_norm=args.max_grad_norm,
@@ -523,7 +527,7 @@ def report_rank(args, watched, model) -> dict:
         text = f"  {name:34} {table[name]['effective_rank']:4} of {len(S)}"
         if edge is not None and edge < len(S) and S[0] > 0:
             table[name]["beyond_edge"] = float(S[edge] / S[0])
-            text += f", sigma_{edge + 1} / sigma_1 = {float(S[edge] / S[0]):.1e} (rounding alone: {floor:.0e})"
+            text += f", sigma_{edge + 1}/sigma_1 = {float(S[edge] / S[0]):.1e} (rounding alone: {floor:.0e})"
         say(text)
     return table
 
@@ -550,7 +554,7 @@ def main(argv=None) -> dict:
     try:
         return run(args)
     except ValueError as e:
-        parser.exit(2, f"train.py: error: {e}\n")
+        parser.error(" ".join(str(e).split()))
 
 
 if __name__ == "__main__":
