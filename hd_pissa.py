@@ -34,7 +34,6 @@ Notation (the paper's letters; an nn.Linear stores W^T, a transformers Conv1D st
     X, Y      (T, m), (T, n) input and output, T tokens       s         alpha / r, PEFT's scaling
     U, S, Vt  (m, d), (d,), (d, n), d = min(m, n)
 
-Not here on purpose: models, data and the command line (train.py), benchmarks, plots.
 Paper: Wang et al., "HD-PiSSA: High-Rank Distributed Orthogonal Adaptation".
 """
 
@@ -50,8 +49,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------
-# Processes. One process is the same code: its collectives are the identity.
+# ---- Processes: one process runs the same code, its collectives are the identity ---------------------------
 
 
 def rank() -> int:
@@ -86,8 +84,7 @@ def gather_shards(local: torch.Tensor) -> torch.Tensor:
     return out
 
 
-# ------------------------------------------------------------------------------
-# Orthogonal adapters initialization (section 4.1)
+# ---- Orthogonal adapters initialization (section 4.1) ------------------------------------------------------
 
 
 def components(W: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -137,8 +134,7 @@ def shard_factors(W: torch.Tensor, K: int, r: int, init: str, s: float, seed: in
     return torch.cat((At.flatten(1), B.flatten(1)), dim=1)                      # (K, r m + r n)
 
 
-# ------------------------------------------------------------------------------
-# Muting mechanism (section 4.3)
+# ---- Muting mechanism (section 4.3) ------------------------------------------------------------------------
 
 
 class Mute(torch.autograd.Function):
@@ -221,8 +217,7 @@ class Slot:
         return draw
 
 
-# ------------------------------------------------------------------------------
-# Direct weight update (section 4.2)
+# ---- Direct weight update (section 4.2) --------------------------------------------------------------------
 
 
 def update_factors(At, B, dAt, dB) -> tuple[torch.Tensor, torch.Tensor]:
@@ -329,13 +324,12 @@ class Adapters:
         Increments start every step at zero: weight decay would decay zeros, and a rule that reads the
         parameter (Adafactor's and LAMB's scale, LBFGS's line search, ASGD's average) would read nothing.
         """
-        name, held, wanted = type(optimizer).__name__, set(), {id(p) for p in self.parameters()}
-        for group in optimizer.param_groups:
-            ours = wanted & {id(p) for p in group["params"]}
-            held |= ours
-            if ours and group.get("weight_decay", 0):
-                raise ValueError(f"{name} has weight_decay={group['weight_decay']}, which does nothing to "
-                                 "increments that start at zero; pass weight_decay=0.0 (the paper's setting)")
+        name, wanted = type(optimizer).__name__, {id(p) for p in self.parameters()}
+        groups = [(wanted & {id(p) for p in group["params"]}, group) for group in optimizer.param_groups]
+        held = set().union(*(ours for ours, _ in groups))
+        if decay := next((g["weight_decay"] for ours, g in groups if ours and g.get("weight_decay")), None):
+            raise ValueError(f"{name} has weight_decay={decay}, which does nothing to increments that start "
+                             "at zero; pass weight_decay=0.0 (the paper's setting)")
         bases = {c.__name__.lower() for c in type(optimizer).__mro__}
         if bases & {"adafactor", "lbfgs", "asgd", "lamb", "lars"}:
             raise ValueError(f"{name} reads the parameter itself, and increments start every step at zero; "
@@ -354,13 +348,11 @@ class Adapters:
                 grads = [p.grad for p in leaves.values() if p.grad is not None]
                 local[i, 2] = not grads or any(bool(g.any()) for g in grads)
         touched, size, gradient = gather_shards(local).T.tolist()
-        without = [i for i in range(self.K) if not touched[i]]
-        if without:
+        if without := [i for i in range(self.K) if not touched[i]]:
             raise ValueError(f"merge_: shards {without} of {self.K} got no gradient since the last merge. "
                              f"Every step trains each shard of a process:\n    for s in range({self.S}):\n"
                              "        with adapters.shard(s):\n            loss_of_mini_batch(s).backward()")
-        bad = [i for i in range(self.K) if not math.isfinite(size[i])]
-        if bad:
+        if bad := [i for i in range(self.K) if not math.isfinite(size[i])]:
             raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched. Lower "
                              "the learning rate or clip the gradients")
         self.idle = self.idle + 1 if not any(size) and any(gradient) else 0
@@ -406,22 +398,23 @@ class Adapters:
             slot.backwards.clear()
         self.step += 1
 
-    def _own_factors(self):
+    def _own_factors(self) -> dict[str, torch.Tensor]:
+        own = {}
         for slot in self.slots:
-            At, B = slot.views(self.basis)
-            for i in range(self.first, self.first + self.S):
-                yield f"{slot.name}.shard{i}.A", At[self.kept.index(i)].T
-                yield f"{slot.name}.shard{i}.B", B[self.kept.index(i)]
+            for i, At, B in zip(self.kept, *slot.views(self.basis)):
+                if self.first <= i < self.first + self.S:
+                    own[f"{slot.name}.shard{i}.A"], own[f"{slot.name}.shard{i}.B"] = At.T, B
+        return own
 
     def state_dict(self) -> dict:
         """Config, step, and A_i, B_i of this process's shards by global index: "<module path>.shard<i>.A"."""
-        factors = {name: tensor.clone() for name, tensor in self._own_factors()}
+        factors = {name: tensor.clone() for name, tensor in self._own_factors().items()}
         return {"config": dict(self.config), "step": self.step, **factors}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Take A_i, B_i and the step from `state`; ValueError if it is of another configuration or model."""
-        there, own = state.get("config", {}), dict(self._own_factors())
+        there, own = state.get("config", {}), self._own_factors()
         wrong = {k: (v, there.get(k)) for k, v in self.config.items() if there.get(k) != v}
         missing = [name for name in own if name not in state or state[name].shape != own[name].shape]
         agree(f"adapter state of another run: (here, there) = {wrong}, tensors missing or of another shape: "
@@ -441,8 +434,7 @@ class Adapters:
             del slot.module.hd_pissa
 
 
-# ------------------------------------------------------------------------------
-# Attaching
+# ---- Attaching ---------------------------------------------------------------------------------------------
 
 
 def find_layers(model: nn.Module, targets) -> tuple[list[tuple[str, nn.Module]], dict[str, str]]:
@@ -570,8 +562,7 @@ def _deal(adapters: Adapters, init: str, progress: bool) -> None:
         adapters.basis[:, slot.start:slot.start + slot.size] = rows[adapters.kept.start:adapters.kept.stop]
 
 
-# ------------------------------------------------------------------------------
-# What an update looks like (section 6)
+# ---- What an update looks like (section 6) -----------------------------------------------------------------
 
 
 def update_spectrum(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
@@ -595,14 +586,13 @@ def rounding_floor(W: torch.Tensor, steps: int) -> float:
     return float(ulp.square().mean().sqrt() * math.sqrt(steps / 12) * sum(math.sqrt(d) for d in W.shape))
 
 
-# ------------------------------------------------------------------------------
-# The loop
+# ---- The loop ----------------------------------------------------------------------------------------------
 
 
 def lr_factor(step: int, max_steps: int, warmup: float, schedule: str) -> float:
     """Share of the peak rate at `step` (from 0): linear warm-up, then "cosine", "linear" or "constant".
 
-    warmup: steps if 1 or more, a ratio of max_steps below 1, 0 = off. The first step has 1/warmup, never 0.
+    warmup: steps if 1 or more, below 1 a share of max_steps, 0 = off. The first step has 1/warmup, never 0.
     """
     ramp = round(warmup) if warmup >= 1 else math.ceil(warmup * max_steps)
     if step < ramp:
@@ -612,7 +602,7 @@ def lr_factor(step: int, max_steps: int, warmup: float, schedule: str) -> float:
 
 
 def pad(rows, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets (b, t) of `rows`, each (tokens, prompt length); the prompt and the padding are -100.
+    """Inputs and targets (b, t) of `rows`, each (tokens, prompt length of 1 or more); no loss is -100.
 
     Padding stands on the right of causal attention, so no real token sees it and no attention mask is needed.
     """
@@ -621,13 +611,8 @@ def pad(rows, device) -> tuple[torch.Tensor, torch.Tensor]:
     y = torch.full((len(rows), length), -100, dtype=torch.long)
     for i, (tokens, prompt) in enumerate(rows):
         x[i, :len(tokens) - 1] = torch.tensor(tokens[:-1])
-        y[i, max(prompt, 1) - 1:len(tokens) - 1] = torch.tensor(tokens[max(prompt, 1):])
+        y[i, prompt - 1:len(tokens) - 1] = torch.tensor(tokens[prompt:])
     return x.to(device), y.to(device)
-
-
-def response_tokens(rows) -> int:
-    """Number of tokens that the loss of `rows` sums over."""
-    return sum(len(tokens) - max(prompt, 1) for tokens, prompt in rows)
 
 
 def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -665,7 +650,7 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
     for step, batch in zip(range(1, max_steps + 1), batches):
         start, size = time.perf_counter(), len(batch) // K
         mini = [batch[i * size:(i + 1) * size] for i in range(K)]
-        counts = [response_tokens(rows) for rows in mini]
+        counts = [sum(len(tokens) - prompt for tokens, prompt in rows) for rows in mini]
         if size * K != len(batch) or 0 in counts:
             raise ValueError(f"step {step}: {len(batch)} rows with {counts} response tokens per shard; "
                              f"each of the {K} shards needs the same number of rows and a response token")
@@ -683,8 +668,7 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
                     (loss / norm).backward()
                 losses[i] += loss.detach()
         sums = gather_shards(losses).tolist()
-        bad = [i for i, value in enumerate(sums) if not math.isfinite(value)]
-        if bad:
+        if bad := [i for i, value in enumerate(sums) if not math.isfinite(value)]:
             raise ValueError(f"step {step}: the loss of shards {bad} is not finite; W is untouched by this "
                              "step. Lower the learning rate, or look at these rows of the batch")
 

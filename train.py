@@ -553,7 +553,7 @@ def main(argv=None) -> dict:
     args, parser = parse(sys.argv[1:] if argv is None else argv)
     try:
         return run(args)
-    except ValueError as e:
+    except (ValueError, OSError) as e:
         parser.error(" ".join(str(e).split()))
 
 
