@@ -32,8 +32,7 @@ import hd_pissa
 
 DATA = Path(__file__).resolve().parent / "data"
 
-# ----------------------------------------------------------------------------------------------------------
-# The small GPT (nanoGPT's shape: pre-norm, learned positions, tied head, no biases in the linear layers)
+# ---- The small GPT (nanoGPT's shape: pre-norm, learned positions, tied head, no biases in the linear layers) 
 
 
 class Block(nn.Module):
@@ -85,8 +84,7 @@ class GPT(nn.Module):
         return self.lm_head(self.ln_f(h))                               # (b, t, vocabulary)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Models and tokenizers
+# ---- Models and tokenizers ---------------------------------------------------------------------------------
 
 
 class GPTTokenizer:
@@ -155,8 +153,7 @@ def load_model(name: str, seed: int) -> tuple[nn.Module, object, int]:
     return model, tokenizer, getattr(model.config, "max_position_embeddings", 1 << 20)
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Data
+# ---- Data --------------------------------------------------------------------------------------------------
 
 
 def read_rows(path: str) -> list[dict]:
@@ -249,8 +246,7 @@ def evaluate(model, rows, device, batch_size: int = 32, desc: str = "evaluate") 
     return table
 
 
-# ----------------------------------------------------------------------------------------------------------
-# Baselines: data-parallel LoRA, PiSSA and full fine-tuning, with the interface of hd_pissa.Adapters
+# ---- Baselines: data-parallel LoRA, PiSSA and full fine-tuning, with the interface of hd_pissa.Adapters ----
 
 
 class Baseline:
@@ -295,10 +291,10 @@ class Baseline:
         return self._parameters
 
     def shard(self, i):
-        return contextlib.nullcontext()
+        return contextlib.nullcontext()         # one adapter, whichever rows come
 
     def check(self, optimizer):
-        """Any optimizer that torch has works on plain parameters."""
+        """Any optimizer works on plain parameters."""
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Average the gradients over the processes, then clip: the first moment they must be whole."""
@@ -319,8 +315,7 @@ class Baseline:
             hook.remove()
 
 
-# ----------------------------------------------------------------------------------------------------------
-# The run
+# ---- The run -----------------------------------------------------------------------------------------------
 
 
 def say(*text) -> None:
@@ -341,7 +336,7 @@ def everywhere(work):
 
 # Peak learning rates and steps for the embedded model and data (data/README.md says how they were found).
 LR = {"hd_pissa": 1e-2, "pissa": 4e-3, "lora": 8e-3, "full": 2e-3}
-STEPS = 300
+STEPS = 400
 
 # flag, type or choices, default, help with the unit and the value that means "off"
 FLAGS = {
@@ -442,8 +437,8 @@ def run(args) -> dict:
     rows = encode(rows, tokenizer, block_size, "train")
     held = encode(held[:args.eval_rows], tokenizer, block_size, "held out")
     if len(rows) < args.batch_size or not held:
-        raise ValueError(f"{args.data}: {len(rows)} rows to train on and {len(held)} held out are left for batches "
-                         f"of {args.batch_size}; give more rows, a larger --block_size, a smaller --batch_size")
+        raise ValueError(f"{args.data}: {len(rows)} rows to train on and {len(held)} held out are too few for "
+                         f"--batch_size {args.batch_size}; give more rows or a larger --block_size")
     if args.max_steps is None:
         args.max_steps = max(1, round(args.epochs * (len(rows) // args.batch_size))) if args.epochs else STEPS
     forward_rows = max(8, args.micro_batch_size)

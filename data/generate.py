@@ -35,6 +35,7 @@ OPENERS = ("Continue.", "Go on.", "And then?", "Tell me something.", "Write a fe
 
 
 def _words(text: str) -> list[str]:
+    """The words of a line."""
     return text.split()
 
 

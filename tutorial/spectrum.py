@@ -4,8 +4,8 @@
     python tutorial/spectrum.py                # four runs of train.py, then spectrum.json and spectrum.svg
     python tutorial/spectrum.py --plot_only    # the figure again from spectrum.json
 
-Each method runs on the embedded model and data with the default flags of train.py, so with its default learning
-rate. The layer is the feed-forward input of the third block; another one with --layer.
+Each method runs on the embedded model and data with the default flags of train.py, so with its default
+learning rate. The layer is the feed-forward input of the third block; another one with --layer.
 """
 
 import argparse
@@ -36,7 +36,8 @@ def spectra(layer: str, max_steps: int) -> dict:
         S = hd_pissa.update_spectrum(base, after)
         result["methods"][method] = {
             "lr": train.LR[method], "effective_rank": hd_pissa.effective_rank(S),
-            "loss": run["after"]["all"]["loss"], "relative_singular_values": [float(f"{v:.4g}") for v in S / S[0]]}
+            "loss": run["after"]["all"]["loss"],
+            "relative_singular_values": [float(f"{v:.4g}") for v in S / S[0]]}
     return result
 
 
