@@ -32,7 +32,7 @@ import hd_pissa
 
 DATA = Path(__file__).resolve().parent / "data"
 
-# ---- The small GPT (nanoGPT's shape: pre-norm, learned positions, tied head, no biases in the linear layers) 
+# ---- The small GPT: nanoGPT's shape, pre-norm, learned positions, tied head, no biases ----------------------
 
 
 class Block(nn.Module):
@@ -437,7 +437,7 @@ def run(args) -> dict:
     rows = encode(rows, tokenizer, block_size, "train")
     held = encode(held[:args.eval_rows], tokenizer, block_size, "held out")
     if len(rows) < args.batch_size or not held:
-        raise ValueError(f"{args.data}: {len(rows)} rows to train on and {len(held)} held out are too few for "
+        raise ValueError(f"{args.data}: {len(rows)} rows to train on, {len(held)} held out: too few for "
                          f"--batch_size {args.batch_size}; give more rows or a larger --block_size")
     if args.max_steps is None:
         args.max_steps = max(1, round(args.epochs * (len(rows) // args.batch_size))) if args.epochs else STEPS

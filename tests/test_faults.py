@@ -20,7 +20,10 @@ def agrees(**attach) -> bool:
 
 
 original_factors, original_update, original_select = (
-    hd_pissa.shard_factors, hd_pissa.update_factors, hd_pissa.Adapters._select)
+    hd_pissa.shard_factors,
+    hd_pissa.update_factors,
+    hd_pissa.Adapters._select,
+)
 original_backward, original_merge = hd_pissa.Mute.backward, hd_pissa.Adapters.merge_
 
 
@@ -72,10 +75,18 @@ def increments_kept(self):
     self.increments.copy_(kept)
 
 
-FAULTS = [("shard_factors", wrong_slice), ("shard_factors", all_top), ("shard_factors", unrooted),
-          ("update_factors", no_cross_term), ("update_factors", no_second_order), ("update_factors", dropped_shard),
-          ("Adapters._select", stale_basis), ("Mute.backward", wrong_gradient), ("Mute.backward", wrong_dX),
-          ("Adapters.merge_", increments_kept)]
+FAULTS = [
+    ("shard_factors", wrong_slice),
+    ("shard_factors", all_top),
+    ("shard_factors", unrooted),
+    ("update_factors", no_cross_term),
+    ("update_factors", no_second_order),
+    ("update_factors", dropped_shard),
+    ("Adapters._select", stale_basis),
+    ("Mute.backward", wrong_gradient),
+    ("Mute.backward", wrong_dX),
+    ("Adapters.merge_", increments_kept),
+]
 
 
 def test_no_fault_is_green():
@@ -93,8 +104,9 @@ def test_planted_fault_is_red(where, fault, monkeypatch):
     assert not agrees()
 
 
-@pytest.mark.parametrize("attach", [{"aggregate": "sum"}, {"alpha": 2.0 * toy.R}, {"clip": 1e-3}, {"lr": 1.01e-2}],
-                         ids=str)
+@pytest.mark.parametrize(
+    "attach", [{"aggregate": "sum"}, {"alpha": 2.0 * toy.R}, {"clip": 1e-3}, {"lr": 1.01e-2}], ids=str
+)
 def test_another_setting_is_red(attach):
-    """Sum for mean, another scale, clipping, one percent of the learning rate: none passes for the default."""
+    """Sum for mean, another scale, clipping, one percent of the learning rate: none passes."""
     assert not agrees(**attach)

@@ -32,15 +32,18 @@ def objective(y):
 
 
 def weight_of(layer):
-    return layer.weight.detach() if not isinstance(layer, nn.Linear) else layer.weight.detach().T     # (m, n)
+    return layer.weight.detach() if not isinstance(layer, nn.Linear) else layer.weight.detach().T  # (m, n)
 
 
 @pytest.mark.parametrize("alpha", [None, 4.0])
 @pytest.mark.parametrize("shape", [(7,), (2, 5)])
-@pytest.mark.parametrize("layer", [lambda: make_linear(True), lambda: make_linear(False), make_conv1d],
-                         ids=["linear", "no_bias", "conv1d"])
+@pytest.mark.parametrize(
+    "layer",
+    [lambda: make_linear(True), lambda: make_linear(False), make_conv1d],
+    ids=["linear", "no_bias", "conv1d"],
+)
 def test_gradients_equal_residual_pissa(layer, shape, alpha):
-    """dA, dB and X get the gradients of Y = X (W - s A_i B_i) + s (X A_i) B_i by plain autograd, every shard."""
+    """dA, dB and X get the gradients of Y = X (W - s A_i B_i) + s (X A_i) B_i by plain autograd."""
     layer, x = layer(), inputs(*shape).requires_grad_()
     W, bias = weight_of(layer).clone(), layer.bias
     adapters = hd_pissa.attach(nn.ModuleDict({"l": layer}), RANK, shards=K, alpha=alpha)
@@ -53,7 +56,7 @@ def test_gradients_equal_residual_pissa(layer, shape, alpha):
         with adapters.shard(i):
             out = layer(x)
             (dX,) = torch.autograd.grad(objective(out), x, retain_graph=True)
-        objective(out).backward()       # outside the context: the shard was captured in the forward
+        objective(out).backward()  # outside the context: the shard was captured in the forward
         torch.testing.assert_close(grads[f"l.shard{i}.dA"].grad, expected[0], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(grads[f"l.shard{i}.dB"].grad, expected[1], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(dX, expected[2], rtol=1e-10, atol=1e-12)
@@ -63,7 +66,8 @@ def test_gradients_equal_residual_pissa(layer, shape, alpha):
 def test_gradcheck_of_the_residual_layer_at_zero(conv1d):
     """Numerical derivatives of X (W + s((A+dA)(B+dB) - AB)) at dA = dB = 0 equal the backward of Mute."""
     g = torch.Generator().manual_seed(0)
-    x, W, A, B = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((3, M), (M, N), (M, RANK), (RANK, N)))
+    shapes = ((3, M), (M, N), (M, RANK), (RANK, N))
+    x, W, A, B = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes)
     bias, s = torch.randn(N, generator=g, dtype=torch.float64), 0.7
     zA, zB = torch.zeros_like(A).requires_grad_(), torch.zeros_like(B).requires_grad_()
     x.requires_grad_()
@@ -88,11 +92,19 @@ def test_gradients_equal_peft_pissa(alpha):
     """Shard 0 of a Llama against PEFT's init_lora_weights="pissa"; sign-free products are compared, fp64."""
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=50,
-                                      num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        vocab_size=50,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     base = transformers.LlamaForCausalLM(config)
-    lora = peft.LoraConfig(r=4, lora_alpha=alpha, init_lora_weights="pissa", target_modules=["q_proj", "down_proj"])
-    theirs, base = peft.get_peft_model(copy.deepcopy(base), lora).double(), base.double()    # PEFT needs fp32 to init
+    lora = peft.LoraConfig(
+        r=4, lora_alpha=alpha, init_lora_weights="pissa", target_modules=["q_proj", "down_proj"]
+    )
+    theirs, base = peft.get_peft_model(copy.deepcopy(base), lora).double(), base.double()  # it wants fp32
     adapters = hd_pissa.attach(base, 4, shards=1, targets=["q_proj", "down_proj"], alpha=alpha)
     x = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
     for model in (base, theirs):
@@ -101,12 +113,18 @@ def test_gradients_equal_peft_pissa(alpha):
     modules = dict(theirs.named_modules())
     for slot in adapters.slots:
         layer = modules["base_model.model." + slot.name]
-        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight           # (r, m), (n, r)
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight  # (r, m), (n, r)
         mine_A, mine_B = factors[slot.name + ".shard0.A"], factors[slot.name + ".shard0.B"]
         dA, dB = grads[slot.name + ".shard0.dA"].grad, grads[slot.name + ".shard0.dB"].grad
-        for got, expected in ((mine_A @ mine_B * alpha / 4, (B @ A).T * alpha / 4), (dA @ mine_B, (B @ A.grad).T),
-                              (mine_A @ dB, (B.grad @ A).T)):
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6 * float(expected.detach().abs().max()))
+        for got, expected in (
+            (mine_A @ mine_B * alpha / 4, (B @ A).T * alpha / 4),
+            (dA @ mine_B, (B @ A.grad).T),
+            (mine_A @ dB, (B.grad @ A).T),
+        ):
+            # PEFT decomposes in float32, so its factors carry that rounding: 1e-4 of the largest entry.
+            torch.testing.assert_close(
+                got, expected, rtol=0, atol=1e-4 * float(expected.detach().abs().max())
+            )
         assert dA.abs().max() > 1e-8
 
 
@@ -114,7 +132,9 @@ def test_gradients_equal_peft_pissa(alpha):
 def test_published_gamma_variant_has_the_same_gradients_in_float64(gamma):
     """d/dA of X (W + gamma A B), divided by gamma, at a fixed dY equals Mute's gradient."""
     g = torch.Generator().manual_seed(0)
-    X, dY, A, B = (torch.randn(s, generator=g, dtype=torch.float64) for s in ((5, M), (5, N), (M, RANK), (RANK, N)))
+    X, dY, A, B = (
+        torch.randn(s, generator=g, dtype=torch.float64) for s in ((5, M), (5, N), (M, RANK), (RANK, N))
+    )
     A.requires_grad_(), B.requires_grad_()
     published = torch.autograd.grad((X @ (gamma * A @ B) * dY).sum(), (A, B))
     dA, dB = torch.zeros_like(A).requires_grad_(), torch.zeros_like(B).requires_grad_()
@@ -125,7 +145,7 @@ def test_published_gamma_variant_has_the_same_gradients_in_float64(gamma):
 
 
 def test_gamma_window_in_float32():
-    """gamma = 1e-2 moves the output by gamma X A B, 1e-32 quantises a small gradient; the mute does neither."""
+    """gamma = 1e-2 moves the output, 1e-32 quantises a small gradient; the mute does neither."""
     g = torch.Generator().manual_seed(0)
     X, W, A, B = (torch.randn(s, generator=g) for s in ((5, M), (M, N), (M, RANK), (RANK, N)))
     dY = 1e-12 * torch.randn((5, N), generator=g)
@@ -142,7 +162,7 @@ def test_gamma_window_in_float32():
 
 
 def test_only_input_and_weight_are_saved():
-    """What autograd keeps for a muted layer: its input and its weight, nothing of size (T, n) or (m, n) more."""
+    """What autograd keeps for a muted layer: its input and its weight, nothing else."""
     layer, x, saved = make_linear(True), inputs(7), []
     hd_pissa.attach(nn.Sequential(layer), RANK, shards=K)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -151,7 +171,7 @@ def test_only_input_and_weight_are_saved():
 
 
 def test_checkpointing_recomputes_nothing_wrong():
-    """Non-reentrant checkpointing, backward outside the context: gradients equal the plain run bit for bit."""
+    """Non-reentrant checkpointing, backward outside the context: bit for bit."""
     results = []
     for use in (False, True):
         layer, x = make_linear(True), inputs(4)
@@ -189,7 +209,9 @@ def test_dropout_touches_the_adapter_input_alone():
     layer.eval()
     before = grads["0.shard0.dA"].grad.clone()
     layer(x).sum().backward()
-    torch.testing.assert_close(grads["0.shard0.dA"].grad - before, factors["0.shard0.B"].sum(1).expand(M, RANK))
+    torch.testing.assert_close(
+        grads["0.shard0.dA"].grad - before, factors["0.shard0.B"].sum(1).expand(M, RANK)
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
@@ -197,12 +219,21 @@ def test_step_0_logits_are_the_base_models(family):
     """Same dtype, eval mode: bit for bit, through Linear with and without bias and through Conv1D."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, vocab_size=50)
-    model = {"llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**small)),
-             "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**small)),
-             "gpt2": lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(
-                 n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=32))}[family]().eval()
+    small = dict(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+    )
+    model = {
+        "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**small)),
+        "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**small)),
+        "gpt2": lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=32)
+        ),
+    }[family]().eval()
     x = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         before = model(x).logits

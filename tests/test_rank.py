@@ -56,7 +56,9 @@ def test_spectrum_drops_at_2Kr_in_proportion_to_lr():
         S = hd_pissa.update_spectrum(*update(5, 2, 2, lr=lr))
         assert hd_pissa.effective_rank(S) <= 8
         tails.append(float(S[8] / S[0]))
-    assert tails[0] / tails[1] == pytest.approx(10, rel=0.3) and tails[1] / tails[2] == pytest.approx(10, rel=0.3)
+    assert tails[0] / tails[1] == pytest.approx(10, rel=0.3) and tails[1] / tails[2] == pytest.approx(
+        10, rel=0.3
+    )
 
 
 def test_effective_rank_counts_above_one_percent():

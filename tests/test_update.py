@@ -28,8 +28,12 @@ def test_float32_equals_the_twin_to_rounding():
     """float32 against float64, W of order 0.1 to 1: rtol 1e-5 with the rounding of W as the floor."""
     weights, bias, data = toy.problem()
     expected = twin.run(weights, bias, data, toy.K, toy.R, 1e-3)
-    got, _ = toy.run([W.float() for W in weights], bias.float(),
-                     [[(x.float(), y.float()) for x, y in batch] for batch in data], lr=1e-3)
+    got, _ = toy.run(
+        [W.float() for W in weights],
+        bias.float(),
+        [[(x.float(), y.float()) for x, y in batch] for batch in data],
+        lr=1e-3,
+    )
     for a, b in zip(got, expected):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
 
@@ -40,7 +44,9 @@ def test_ablation_inits_equal_the_twin(init):
     weights, bias, data = toy.problem()
     got, adapters = toy.run(weights, bias, data, init=init)
     state = adapters.state_dict()
-    factors = [[(state[f"{n}.shard{i}.A"], state[f"{n}.shard{i}.B"]) for i in range(toy.K)] for n in ("0", "2")]
+    factors = [
+        [(state[f"{n}.shard{i}.A"], state[f"{n}.shard{i}.B"]) for i in range(toy.K)] for n in ("0", "2")
+    ]
     for a, b in zip(got, twin.run(weights, bias, data, toy.K, toy.R, 1e-2, factors=factors)):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     for W, layer in zip(weights, factors):
@@ -49,7 +55,9 @@ def test_ablation_inits_equal_the_twin(init):
             assert all(torch.dist(A_i @ B_i, A @ B) < 1e-10 for A_i, B_i in layer)
         else:
             bound = 1 / math.sqrt(W.shape[0])
-            assert all(not B.any() and A.abs().max() <= bound and A.abs().max() > 0.8 * bound for A, B in layer)
+            assert all(
+                not B.any() and A.abs().max() <= bound and A.abs().max() > 0.8 * bound for A, B in layer
+            )
             assert not torch.equal(layer[0][0], layer[1][0])
 
 
@@ -100,8 +108,15 @@ def test_clip_grad_norm_equals_torch():
         torch.testing.assert_close(p.grad, c.grad, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("dtype, shape", [(torch.float32, (20, 33)), (torch.float32, (33, 20)),
-                                          (torch.float64, (20, 33)), (torch.float32, (24, 24))])
+@pytest.mark.parametrize(
+    "dtype, shape",
+    [
+        (torch.float32, (20, 33)),
+        (torch.float32, (33, 20)),
+        (torch.float64, (20, 33)),
+        (torch.float32, (24, 24)),
+    ],
+)
 def test_components_equal_the_full_svd(dtype, shape):
     """Singular values, best rank-k product and orthonormality, against torch.linalg.svd in float64."""
     W = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
@@ -156,15 +171,24 @@ def test_interface_of_the_leaves_and_the_model():
     model = toy.module(weights, bias)
     adapters = hd_pissa.attach(model, toy.R, shards=toy.K)
     shapes = {name: tuple(p.shape) for name, p in adapters.named_parameters()}
-    expected = {f"{n}.shard{i}.{k}": shape for n, (m, o) in (("0", toy.SIZES[:2]), ("2", toy.SIZES[1:]))
-                for i in range(toy.K) for k, shape in (("dA", (m, toy.R)), ("dB", (toy.R, o)))}
+    expected = {
+        f"{n}.shard{i}.{k}": shape
+        for n, (m, o) in (("0", toy.SIZES[:2]), ("2", toy.SIZES[1:]))
+        for i in range(toy.K)
+        for k, shape in (("dA", (m, toy.R)), ("dB", (toy.R, o)))
+    }
     assert shapes == expected and all(p.is_leaf and p.requires_grad for p in adapters.parameters())
-    assert list(model.state_dict()) == ["0.weight", "0.bias", "2.weight"] and len(list(model.parameters())) == 3
+    assert (
+        list(model.state_dict()) == ["0.weight", "0.bias", "2.weight"] and len(list(model.parameters())) == 3
+    )
     assert isinstance(model[0], nn.Linear)
     other = hd_pissa.attach(toy.module(*toy.problem(seed=5)[:2]), toy.R, shards=toy.K)
     other.load_state_dict(adapters.state_dict())
-    assert all(torch.equal(a, b) for (k, a), (_, b) in zip(adapters.state_dict().items(), other.state_dict().items())
-               if ".shard" in k)
+    assert all(
+        torch.equal(a, b)
+        for (k, a), (_, b) in zip(adapters.state_dict().items(), other.state_dict().items())
+        if ".shard" in k
+    )
     with pytest.raises(ValueError, match="another run"):
         hd_pissa.attach(toy.module(weights, bias), 1, shards=toy.K).load_state_dict(adapters.state_dict())
     adapters.detach_()
@@ -184,7 +208,7 @@ def test_zero_grad_either_way(set_to_none):
             with adapters.shard(i):
                 (model(x) - y).square().mean().backward()
         optimizer.step()
-        optimizer.zero_grad(set_to_none=set_to_none)        # before merge_ is fine too
+        optimizer.zero_grad(set_to_none=set_to_none)  # before merge_ is fine too
         adapters.merge_()
     assert torch.equal(model[0].weight.T, results[0])
 
@@ -222,14 +246,26 @@ class Tiny(nn.Module):
 def test_micro_batches_equal_one_big_one(micro):
     """Rows of unequal length, weighted by tokens: micro-batches of 1 and 3 rows equal one of 4 in float64."""
     g = torch.Generator().manual_seed(0)
-    rows = [([int(v) for v in torch.randint(0, 30, (int(n),), generator=g)], int(n) // 3)
-            for n in torch.randint(4, 12, (16,), generator=g)]
+    rows = [
+        ([int(v) for v in torch.randint(0, 30, (int(n),), generator=g)], int(n) // 3)
+        for n in torch.randint(4, 12, (16,), generator=g)
+    ]
     results = []
     for size in (4, micro):
         model = Tiny().double()
         adapters = hd_pissa.attach(model, 2, shards=4)
-        log = list(hd_pissa.train(model, adapters, [rows, rows[::-1]], lr=1e-2, max_steps=2, micro_batch_size=size,
-                                  max_grad_norm=0.5, progress=False))
+        log = list(
+            hd_pissa.train(
+                model,
+                adapters,
+                [rows, rows[::-1]],
+                lr=1e-2,
+                max_steps=2,
+                micro_batch_size=size,
+                max_grad_norm=0.5,
+                progress=False,
+            )
+        )
         results.append((model.up.weight.detach(), [record["loss"] for record in log]))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-9, atol=1e-12)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-12) and set(adapters.skipped) == {"lm_head"}

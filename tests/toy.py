@@ -5,7 +5,7 @@ import torch.nn as nn
 
 import hd_pissa
 
-SIZES, K, R, STEPS = (20, 24, 18), 4, 2, 5          # m of the first weight, n, n of the second
+SIZES, K, R, STEPS = (20, 24, 18), 4, 2, 5  # m of the first weight, n, n of the second
 
 
 def problem(dtype=torch.float64, shards=K, steps=STEPS, seed=0):
@@ -16,8 +16,11 @@ def problem(dtype=torch.float64, shards=K, steps=STEPS, seed=0):
         return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
 
     weights = [draw(a, b) / a**0.5 for a, b in zip(SIZES, SIZES[1:])]
-    return weights, draw(SIZES[1]), [[(draw(6, SIZES[0]), draw(6, SIZES[2])) for _ in range(shards)]
-                                     for _ in range(steps)]
+    return (
+        weights,
+        draw(SIZES[1]),
+        [[(draw(6, SIZES[0]), draw(6, SIZES[2])) for _ in range(shards)] for _ in range(steps)],
+    )
 
 
 def module(weights, bias) -> nn.Sequential:
@@ -32,7 +35,9 @@ def module(weights, bias) -> nn.Sequential:
 def run(weights, bias, data, lr=1e-2, make=None, clip=None, local=None, **attach):
     """Weights (m, n) after training with hd_pissa; `local` shards of this process, or all."""
     model = module(weights, bias)
-    adapters = hd_pissa.attach(model, attach.pop("rank", R), shards=attach.pop("shards", len(data[0])), **attach)
+    adapters = hd_pissa.attach(
+        model, attach.pop("rank", R), shards=attach.pop("shards", len(data[0])), **attach
+    )
     make = make or (lambda params: torch.optim.AdamW(params, lr=lr, weight_decay=0.0))
     optimizer = make(adapters.parameters())
     adapters.check(optimizer)

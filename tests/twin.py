@@ -1,7 +1,7 @@
 """The reference twin: K devices simulated densely in one process, equation by equation, without hd_pissa.
 
-Slow and plain on purpose: its own full SVD, its own AdamW, an explicit (m, n) matrix dU_i per device. The model
-is a two-layer perceptron Y = tanh(X W_1 + b_1) W_2 with squared error; gradients of W come from autograd, and
+Slow and plain on purpose: its own full SVD, its own AdamW, an explicit (m, n) matrix dU_i per device. It trains
+a two-layer perceptron Y = tanh(X W_1 + b_1) W_2 with squared error; gradients of W come from autograd, and
 g_A = s dW B^T, g_B = s A^T dW from the chain rule.
 """
 
@@ -20,7 +20,7 @@ def slices(W, K, r, s=1.0):
     """[(A_i, B_i)] with A_i = U_i (S_i / s)^1/2 and B_i = (S_i / s)^1/2 V_i^T, from a full SVD."""
     U, S, Vt = torch.linalg.svd(W, full_matrices=False)
     root = (S / s).sqrt()
-    return [((U * root)[:, i * r:(i + 1) * r], (root[:, None] * Vt)[i * r:(i + 1) * r]) for i in range(K)]
+    return [((U * root)[:, i * r : (i + 1) * r], (root[:, None] * Vt)[i * r : (i + 1) * r]) for i in range(K)]
 
 
 def adamw(grad, state, lr, betas=(0.9, 0.999), eps=1e-8):
@@ -32,8 +32,10 @@ def adamw(grad, state, lr, betas=(0.9, 0.999), eps=1e-8):
     return -lr * m_hat / (v_hat.sqrt() + eps)
 
 
-def run(weights, bias, data, K, r, lr, aggregate="mean", alpha=None, factors=None, optimizer=adamw, clip=None):
-    """Weights after len(data) steps; data[t][i] = (x, y) of device i at step t. factors: [layer][i] = (A, B)."""
+def run(
+    weights, bias, data, K, r, lr, aggregate="mean", alpha=None, factors=None, optimizer=adamw, clip=None
+):
+    """Weights after len(data) steps; data[t][i] = (x, y) of device i; factors[layer][i] = (A, B)."""
     weights, s = [W.clone() for W in weights], 1.0 if alpha is None else alpha / r
     factors = factors or [slices(W, K, r, s) for W in weights]
     state = {(j, i, k): [0.0, 0.0, 0] for j in range(len(weights)) for i in range(K) for k in "AB"}
@@ -53,6 +55,6 @@ def run(weights, bias, data, K, r, lr, aggregate="mean", alpha=None, factors=Non
                 A, B = factors[j][i]
                 dA = optimizer(grads[j, i, "A"], state[j, i, "A"], lr)
                 dB = optimizer(grads[j, i, "B"], state[j, i, "B"], lr)
-                total += s * (dA @ B + A @ dB + dA @ dB)                # dU_i
+                total += s * (dA @ B + A @ dB + dA @ dB)  # dU_i
             weights[j] = weights[j] + (total / K if aggregate == "mean" else total)
     return weights

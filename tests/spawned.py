@@ -1,0 +1,52 @@
+"""Run a function on several gloo processes: rendezvous by a file, no ports, and a hang fails instead of blocking."""
+
+import datetime
+import traceback
+import uuid
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = 120  # seconds until processes that have not answered are killed
+
+
+def _entry(rank, world, function, path, results, args):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{path}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=TIMEOUT / 2),
+    )
+    try:
+        results.put((rank, "returned", function(*args)))
+    except BaseException:
+        results.put((rank, "raised", traceback.format_exc()))
+    dist.destroy_process_group()
+
+
+def spawn(world: int, function, tmp_path, *args) -> list:
+    """[function(*args) on each rank], for a module-level function; AssertionError with the traceback of a rank."""
+    context = mp.get_context("spawn")
+    results, path = context.Queue(), tmp_path / f"rendezvous-{uuid.uuid4().hex}"
+    processes = [
+        context.Process(target=_entry, args=(rank, world, function, path, results, args))
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        answers = {
+            rank: (how, value) for rank, how, value in (results.get(timeout=TIMEOUT) for _ in processes)
+        }
+        for process in processes:
+            process.join(timeout=TIMEOUT)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+    for rank, (how, value) in sorted(answers.items()):
+        assert how == "returned", f"rank {rank} of {world}:\n{value}"
+    return [answers[rank][1] for rank in range(world)]

@@ -1,0 +1,173 @@
+"""Several processes against one: the same weights, replicas equal bit for bit, refusals alike on every rank."""
+
+import itertools
+
+import pytest
+import torch
+import toy
+import twin
+from spawned import spawn
+
+import hd_pissa
+import train
+
+CONFIGS = [
+    dict(exchange=e, aggregate=a) for e, a in itertools.product(("all_gather", "all_reduce"), ("mean", "sum"))
+]
+
+
+def numpy(tensors):
+    """Plain lists: tensors sent through a queue would live in files of a process that has ended."""
+    return [t.tolist() for t in tensors]
+
+
+def problem32(shards):
+    weights, bias, data = toy.problem(shards=shards)
+    return [W.float() for W in weights], bias.float(), [[(x.float(), y.float()) for x, y in b] for b in data]
+
+
+def toy_runs(shards):
+    """Every configuration in one spawn, since a spawn costs seconds; with clipping, so that its gather runs too."""
+    return [numpy(toy.run(*problem32(shards), clip=0.3, **config)[0]) for config in CONFIGS]
+
+
+@pytest.mark.parametrize("world, shards", [(2, 2), (2, 4), (4, 4)])
+def test_weights_do_not_depend_on_processes(world, shards, tmp_path):
+    """K shards on 2 and 4 processes: replicas and, for all_gather, the one-process run are equal bit for bit."""
+    alone = toy_runs(shards)
+    ranks = spawn(world, toy_runs, tmp_path, shards)
+    assert all(rank == ranks[0] for rank in ranks[1:])
+    for config, one, many in zip(CONFIGS, alone, ranks[0]):
+        if config["exchange"] == "all_gather":
+            assert one == many, config
+        for a, b in zip(one, many):  # all_reduce sums in another order
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-5, atol=1e-6)
+        assert one != numpy(problem32(shards)[0])
+
+
+def double_run():
+    return numpy(toy.run(*toy.problem(), aggregate="mean", exchange="all_gather")[0])
+
+
+def test_four_processes_equal_the_twin(tmp_path):
+    """Float64, the dense simulation of four devices against four real processes."""
+    expected = twin.run(*toy.problem(), toy.K, toy.R, 1e-2)
+    for rank in spawn(4, double_run, tmp_path):
+        for a, b in zip(rank, expected):
+            torch.testing.assert_close(torch.tensor(a, dtype=torch.float64), b, rtol=1e-9, atol=1e-10)
+
+
+def loop(method="hd_pissa"):
+    """Three steps of the shipped loop on the small GPT; (losses, weights of one layer)."""
+    torch.manual_seed(0)
+    model = train.GPT(60, block_size=16, layers=1, width=32)
+    g = torch.Generator().manual_seed(1)
+    rows = [
+        (torch.randint(0, 60, (int(n),), generator=g).tolist(), 2)
+        for n in torch.randint(5, 14, (8,), generator=g)
+    ]
+    if method == "hd_pissa":
+        adapters = hd_pissa.attach(model, 2, shards=4)
+    else:
+        adapters = train.Baseline(model, method, 2, 4, "all-linear", None, 0)
+    log = list(
+        hd_pissa.train(
+            model,
+            adapters,
+            [rows] * 3,
+            lr=1e-2,
+            max_steps=3,
+            micro_batch_size=2,
+            max_grad_norm=0.7,
+            progress=False,
+        )
+    )
+    adapters.detach_()
+    return [r["loss"] for r in log] + [r["grad_norm"] for r in log], numpy([model.blocks[0].c_fc.weight])
+
+
+def loops():
+    return [loop(method) for method in ("hd_pissa", "lora", "pissa", "full")]
+
+
+def test_loop_does_not_depend_on_processes(tmp_path):
+    """HD-PiSSA bit for bit; baselines average gradients in another order, hence 1e-5."""
+    alone = loops()
+    for rank in spawn(2, loops, tmp_path):
+        assert rank[0] == alone[0]
+        for (a, weights_a), (b, weights_b) in zip(rank[1:], alone[1:]):
+            assert a == pytest.approx(b, rel=1e-5)
+            torch.testing.assert_close(
+                torch.tensor(weights_a[0]), torch.tensor(weights_b[0]), rtol=1e-4, atol=1e-5
+            )
+
+
+def message_of(work):
+    try:
+        work()
+    except ValueError as e:
+        return str(e)
+    return None
+
+
+def refusals():
+    """[(message, W untouched)] on this rank for faults that rank 1 alone has."""
+    second, out = hd_pissa.rank() == 1, []
+    weights, bias, data = problem32(2)
+
+    def nan_weight():
+        model = toy.module(weights, bias)
+        if second:
+            model[2].weight.data[0, 0] = float("nan")
+        hd_pissa.attach(model, 2)
+
+    def too_large_rank():
+        hd_pissa.attach(toy.module(weights, bias), 99 if second else 2)
+
+    out += [(message_of(work), True) for work in (nan_weight, too_large_rank)]
+    for fault in ("no gradient", "nan increment"):
+        model = toy.module(weights, bias)
+        adapters = hd_pissa.attach(model, 2)
+        x, y = data[0][hd_pissa.rank()]
+        if not (second and fault == "no gradient"):
+            (model(x) - y).square().mean().backward()
+        torch.optim.AdamW(adapters.parameters(), lr=1e-2, weight_decay=0.0).step()
+        if second and fault == "nan increment":
+            adapters.parameters()[0].data[0, 0] = float("nan")
+        out.append((message_of(adapters.merge_), bool(torch.equal(model[0].weight.T, weights[0]))))
+    out.append(
+        (
+            message_of(
+                lambda: train.everywhere(lambda: train.read_rows("missing.jsonl") if second else None)
+            ),
+            True,
+        )
+    )
+    out.append((message_of(lambda: hd_pissa.attach(toy.module(weights, bias), 2, shards=3)), True))
+
+    model = train.GPT(60, block_size=16, layers=1, width=32)
+    adapters = hd_pissa.attach(model, 2)
+    if second:
+        model.ln_f.weight.data.fill_(float("nan"))
+    rows = [([1, 2, 3, 4], 1)] * 4
+    steps = hd_pissa.train(model, adapters, [rows], lr=1e-2, max_steps=1, progress=False)
+    before = model.blocks[0].c_fc.weight.clone()
+    out.append((message_of(lambda: next(steps)), bool(torch.equal(before, model.blocks[0].c_fc.weight))))
+    return out
+
+
+def test_a_fault_on_rank_1_stops_both_with_one_message(tmp_path):
+    """NaN weight, bad rank, no gradient, NaN increment, missing file, K not divisible, NaN loss; none hangs."""
+    ranks = spawn(2, refusals, tmp_path)
+    assert ranks[0] == ranks[1]
+    words = [
+        "2.weight holds NaN",
+        "the largest rank",
+        "shards [1] of 2 got no gradient",
+        "shards [1] hold NaN",
+        "missing.jsonl: no such data file",
+        "shards=3 is not a multiple of the 2 processes",
+        "loss of shards [1] is not finite",
+    ]
+    for (message, untouched), expected in zip(ranks[0], words, strict=True):
+        assert message is not None and expected in message and untouched
