@@ -32,7 +32,7 @@ import hd_pissa
 
 DATA = Path(__file__).resolve().parent / "data"
 
-# ---- The small GPT: nanoGPT's shape, pre-norm, learned positions, tied head, no biases ----------------------
+# ---- The small GPT: nanoGPT's shape, pre-norm, learned positions, tied head, no biases ---------------------
 
 
 class Block(nn.Module):

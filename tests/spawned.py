@@ -1,4 +1,4 @@
-"""Run a function on several gloo processes: rendezvous by a file, no ports, and a hang fails instead of blocking."""
+"""Run a function on several gloo processes: rendezvous by a file, no ports, and a hang fails."""
 
 import datetime
 import traceback
@@ -28,7 +28,7 @@ def _entry(rank, world, function, path, results, args):
 
 
 def spawn(world: int, function, tmp_path, *args) -> list:
-    """[function(*args) on each rank], for a module-level function; AssertionError with the traceback of a rank."""
+    """[function(*args) on each rank] of a module-level function; AssertionError with a rank's traceback."""
     context = mp.get_context("spawn")
     results, path = context.Queue(), tmp_path / f"rendezvous-{uuid.uuid4().hex}"
     processes = [

@@ -1,4 +1,4 @@
-"""Several processes against one: the same weights, replicas equal bit for bit, refusals alike on every rank."""
+"""Several processes against one: equal weights, replicas bit for bit, refusals alike on every rank."""
 
 import itertools
 
@@ -27,13 +27,13 @@ def problem32(shards):
 
 
 def toy_runs(shards):
-    """Every configuration in one spawn, since a spawn costs seconds; with clipping, so that its gather runs too."""
+    """Every configuration in one spawn, since a spawn costs seconds; clipping gathers too."""
     return [numpy(toy.run(*problem32(shards), clip=0.3, **config)[0]) for config in CONFIGS]
 
 
 @pytest.mark.parametrize("world, shards", [(2, 2), (2, 4), (4, 4)])
 def test_weights_do_not_depend_on_processes(world, shards, tmp_path):
-    """K shards on 2 and 4 processes: replicas and, for all_gather, the one-process run are equal bit for bit."""
+    """K shards on 2 and 4 processes: replicas are equal bit for bit, with all_gather the one process too."""
     alone = toy_runs(shards)
     ranks = spawn(world, toy_runs, tmp_path, shards)
     assert all(rank == ranks[0] for rank in ranks[1:])
@@ -157,7 +157,7 @@ def refusals():
 
 
 def test_a_fault_on_rank_1_stops_both_with_one_message(tmp_path):
-    """NaN weight, bad rank, no gradient, NaN increment, missing file, K not divisible, NaN loss; none hangs."""
+    """NaN weight, rank, no gradient, NaN increment, missing file, K not divisible, NaN loss; none hangs."""
     ranks = spawn(2, refusals, tmp_path)
     assert ranks[0] == ranks[1]
     words = [

@@ -1,7 +1,7 @@
 """The reference twin: K devices simulated densely in one process, equation by equation, without hd_pissa.
 
-Slow and plain on purpose: its own full SVD, its own AdamW, an explicit (m, n) matrix dU_i per device. It trains
-a two-layer perceptron Y = tanh(X W_1 + b_1) W_2 with squared error; gradients of W come from autograd, and
+Slow and plain on purpose: its own full SVD, its own AdamW, an explicit (m, n) matrix dU_i per device. The
+model is Y = tanh(X W_1 + b_1) W_2 with squared error; gradients of W come from autograd, and
 g_A = s dW B^T, g_B = s A^T dW from the chain rule.
 """
 

@@ -1,0 +1,261 @@
+"""What a user can get wrong: each gets one message that names the value, the limit and the remedy."""
+
+import json
+
+import pytest
+import torch
+import torch.nn as nn
+import toy
+
+import hd_pissa
+import train
+
+
+def model():
+    return toy.module(*toy.problem()[:2])
+
+
+def attach(**attach):
+    return lambda: hd_pissa.attach(model(), attach.pop("rank", 2), **{"shards": 2, **attach})
+
+
+def spoilt(change):
+    def work():
+        spoilt_model = model()
+        change(spoilt_model)
+        hd_pissa.attach(spoilt_model, 2, shards=2)
+
+    return work
+
+
+def twice():
+    net = model()
+    hd_pissa.attach(net, 2, shards=2)
+    hd_pissa.attach(net, 2, shards=2)
+
+
+def to_int8(net):
+    net[2].weight = nn.Parameter(torch.ones(18, 24, dtype=torch.int8), requires_grad=False)
+
+
+def tie(net):
+    net.append(nn.Linear(24, 18, bias=False).double())
+    net[3].weight = net[2].weight
+
+
+CALLS = {
+    "K r above min(m, n)": (
+        attach(rank=5, shards=4),
+        ["2 is (18, 24)", "4 shards x rank 5 need 20", "rank", "is 4"],
+    ),
+    "K above min(m, n)": (attach(rank=1, shards=32), ["32 shards", "use fewer shards"]),
+    "no layer": (attach(targets=["nothing"]), ["['nothing'] match no layer", "0 (not in targets)"]),
+    "part of a name": (attach(targets=["ayer0"]), ["match no layer"]),
+    "rank 0": (attach(rank=0), ["rank=0", "1 or more"]),
+    "rank 1.5": (attach(rank=1.5), ["rank=1.5", "whole number"]),
+    "shards 0": (attach(shards=0), ["shards=0", "1 or more"]),
+    "init": (attach(init="svd"), ["init='svd'", "hd_pissa, top, lora"]),
+    "aggregate": (attach(aggregate="avg"), ["aggregate='avg'", "mean, sum"]),
+    "exchange": (attach(exchange="p2p"), ["exchange='p2p'", "auto, all_gather, all_reduce"]),
+    "alpha 0": (attach(alpha=0), ["alpha=0", "nothing would train", "alpha > 0"]),
+    "alpha nan": (attach(alpha=float("nan")), ["alpha=nan"]),
+    "dropout 1": (attach(dropout=1.0), ["dropout=1.0", "below 1"]),
+    "int8": (spoilt(to_int8), ["2.weight is torch.int8", "float32"]),
+    "bfloat16": (spoilt(lambda m: m.bfloat16()), ["0.weight is torch.bfloat16", "load the model with"]),
+    "nan": (
+        spoilt(lambda m: m[2].weight.data[1, 1].fill_(float("nan"))),
+        ["2.weight holds NaN", "load it again"],
+    ),
+    "inf": (spoilt(lambda m: m[0].weight.data[0, 0].fill_(float("inf"))), ["0.weight holds NaN or Inf"]),
+    "twice": (twice, ["0 already has HD-PiSSA attached", "detach_()"]),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_attach_refuses(call):
+    """attach raises ValueError with these words."""
+    work, words = CALLS[call]
+    with pytest.raises(ValueError) as error:
+        work()
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_refused_attach_leaves_the_model_alone():
+    """Plain modules, trainable as before."""
+    net = model()
+    with pytest.raises(ValueError):
+        hd_pissa.attach(net, 99, shards=2)
+    assert type(net[0]) is nn.Linear and all(p.requires_grad for p in net.parameters())
+
+
+def test_tied_weights_are_skipped_with_a_reason():
+    """A weight of two modules stays out; so does a parametrized one."""
+    net = model()
+    tie(net)
+    torch.nn.utils.parametrizations.weight_norm(net[0])
+    net.append(nn.Linear(18, 18).double())
+    adapters = hd_pissa.attach(net, 1, shards=2)
+    assert [slot.name for slot in adapters.slots] == ["4"]
+    assert adapters.skipped["2"] == adapters.skipped["3"] == "tied weight" and "0" in adapters.skipped
+
+
+@pytest.mark.parametrize("make, words", [
+    (lambda p: torch.optim.AdamW(p, lr=1e-3), ["weight_decay=0.01", "weight_decay=0.0"]),
+    (lambda p: torch.optim.SGD(p, lr=1e-3, weight_decay=0.1), ["SGD has weight_decay=0.1"]),
+    (lambda p: torch.optim.Adafactor(p), ["Adafactor reads the parameter", "AdamW"]),
+    (lambda p: torch.optim.LBFGS(p), ["LBFGS"]),
+    (lambda p: torch.optim.ASGD(p), ["ASGD"]),
+    (lambda p: torch.optim.Adam(p[1:]), ["holds 7 of the 8", "adapters.parameters()"]),
+    (lambda p: torch.optim.Adam([nn.Parameter(torch.zeros(1))]), ["holds 0 of the 8"]),
+])  # fmt: skip
+def test_check_refuses_optimizers(make, words):
+    """Weight decay, rules that read the parameter, missing increments; other groups are none of ours."""
+    adapters = hd_pissa.attach(model(), 2, shards=2)
+    with pytest.raises(ValueError) as error:
+        adapters.check(make(adapters.parameters()))
+    assert all(word in str(error.value) for word in words), str(error.value)
+    other = {"params": [nn.Parameter(torch.zeros(1))], "weight_decay": 0.1}
+    adapters.check(torch.optim.AdamW([{"params": adapters.parameters(), "weight_decay": 0.0}, other]))
+
+
+def test_merge_refuses_a_shard_without_gradient():
+    """Names it, shows the loop, leaves W; after the missing backward the same merge goes through."""
+    weights, bias, data = toy.problem(shards=2)
+    net = toy.module(weights, bias)
+    adapters = hd_pissa.attach(net, 2, shards=2)
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-2, weight_decay=0.0)
+    net(data[0][0][0]).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"shards \[1\] of 2 got no gradient(.|\n)*with adapters.shard\(s\)"):
+        adapters.merge_()
+    assert torch.equal(net[0].weight.T, weights[0])
+    with adapters.shard(1):
+        net(data[0][1][0]).sum().backward()
+    adapters.merge_()
+    assert not torch.equal(net[0].weight.T, weights[0])
+
+
+def test_merge_refuses_zero_increments_twice():
+    """Forgotten optimizer.step(): the second merge says so; a loss without gradient is no such case."""
+    net, (x, _) = model(), toy.problem()[2][0][0]
+    adapters = hd_pissa.attach(net, 2, shards=1)
+    for _ in range(3):
+        (0 * net(x)).sum().backward()
+        adapters.merge_()
+    adapters.parameters()[0].grad = None
+    net(x).sum().backward()
+    adapters.merge_()
+    net(x).sum().backward()
+    with pytest.raises(ValueError, match=r"zero in two successive merges.*optimizer.step\(\)"):
+        adapters.merge_()
+
+
+def test_merge_refuses_nan_increments():
+    """W stays."""
+    weights, bias, data = toy.problem(shards=1)
+    net = toy.module(weights, bias)
+    adapters = hd_pissa.attach(net, 2, shards=1)
+    net(data[0][0][0]).sum().backward()
+    adapters.parameters()[-1].data[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=r"increments of shards \[0\] hold NaN or Inf; W is untouched"):
+        adapters.merge_()
+    assert torch.equal(net[0].weight.T, weights[0])
+
+
+@pytest.mark.parametrize("i", [-1, 2])
+def test_shard_out_of_range(i):
+    """Names the range."""
+    adapters = hd_pissa.attach(model(), 2, shards=2)
+    with pytest.raises(ValueError, match=r"shards 0\.\.1"), adapters.shard(i):
+        pass
+
+
+@pytest.mark.parametrize("rows, kwargs, words", [
+    ([([1, 2, 3], 1)] * 3, {}, ["3 rows", "2 shards"]),
+    ([([1, 2, 3], 1), ([1, 2, 3], 3)], {}, ["[2, 0] response tokens"]),
+    ([([1, 2, 3], 1)] * 2, {"lr": 0.0}, ["lr=0.0", "above 0"]),
+    ([([1, 2, 3], 1)] * 2, {"lr": float("nan")}, ["lr=nan"]),
+])  # fmt: skip
+def test_loop_refuses(rows, kwargs, words):
+    """Rows that cannot be dealt, a shard without response token, a learning rate that trains nothing."""
+    gpt = train.GPT(30, block_size=8, layers=1, width=32)
+    adapters = hd_pissa.attach(gpt, 2, shards=2)
+    with pytest.raises(ValueError) as error:
+        list(hd_pissa.train(gpt, adapters, [rows], max_steps=1, progress=False, **{"lr": 1e-3, **kwargs}))
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+GOOD = json.dumps({"instruction": "a", "response": "b"})
+FILES = {
+    "missing": (None, ["no such data file"]),
+    "empty": ("\n\n", ["holds no rows"]),
+    "not JSON": (GOOD + "\n{oops}\n", [":2: not JSON"]),
+    "no response": (GOOD + "\n" + json.dumps({"instruction": "a"}), [":2: no text in 'response'"]),
+    "empty response": (json.dumps({"instruction": "a", "response": ""}), [":1: no text in 'response'"]),
+    "number": (json.dumps({"instruction": 3, "response": "b"}), [":1: no text in 'instruction'"]),
+    "list": ("[1, 2]", [":1: no text in 'instruction'"]),
+    "too few": (GOOD, ["--batch_size 64", "give more rows"]),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_bad_data_files(case, tmp_path, capsys):
+    """Through the command line: exit status 2, one line with file and line, no output folder."""
+    text, words = FILES[case]
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        train.main(["--data", str(path), "--out", str(out), "--device", "cpu"])
+    lines = capsys.readouterr().err.strip().splitlines()
+    message = next(line for line in lines if line.startswith("train.py: error:"))
+    assert stop.value.code == 2 and str(path) in message and not out.exists()
+    assert all(word in message for word in words), message
+
+
+COMMANDS = {
+    "--method galore": ["galore", "hd_pissa"],
+    "--aggregate avg": ["avg", "mean"],
+    "--exchange p2p": ["p2p", "all_gather"],
+    "--init svd": ["svd", "lora"],
+    "--dtype bfloat16": ["bfloat16", "float32"],
+    "--rank 0": ["--rank 0", "above 0"],
+    "--rank 1.5": ["--rank", "1.5"],
+    "--rank 17": ["blocks.0.c_attn", "8 shards x rank 17 need 136", "128", "is 16"],
+    "--shards 0": ["--shards 0", "above 0"],
+    "--shards 3": ["--batch_size 64", "--shards 3", "63"],
+    "--lr 0": ["--lr 0.0", "above 0"],
+    "--lr nan": ["--lr nan"],
+    "--lr inf": ["--lr inf"],
+    "--alpha 0": ["alpha=0.0", "alpha > 0"],
+    "--dropout 1": ["dropout=1.0", "below 1"],
+    "--targets nothing": ["'nothing'", "match no layer", "blocks.0.c_attn"],
+    "--max_steps 0": ["--max_steps 0"],
+    "--block_size 0": ["--block_size 0"],
+    "--block_size 2": ["too few", "--block_size"],
+    "--model missing.pt --lr 1e-3": ["missing.pt", "no such file"],
+    "--model ./missing --lr 1e-3": ["./missing", "no such directory"],
+    "--model scratch": ["--lr", "2e-5"],
+    "--no_such_flag": ["--no_such_flag"],
+    "--eval_data missing.jsonl": ["missing.jsonl", "no such data file"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_bad_command_lines(command, tmp_path, capsys):
+    """In process through main(argv): exit status 2, one line with value and remedy, no output folder."""
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        train.main([*command.split(), "--out", str(out), "--device", "cpu", "--eval_rows", "8"])
+    lines = capsys.readouterr().err.strip().splitlines()
+    message = next(line for line in lines if line.startswith("train.py: error:"))
+    assert stop.value.code == 2 and not out.exists()
+    assert all(word in message for word in COMMANDS[command]), message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu(tmp_path, capsys):
+    """--device cuda says that there is none."""
+    with pytest.raises(SystemExit):
+        train.main(["--device", "cuda", "--out", str(tmp_path / "out")])
+    assert "torch sees no GPU" in capsys.readouterr().err

@@ -1,0 +1,218 @@
+"""The shipped command line, its data handling and its baselines."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import hd_pissa
+import train
+
+ROOT = Path(train.__file__).resolve().parent
+
+
+def command(*argv, processes=0, **environ):
+    """Run train.py in a subprocess, through torchrun where `processes` says so; its output."""
+    launch = [sys.executable]
+    if processes:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*launch, str(ROOT / "train.py"), "--device", "cpu", "--threads", "1", *map(str, argv)],
+        capture_output=True, text=True, timeout=300, env={**os.environ, **environ},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def log_of(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def test_command_line_on_one_and_two_processes(tmp_path):
+    """torchrun and plain python give the same losses and weights bit for bit, and print what they claim."""
+    results = []
+    for processes in (0, 2):
+        out = tmp_path / f"out{processes}"
+        text = command("--max_steps", 3, "--eval_rows", 64, "--out", out, processes=processes)
+        for claim in ("logits equal the base model's bit for bit", "skipped: lm_head (tied weight)",
+                      "c_attn x4", "effective rank of dW", "2Kr = 32", "exact match", "aggregate=mean",
+                      "model.pt"):  # fmt: skip
+            assert claim in text, text
+        assert all(domain in text for domain in ("code", "commonsense", "conversation", "math"))
+        log, config = log_of(out), json.loads((out / "config.json").read_text())
+        assert [record["step"] for record in log] == [1, 2, 3] and config["shards"] == 8
+        assert all(set(r) >= {"loss", "lr", "tokens_per_second"} for r in log)
+        state = torch.load(out / "model.pt", weights_only=True)
+        assert list(state) == list(torch.load(train.DATA / "base.pt", weights_only=True))
+        train.GPT.from_state_dict(state)
+        results.append((state, [record["loss"] for record in log]))
+    (a, losses_a), (b, losses_b) = results
+    assert losses_a == losses_b and all(torch.equal(a[k], b[k]) for k in a)
+    base = torch.load(train.DATA / "base.pt", weights_only=True)
+    changed = {k for k in a if not torch.equal(a[k], base[k])}
+    assert changed == {
+        k for k in a if any(f".{n}." in k for n in ("c_attn", "attn_proj", "c_fc", "mlp_proj"))
+    }
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa", "full"])
+def test_baselines_run_in_process(method, tmp_path):
+    """Through the same loop; loss falls, and the effective rank is the method's."""
+    out = tmp_path / "out"
+    result = train.main(["--method", method, "--max_steps", "4", "--eval_rows", "32", "--out", str(out)])
+    assert len(log_of(out)) == 4 and result["after"]["all"]["loss"] < result["before"]["all"]["loss"]
+    ranks = {layer["effective_rank"] for layer in result["effective_rank"].values()}
+    assert {"lora": max(ranks) <= 2, "pissa": max(ranks) <= 4, "full": min(ranks) > 16}[method], ranks
+
+
+@pytest.mark.parametrize("method", ["lora", "pissa"])
+def test_baseline_forward_is_the_residual_adapter(method):
+    """Starts at the base model's logits; after training, folding s A B into W keeps the logits."""
+    model = train.GPT(50, block_size=16, layers=1, width=32).double()
+    x = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        start = model(x)
+    baseline = train.Baseline(model, method, 2, 1, "all-linear", 4.0, 0)
+    torch.testing.assert_close(model(x), start, rtol=1e-10, atol=1e-10)
+    optimizer = torch.optim.AdamW(baseline.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        trained = model(x)
+        baseline.detach_()
+        torch.testing.assert_close(model(x), trained, rtol=1e-10, atol=1e-10)
+    assert (trained - start).abs().max() > 1e-3
+
+
+def test_baselines_minimise_the_whole_batch():
+    """Gradient of the baseline at the first step: token mean over all rows, as autograd gives it."""
+    g = torch.Generator().manual_seed(0)
+    rows = [(torch.randint(0, 50, (n,), generator=g).tolist(), 2) for n in (5, 12, 7, 9)]
+    model, kept = train.GPT(50, block_size=16, layers=1, width=32).double(), []
+    adapters = train.Baseline(model, "full", 2, 4, "all-linear", None, 0)
+    x, y = hd_pissa.pad(rows, "cpu")
+    F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+    expected = [p.grad.clone() for p in adapters.parameters()]
+    model.zero_grad()
+    adapters.merge_ = lambda: kept.extend(p.grad.clone() for p in adapters.parameters())
+    list(hd_pissa.train(model, adapters, [rows], lr=1e-3, max_steps=1, micro_batch_size=1, progress=False))
+    for a, b in zip(kept, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_hold_out_keeps_equal_rows_together():
+    """5 %, at most 500, independent of the order of the rows; no row on both sides."""
+    rows = [{"instruction": str(i % 1000), "response": "x"} for i in range(2000)]
+    rest, held = train.hold_out(rows)
+    assert len(held) == 100 and len(rest) == 1900
+    assert not {r["instruction"] for r in rest} & {r["instruction"] for r in held}
+    assert {r["instruction"] for r in train.hold_out(rows[::-1])[1]} == {r["instruction"] for r in held}
+    many = [{"instruction": str(i), "response": "x"} for i in range(20_000)]
+    assert len(train.hold_out(many)[1]) == 500 and len(train.hold_out(many[:3])[1]) == 1
+
+
+def test_step_batches_depend_on_the_seed_alone():
+    """Every row once an epoch, another order in the next, no partial batch."""
+    rows = [([i], 1, "all") for i in range(10)]
+
+    def first(seed, n=6):
+        return [[r[0][0] for r in batch] for batch, _ in zip(train.step_batches(rows, 4, seed), range(n))]
+
+    assert first(0) == first(0) != first(1)
+    batches = first(0)
+    for epoch in (batches[:2], batches[2:4]):
+        assert len({i for batch in epoch for i in batch}) == 8
+    assert batches[:2] != batches[2:4]
+
+
+def test_encode_cuts_and_drops(capsys):
+    """Cut on the right at block_size and counted; dropped and counted where no response is left."""
+    tokenizer = train.GPTTokenizer()
+    rows = [
+        {"instruction": "one", "response": "two three four five"},
+        {"instruction": "word " * 40, "response": "x"},
+    ]
+    (tokens, prompt, domain), = train.encode(rows, tokenizer, 12, "train")  # fmt: skip
+    full = tokenizer.prompt("one") + tokenizer.response("two three four five")
+    assert tokens == full[:12] and prompt == len(tokenizer.prompt("one")) and domain == "all"
+    assert "1 rows, 1 cut at --block_size 12, 1 dropped because no response" in capsys.readouterr().out
+    assert (
+        tokenizer.encoding.decode(tokens)
+        == "Q: one\nA: two three four five"[: len(tokenizer.encoding.decode(tokens))]
+    )
+
+
+def test_loss_covers_the_response_alone():
+    """The padded batch's cross entropy equals the sum over response tokens by hand."""
+    model = train.GPT(50, block_size=16, layers=1, width=32).double()
+    rows = [([1, 2, 3, 4, 5, 6], 3), ([7, 8, 9], 1)]
+    x, y = hd_pissa.pad(rows, "cpu")
+    got = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum")
+    expected = 0
+    for tokens, prompt in rows:
+        logp = model(torch.tensor([tokens])).log_softmax(-1)[0]
+        expected -= sum(logp[t - 1, tokens[t]] for t in range(prompt, len(tokens)))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+
+
+def test_exact_match_is_greedy_decoding():
+    """evaluate against token-by-token decoding; half the references are what the model says, half are not."""
+    model = train.GPT(50, block_size=16, layers=2, width=32).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(4)
+    g, rows, expected = torch.Generator().manual_seed(0), [], []
+    for j in range(12):
+        prompt = torch.randint(0, 50, (3 + j % 4,), generator=g).tolist()
+        said = list(prompt)
+        for _ in range(5):
+            said.append(int(model(torch.tensor([said]))[0, -1].argmax()))
+        if j % 2:
+            said[-1 - j % 5] = (said[-1 - j % 5] + 1) % 50
+        decoded = said[: len(prompt)]
+        while len(decoded) < len(said):
+            decoded.append(int(model(torch.tensor([decoded]))[0, -1].argmax()))
+        rows.append((said, len(prompt), "ab"[j % 2]))
+        expected.append(decoded == said)
+    table = train.evaluate(model, rows, "cpu", batch_size=5)
+    assert table["all"]["exact_match"] == pytest.approx(100 * sum(expected) / 12) and 0 < sum(expected) < 12
+    assert table["a"]["exact_match"] == 100 and table["b"]["exact_match"] == 0
+    assert train.evaluate(model, rows, "cpu", batch_size=1)["all"]["loss"] == pytest.approx(
+        table["all"]["loss"], 1e-5
+    )
+
+
+def test_the_embedded_job_leaves_room_above_2Kr():
+    """2Kr < min(m, n) / 2 at K = 8, and the base model knows at most a tenth of the answers (README)."""
+    flags = {name: default for flags in train.FLAGS.values() for name, _, default, _ in flags}
+    model, tokenizer, context = train.load_model(flags["model"], 0)
+    found, _ = hd_pissa.find_layers(model, "all-linear")
+    assert 2 * flags["shards"] * flags["rank"] < min(min(m.weight.shape) for _, m in found) / 2
+    held = train.encode(train.hold_out(train.read_rows(flags["data"]))[1], tokenizer, context, "held out")
+    assert all(row["exact_match"] <= 10 for row in train.evaluate(model, held[::4], "cpu").values())
+
+
+@pytest.mark.slow
+def test_real_model_and_data(real_dir, smollm2, tmp_path):
+    """Two steps on SmolLM2-135M and GSM8K rows: the held-out loss falls, the folder gives the same loss."""
+    transformers = pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    result = train.main([
+        "--model", str(smollm2), "--data", str(real_dir / "gsm8k_train.jsonl"), "--rank", "2", "--lr", "1e-3",
+        "--batch_size", "8", "--micro_batch_size", "1", "--block_size", "128", "--max_steps", "2",
+        "--warmup", "0", "--eval_rows", "8", "--out", str(out),
+    ])  # fmt: skip
+    assert result["after"]["all"]["loss"] < result["before"]["all"]["loss"] - 0.02
+    model = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
+    rows = train.hold_out(train.read_rows(str(real_dir / "gsm8k_train.jsonl")))[1][:8]
+    rows = train.encode(rows, train.HFTokenizer(str(out / "model")), 128, "held out")
+    assert train.evaluate(model, rows, "cpu", 8)["all"]["loss"] == pytest.approx(
+        result["after"]["all"]["loss"], 1e-6
+    )
