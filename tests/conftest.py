@@ -10,7 +10,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Every test starts with one thread, as `spawned` does: kernels round differently with two, and
+    train.main, called inside this process, sets its own number."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
