@@ -62,16 +62,28 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def agree(error: str | None) -> None:
-    """Raise ValueError with the first process's `error` on every process, or return if no process has one.
+def say(*text) -> None:
+    """Print on process 0 alone."""
+    if rank() == 0:
+        print(*text, flush=True)
 
-    Called before any collective that a failed process would never reach: the others would wait for it.
+
+def everywhere(work):
+    """work() on every process; if it fails on any, that error as ValueError on all, so that none hangs.
+
+    Wrapped around what one process alone may fail at, before the collective where the others would wait.
     """
-    errors = [error] * world_size()
+    result = error = None
+    try:
+        result = work()
+    except (ValueError, OSError, RuntimeError) as e:
+        error = e
+    messages = [str(error) if error else None] * world_size()
     if world_size() > 1:
-        dist.all_gather_object(errors, error)
-    for message in filter(None, errors):
-        raise ValueError(message)
+        dist.all_gather_object(messages, messages[0])
+    for message in filter(None, messages):
+        raise ValueError(message) from error
+    return result
 
 
 def gather_shards(local: torch.Tensor) -> torch.Tensor:
@@ -417,8 +429,13 @@ class Adapters:
         there, own = state.get("config", {}), self._own_factors()
         wrong = {k: (v, there.get(k)) for k, v in self.config.items() if there.get(k) != v}
         missing = [name for name in own if name not in state or state[name].shape != own[name].shape]
-        agree(f"adapter state of another run: (here, there) = {wrong}, tensors missing or of another shape: "
-              f"{missing[:3]}" if wrong or missing else None)
+
+        def check():
+            if wrong or missing:
+                raise ValueError(f"adapter state of another run: (here, there) = {wrong}, tensors missing or "
+                                 f"of another shape: {missing[:3]}")
+
+        everywhere(check)
         for name, tensor in own.items():
             tensor.copy_(state[name])
         if self.exchange == "all_gather":
@@ -482,14 +499,15 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
     Module classes change, names and state_dict keys do not. Raises ValueError, on every process alike, for
     arguments or weights that cannot be trained.
     """
-    K, error = world_size() if shards is None else shards, None
-    try:
+    K = world_size() if shards is None else shards
+
+    def select():
         check_arguments(rank, K, init, alpha, dropout, aggregate, exchange)
         found, skipped = find_layers(model, targets)
         check_layers(found, skipped, rank, 1 if init == "top" else K, targets)
-    except ValueError as e:
-        error = str(e)
-    agree(error)
+        return found, skipped
+
+    found, skipped = everywhere(select)
     exchange = "all_gather" if exchange == "auto" else exchange
     adapters = Adapters(found, rank, K, init, alpha, dropout, aggregate, exchange, seed, bucket_mb)
     adapters.skipped = skipped
@@ -544,17 +562,17 @@ def check_layers(found, skipped, r, K, targets) -> None:
 def _deal(adapters: Adapters, init: str, progress: bool) -> None:
     # Each weight is decomposed by exactly one process and sent to the others: SVDs of one matrix on two
     # machines may differ in sign or order, and the shards would overlap.
-    K, seed, error, mine = adapters.K, adapters.seed, None, {}
-    own = [j for j in range(len(adapters.slots)) if j % world_size() == rank()]
-    for j in tqdm(own, desc="SVD", unit="layer", disable=not (progress and rank() == 0)):
-        slot = adapters.slots[j]
-        W = slot.module.weight if slot.conv1d else slot.module.weight.T  # (m, n)
-        try:
-            mine[j] = shard_factors(W, K, slot.r, init, slot.s, seed_of(seed, slot.name))
-        except RuntimeError as e:
-            error = f"{slot.name}: the decomposition failed: {e}"
-            break
-    agree(error)
+    K = adapters.K
+
+    def decompose():
+        own, mine = range(rank(), len(adapters.slots), world_size()), {}
+        for j in tqdm(own, desc="SVD", unit="layer", disable=not (progress and rank() == 0)):
+            slot = adapters.slots[j]
+            W = slot.module.weight if slot.conv1d else slot.module.weight.T      # (m, n)
+            mine[j] = shard_factors(W, K, slot.r, init, slot.s, seed_of(adapters.seed, slot.name))
+        return mine
+
+    mine = everywhere(decompose)
     for j, slot in enumerate(adapters.slots):
         rows = mine.pop(j).to(adapters.basis) if j in mine else adapters.basis.new_empty((K, slot.size))
         if world_size() > 1:
@@ -573,17 +591,6 @@ def update_spectrum(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 def effective_rank(S: torch.Tensor, tolerance: float = 1e-2) -> int:
     """#{ sigma > tolerance * sigma_1 }. Counting nonzero singular values would count the rounding of W."""
     return int((S > tolerance * S[0]).sum()) if S[0] > 0 else 0
-
-
-@torch.no_grad()
-def rounding_floor(W: torch.Tensor, steps: int) -> float:
-    """Largest singular value that rounding alone puts into W in `steps` in-place additions, estimated.
-
-    One addition errs uniformly by up to half an ulp: deviation ulp / sqrt(12) an entry. A random (m, n)
-    matrix of that deviation has norm (sqrt(m) + sqrt(n)) times it, and independent steps add in square.
-    """
-    ulp = torch.finfo(W.dtype).eps * torch.exp2(torch.frexp(W.double()).exponent - 1.0)
-    return float(ulp.square().mean().sqrt() * math.sqrt(steps / 12) * sum(math.sqrt(d) for d in W.shape))
 
 
 # ---- The loop ----------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ import argparse
 import base64
 import contextlib
 import datetime
-import hashlib
 import json
 import math
 import os
@@ -26,9 +25,11 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import hd_pissa
+from data.evaluate import evaluate
+from data.prepare import encode, hold_out, read_rows, step_batches
+from hd_pissa import everywhere, say
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -153,99 +154,6 @@ def load_model(name: str, seed: int) -> tuple[nn.Module, object, int]:
     return model, tokenizer, getattr(model.config, "max_position_embeddings", 1 << 20)
 
 
-# ---- Data --------------------------------------------------------------------------------------------------
-
-
-def read_rows(path: str) -> list[dict]:
-    """Rows of a JSONL file; ValueError with file and line for one that cannot be trained on."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such data file; give a JSONL file with instruction and response a row")
-    rows = []
-    with open(path, encoding="utf-8") as lines:
-        for i, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise ValueError(f"{path}:{i}: not JSON ({e})") from None
-            for field in ("instruction", "response"):
-                if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field]:
-                    raise ValueError(f"{path}:{i}: no text in {field!r}; rows need instruction and response")
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: holds no rows")
-    return rows
-
-
-def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(train, held out): 5 % of the rows, at most 500, chosen by hash, so that equal rows stay together."""
-    keys = [hashlib.blake2b(json.dumps(row, sort_keys=True).encode()).digest() for row in rows]
-    chosen = set(sorted(set(keys))[:max(1, min(500, round(0.05 * len(set(keys)))))])
-    return ([row for row, key in zip(rows, keys) if key not in chosen],
-            [row for row, key in zip(rows, keys) if key in chosen])
-
-
-def encode(rows: list[dict], tokenizer, block_size: int, what: str) -> list[tuple[list[int], int, str]]:
-    """(tokens, prompt length, domain) a row, cut on the right at block_size, dropped without a response."""
-    encoded, cut, dropped = [], 0, 0
-    quiet = hd_pissa.rank() > 0 or len(rows) < 20_000
-    for row in tqdm(rows, desc=f"tokenize {what}", unit="row", disable=quiet):
-        prompt = tokenizer.prompt(row["instruction"])
-        tokens = prompt + tokenizer.response(row["response"])
-        cut += len(tokens) > block_size
-        if len(prompt) >= block_size:
-            dropped += 1
-            continue
-        encoded.append((tokens[:block_size], len(prompt), row.get("domain", "all")))
-    say(f"{what}: {len(encoded)} rows, {cut - dropped} cut at --block_size {block_size}, "
-        f"{dropped} dropped because no response was left")
-    return encoded
-
-
-def step_batches(rows, batch_size: int, seed: int):
-    """Endless step batches of (tokens, prompt length), ordered by the seed alone, without partial batches."""
-    epoch = 0
-    while True:
-        generator = torch.Generator().manual_seed(hd_pissa.seed_of("epoch", seed, epoch))
-        order = torch.randperm(len(rows), generator=generator).tolist()
-        for a in range(0, len(rows) - batch_size + 1, batch_size):
-            yield [rows[j][:2] for j in order[a:a + batch_size]]
-        epoch += 1
-
-
-@torch.no_grad()
-def evaluate(model, rows, device, batch_size: int = 32, desc: str = "evaluate") -> dict[str, dict]:
-    """Per domain and in "all": loss in nats per response token, exact match in percent, rows.
-
-    Exact match: the greedy continuation of the prompt equals the whole response, end of text included. It
-    does if and only if the reference token has the largest logit at every position of one forward over the
-    reference: greedy decoding departs from it at the first position where that fails.
-    """
-    was_training = model.training
-    model.eval()
-    order = sorted(range(len(rows)), key=lambda j: (len(rows[j][0]), j))
-    result = torch.zeros((len(rows), 3), dtype=torch.float64, device=device)        # loss sum, tokens, hit
-    starts = range(0, len(rows), batch_size)[hd_pissa.rank()::hd_pissa.world_size()]
-    for a in tqdm(starts, desc=desc, unit="batch", leave=False, disable=hd_pissa.rank() > 0):
-        chosen = order[a:a + batch_size]
-        x, y = hd_pissa.pad([rows[j][:2] for j in chosen], device)
-        logits = hd_pissa.logits_of(model, x).float()                   # (b, t, vocabulary)
-        loss = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")         # (b, t), 0 where y = -100
-        result[chosen, 0] = loss.double().sum(1)
-        result[chosen, 1] = (y >= 0).double().sum(1)
-        result[chosen, 2] = ((logits.argmax(-1) == y) | (y < 0)).all(1).double()
-    if hd_pissa.world_size() > 1:
-        dist.all_reduce(result)             # one process has a row, the others add zeros: exact in any order
-    model.train(was_training)
-    table = {}
-    for domain in sorted({row[2] for row in rows} - {"all"}) + ["all"]:
-        part = result[[j for j, row in enumerate(rows) if domain in ("all", row[2])]]
-        loss, tokens, hits = part.sum(0).tolist()
-        table[domain] = {"loss": loss / tokens, "exact_match": 100 * hits / len(part), "rows": len(part)}
-    return table
-
-
 # ---- Baselines: data-parallel LoRA, PiSSA and full fine-tuning, with the interface of hd_pissa.Adapters ----
 
 
@@ -318,24 +226,8 @@ class Baseline:
 # ---- The run -----------------------------------------------------------------------------------------------
 
 
-def say(*text) -> None:
-    if hd_pissa.rank() == 0:
-        print(*text, flush=True)
-
-
-def everywhere(work):
-    """work() on every process; if it fails on any, that error on all, so that none waits for the others."""
-    error = result = None
-    try:
-        result = work()
-    except (ValueError, OSError) as e:
-        error = " ".join(str(e).split())
-    hd_pissa.agree(error)
-    return result
-
-
 # Peak learning rates and steps for the embedded model and data (data/README.md says how they were found).
-LR = {"hd_pissa": 1e-2, "pissa": 4e-3, "lora": 8e-3, "full": 2e-3}
+LR = {"hd_pissa": 2e-2, "pissa": 1.6e-2, "lora": 3.2e-2, "full": 4e-3}
 STEPS = 400
 
 # flag, type or choices, default, help with the unit and the value that means "off"
@@ -404,7 +296,8 @@ def parse(argv) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
                 f"--batch_size {max(1, args.batch_size // args.shards) * args.shards}")
     if args.lr is None and args.model != str(DATA / "base.pt"):
         p.error("--lr: give the peak learning rate for this --model (the paper, with mean: 2e-5 for LLaMA)")
-    args.lr = LR[args.method] if args.lr is None else args.lr
+    if args.lr is None:
+        args.lr = LR[args.method] / (args.shards if args.aggregate == "sum" else 1)     # a K times larger step
     args.targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
     return args, p
 
@@ -508,6 +401,17 @@ def report_losses(before, after) -> None:
             f"{b['exact_match']:6.1f} %")
 
 
+@torch.no_grad()
+def rounding_floor(W: torch.Tensor, steps: int) -> float:
+    """Largest singular value that rounding alone puts into W in `steps` in-place additions, estimated.
+
+    One addition errs uniformly by up to half an ulp: deviation ulp / sqrt(12) an entry. A random (m, n)
+    matrix of that deviation has norm (sqrt(m) + sqrt(n)) times it, and independent steps add in square.
+    """
+    ulp = torch.finfo(W.dtype).eps * torch.exp2(torch.frexp(W.double()).exponent - 1.0)
+    return float(ulp.square().mean().sqrt() * math.sqrt(steps / 12) * sum(math.sqrt(d) for d in W.shape))
+
+
 def report_rank(args, watched, model) -> dict:
     """Print and return the rank of dW for the `watched` weights: {name: W before}."""
     K, r, table = args.shards, args.rank, {}
@@ -517,7 +421,7 @@ def report_rank(args, watched, model) -> dict:
     for name, W in watched.items():
         after = model.get_parameter(name + ".weight").detach()
         S = hd_pissa.update_spectrum(W, after)
-        floor = hd_pissa.rounding_floor(after, args.max_steps) / float(S[0] or 1)
+        floor = rounding_floor(after, args.max_steps) / float(S[0] or 1)
         table[name] = {"effective_rank": hd_pissa.effective_rank(S), "of": len(S), "rounding_floor": floor}
         text = f"  {name:34} {table[name]['effective_rank']:4} of {len(S)}"
         if edge is not None and edge < len(S) and S[0] > 0:

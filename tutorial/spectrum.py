@@ -50,10 +50,12 @@ def plot(result: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     for (method, label), color in zip(METHODS.items(), ("0.5", "C0", "C1", "C2")):
         values = result["methods"][method]["relative_singular_values"]
-        axes.semilogy(range(1, len(values) + 1), [max(v, 1e-9) for v in values], label=label, color=color)
+        axes.loglog(range(1, len(values) + 1), [max(v, 1e-9) for v in values], label=label, color=color)
     for x, name in ((r, "r"), (2 * r, "2r"), (2 * K * r, "2Kr")):
         axes.axvline(x, color="0.8", zorder=0)
         axes.text(x, 1.3, f"{name} = {x}", ha="center", fontsize=8)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.set(xlabel="index of the singular value", ylabel="relative to the largest", ylim=(1e-8, 1))
     axes.set_title(f"Singular values of ΔW ({result['layer']}, r = {r}, K = {K})", pad=18)
     axes.legend(frameon=False)
