@@ -297,7 +297,7 @@ def parse(argv) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     if args.lr is None and args.model != str(DATA / "base.pt"):
         p.error("--lr: give the peak learning rate for this --model (the paper, with mean: 2e-5 for LLaMA)")
     if args.lr is None:
-        args.lr = LR[args.method] / (args.shards if args.aggregate == "sum" else 1)     # a K times larger step
+        args.lr = LR[args.method] / (args.shards if args.aggregate == "sum" else 1)     # K times the step
     args.targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
     return args, p
 
