@@ -68,6 +68,27 @@ def say(*text) -> None:
         print(*text, flush=True)
 
 
+def gather_shards(local: torch.Tensor) -> torch.Tensor:
+    """(S, ...) of each process -> (K, ...) on every process, in shard order."""
+    if world_size() == 1:
+        return local
+    out = local.new_empty((world_size() * local.shape[0], *local.shape[1:]))
+    # torch 2.13 renames the call and warns about the old name
+    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, local.contiguous())
+    return out
+
+
+def gather_text(text: str) -> list[str]:
+    """`text` of every process, by rank. As bytes: torch's object collectives pickle, and need NumPy."""
+    if world_size() == 1:
+        return [text]
+    device = "cuda" if "nccl" in dist.get_backend() else "cpu"
+    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    sizes = gather_shards(torch.tensor([len(data)], device=device)).tolist()
+    rows = gather_shards(F.pad(data, (0, 1 + max(sizes) - len(data)))[None])    # (processes, ...)
+    return [bytes(row[:size]).decode() for row, size in zip(rows.tolist(), sizes)]
+
+
 def everywhere(work):
     """work() on every process; if it fails on any, that error as ValueError on all, so that none hangs.
 
@@ -78,22 +99,9 @@ def everywhere(work):
         result = work()
     except (ValueError, OSError, RuntimeError) as e:
         error = e
-    messages = [str(error) if error else None] * world_size()
-    if world_size() > 1:
-        dist.all_gather_object(messages, messages[0])
-    for message in filter(None, messages):
+    for message in filter(None, gather_text((str(error) or repr(error)) if error else "")):
         raise ValueError(message) from error
     return result
-
-
-def gather_shards(local: torch.Tensor) -> torch.Tensor:
-    """(S, ...) of each process -> (K, ...) on every process, in shard order."""
-    if world_size() == 1:
-        return local
-    out = local.new_empty((world_size() * local.shape[0], *local.shape[1:]))
-    # torch 2.13 renames the call and warns about the old name
-    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, local.contiguous())
-    return out
 
 
 # ---- Orthogonal adapters initialization (section 4.1) ------------------------------------------------------

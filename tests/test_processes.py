@@ -102,6 +102,16 @@ def test_loop_does_not_depend_on_processes(tmp_path):
             )
 
 
+def texts():
+    return hd_pissa.gather_text("\u0394A " * hd_pissa.rank()), hd_pissa.gather_text("")
+
+
+def test_gather_text(tmp_path):
+    """Texts of different lengths, beyond ASCII and empty; what every agreed refusal travels by."""
+    expected = ["", "\u0394A ", "\u0394A \u0394A "], ["", "", ""]
+    assert spawn(3, texts, tmp_path) == [expected] * 3
+
+
 def message_of(work):
     try:
         work()
