@@ -41,6 +41,7 @@ import contextlib
 import functools
 import hashlib
 import math
+import os
 import time
 
 import torch
@@ -78,6 +79,15 @@ def gather_shards(local: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def reduce_shards(whole: torch.Tensor) -> torch.Tensor:
+    """(K, ...) on each process -> its own (S, ...), summed over the processes."""
+    if world_size() == 1:
+        return whole
+    out = whole.new_empty((whole.shape[0] // world_size(), *whole.shape[1:]))
+    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, whole)
+    return out
+
+
 def gather_text(text: str) -> list[str]:
     """`text` of every process, by rank. As bytes: torch's object collectives pickle, and need NumPy."""
     if world_size() == 1:
@@ -107,23 +117,33 @@ def everywhere(work):
 # ---- Orthogonal adapters initialization (section 4.1) ------------------------------------------------------
 
 
-def components(W: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The k largest singular triplets of W (m, n): U (m, k), S (k,) descending, Vt (k, n), in float64.
+def components(W: torch.Tensor, k: int, name: str = "W") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The k largest singular triplets of W (m, n): U (m, k), S (k,) descending, Vt (k, n).
 
-    Exact, because single components are dealt out to shards and randomized SVD mixes neighbours. Below
-    float64 the eigenvectors E of the shorter side's Gram matrix do: cheaper than a full SVD, and in float64
-    because the condition is squared. If that is not orthonormal (rank-deficient W), full SVD it is.
+    Single components are dealt out to shards, so each must be right, not their span alone: randomized SVD
+    mixes neighbours. The cheapest of three exact ways that passes its check is taken: eigenvectors of the
+    shorter side's Gram matrix in float32, its span refined by Rayleigh-Ritz; Gram in float64, because the
+    condition is squared and the far tail needs it; full SVD, for rank-deficient W and for float64 W.
     """
-    M = W.detach().double()
-    if W.dtype != torch.float64:
-        wide = M if M.shape[0] <= M.shape[1] else M.T                           # (d, max(m, n))
+    M = W.detach().float() if W.dtype != torch.float64 else W.detach()
+    wide = M if M.shape[0] <= M.shape[1] else M.T                               # (d, max(m, n))
+    for gram in (torch.float32, torch.float64)[:2 * (M.dtype == torch.float32)]:
+        wide = wide.to(gram)
         E = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -k:].flip(1)       # (d, k), descending
-        R = E.T @ wide                                                         # (k, max(m, n)) = S V^T
-        S = R.norm(dim=1)
-        R = R / S.clamp_min(1e-300)[:, None]
-        if torch.dist(R @ R.T, torch.eye(k).to(S), p=math.inf) < 1e-5:
-            return (E, S, R) if wide is M else (R.T, S, E.T)
-    U, S, Vt = torch.linalg.svd(M, full_matrices=False)
+        if gram == torch.float32:
+            E = torch.linalg.qr(E).Q
+            R, S, Vt = torch.linalg.svd(E.T @ wide, full_matrices=False)        # (k, k), (k,), (k, max(m, n))
+            U = E @ R                                                           # (d, k)
+            error = ((wide @ Vt.T - U * S).norm(dim=0) / (10 * S).clamp_max(S[0])).max()
+        else:
+            U, SVt = E, E.T @ wide
+            S = SVt.norm(dim=1)
+            Vt = SVt / S.clamp_min(1e-300)[:, None]
+            error = torch.dist(Vt @ Vt.T, torch.eye(k).to(S), p=math.inf)
+        if error <= 1e-5:
+            return (U, S, Vt) if wide.shape == M.shape else (Vt.T, S, U.T)
+        tqdm.write(f"{name}: components by a {str(gram)[6:]} Gram matrix are off by {error:.0e}, next driver")
+    U, S, Vt = torch.linalg.svd(M.double(), full_matrices=False)
     return U[:, :k], S[:k], Vt[:k]
 
 
@@ -132,14 +152,14 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-def shard_factors(W: torch.Tensor, K: int, r: int, init: str, s: float, seed: int) -> torch.Tensor:
+def shard_factors(W, K: int, r: int, init: str, s: float, seed: int, decompose=components, name="W"):
     """A_i^T and B_i of all K shards of W (m, n), flattened side by side: (K, r m + r n).
 
         hd_pissa   A_i = U_i (S_i/s)^1/2, B_i = (S_i/s)^1/2 V_i^T, components ir .. (i+1)r - 1   (section 4.1)
         top        every shard the components 0 .. r - 1                                       (appendix C)
         lora       A_i Kaiming-uniform as in PEFT, another draw per shard, B_i = 0             (appendix C)
 
-    Dividing S by s makes s A_i B_i the slice of W, as in PEFT.
+    Dividing S by s makes s A_i B_i the slice of W, as in PEFT. `decompose`: `components` or a cache of it.
     """
     m, n = W.shape
     if init == "lora":
@@ -147,7 +167,10 @@ def shard_factors(W: torch.Tensor, K: int, r: int, init: str, s: float, seed: in
         At = torch.stack([torch.rand((r, m), generator=g, dtype=torch.float64) for g in draws])
         At, B = (2 * At - 1) / math.sqrt(m), torch.zeros((K, r, n), dtype=torch.float64)    # (K, r, m)
     else:
-        U, S, Vt = components(W, r if init == "top" else K * r)
+        k = r if init == "top" else K * r
+        U, S, Vt = decompose(W, k, name)
+        for Q in (U.T, Vt):         # else shards overlap and each would repeat another's update
+            assert torch.dist(Q @ Q.T, torch.eye(k).to(Q), p=math.inf) < 1e-4, name
         root = (S / s).sqrt()
         At = (U * root).T.reshape(-1, r, m).expand(K, r, m)                     # (m, Kr) -> (K, r, m)
         B = (root[:, None] * Vt).reshape(-1, r, n).expand(K, r, n)              # (Kr, n) -> (K, r, n)
@@ -161,14 +184,15 @@ class Mute(torch.autograd.Function):
     """Y = X W forward; the backward gives dX and the gradients that residual PiSSA would have.
 
     Equation (1), Y = X (W_res,i + A_i B_i), is X W at dA = dB = 0: the forward computes nothing of the
-    adapter and keeps nothing but its input. A and B travel as attributes, not as saved tensors: a forward
+    adapter and keeps nothing but its input. At (k, r, m) and B (k, r, n) hold the factors of one shard, or of
+    all K side by side for gradients="global". They travel as attributes, not as saved tensors: a forward
     recomputed by activation checkpointing then cannot swap them for another shard's.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, dA, dB, s, conv1d, mask):
+    def forward(ctx, x, weight, bias, At, B, dA, dB, s, conv1d, mask):
         ctx.save_for_backward(x, weight)
-        ctx.A, ctx.B, ctx.s, ctx.conv1d, ctx.mask = A, B, s, conv1d, mask
+        ctx.At, ctx.B, ctx.s, ctx.conv1d, ctx.mask = At, B, s, conv1d, mask
         # Y = X W      (4.3), by the very call of the plain layer, so that logits are equal bit for bit
         if conv1d:
             return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
@@ -186,11 +210,12 @@ class Mute(torch.autograd.Function):
         X = x.reshape(-1, x.shape[-1]).to(dtype)                        # (T, m)
         if ctx.mask is not None:
             X = X * ctx.mask(X)                                         # dropout on the adapter's input alone
+        At, B = (ctx.s * ctx.At.flatten(0, 1)).to(dtype), (ctx.s * ctx.B.flatten(0, 1)).to(dtype)
         # g_A = s X^T (dY B_i^T)      (4.3); computed as its transpose, which is how dA lies in memory
-        gA = ((dY @ (ctx.s * ctx.B.T).to(dtype)).T @ X).T               # ((T, r)^T (T, m))^T -> (m, r)
+        gA = ((dY @ B.T).T @ X).T                                       # ((T, kr)^T (T, m))^T -> (m, kr)
         # g_B = s (X A_i)^T dY        (4.3)
-        gB = (X @ (ctx.s * ctx.A).to(dtype)).T @ dY                     # (T, r)^T (T, n) -> (r, n)
-        return dX, None, None, None, None, gA.to(ctx.A.dtype), gB.to(ctx.B.dtype), None, None, None
+        gB = (X @ At.T).T @ dY                                          # (T, kr)^T (T, n) -> (kr, n)
+        return dX, None, None, None, None, gA.to(ctx.At.dtype), gB.to(ctx.B.dtype), None, None, None
 
 
 class Muted:
@@ -199,7 +224,7 @@ class Muted:
     def forward(self, x):
         slot = self.hd_pissa
         mask = slot.dropout_mask() if slot.dropout > 0 and self.training else None
-        factors = slot.A, slot.B, slot.dA, slot.dB
+        factors = slot.At, slot.B, slot.dA, slot.dB
         return Mute.apply(x, self.weight, self.bias, *factors, slot.s, slot.conv1d, mask)
 
 
@@ -212,7 +237,8 @@ class Slot:
         self.m, self.n = module.weight.shape if self.conv1d else module.weight.T.shape
         self.r, self.s, self.dropout = r, s, dropout
         self.start, self.size = 0, r * (self.m + self.n)                # columns of A^T and B in a row
-        self.A = self.B = self.dA = self.dB = None
+        self.At = self.B = self.dA = self.dB = None
+        self.low = None             # int16 low halves of a bfloat16 weight
         self.backwards = {}         # global shard -> backward passes since the last merge
 
     def views(self, flat: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,19 +278,77 @@ def update_factors(At, B, dAt, dB) -> tuple[torch.Tensor, torch.Tensor]:
     return Pt, Q
 
 
+def split(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 W as a bfloat16 high half, rounded half up, and the int16 rest: exact, in W's 4 bytes a number.
+
+    The forward runs on the high half; adding small updates to it alone would lose nearly all of them.
+    Truncating instead of rounding would move W by up to a whole unit of bfloat16.
+    """
+    bits = W.contiguous().view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """The float32 weight of its halves, inverse of `split`."""
+    return ((high.contiguous().view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+
+
+def own_rows(weight: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """The stored weight's rows on this process, and which they are: all, unless FSDP2 has sharded dim 0."""
+    if not hasattr(weight, "to_local"):
+        return weight, slice(0, weight.shape[0])
+    chunk = -(-weight.shape[0] // weight.device_mesh.size())            # as torch.chunk cuts
+    start = min(weight.device_mesh.get_local_rank() * chunk, weight.shape[0])
+    local = weight.to_local()
+    return local, slice(start, start + local.shape[0])
+
+
+def fold_(W: torch.Tensor, rows: slice, left: torch.Tensor, right: torch.Tensor, share: float) -> None:
+    """W += share left[rows] right in place, for the `rows` of a stored weight that W holds.
+
+    In fixed blocks of the whole weight: a matrix product rounds by its shape, and this way no sharding of W
+    changes a bit. A block that is held in part is computed in whole.
+    """
+    for a in range(rows.start - rows.start % 1024, rows.stop, 1024):
+        b = min(a + 1024, left.shape[0])
+        here = slice(max(a, rows.start), min(b, rows.stop))
+        part = W[here.start - rows.start:here.stop - rows.start]
+        block = part if part.shape[0] == b - a else W.new_zeros((b - a, W.shape[1]))
+        if block is not part:
+            block[here.start - a:here.stop - a] = part
+        block.addmm_(left[a:b], right, alpha=share)
+        if block is not part:
+            part.copy_(block[here.start - a:here.stop - a])
+
+
+def sum_over_processes(dU: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Manual all-reduce of dU, laid out as the stored weight; a reduce-scatter if that is sharded."""
+    local, rows = own_rows(weight)
+    if world_size() > 1 and local is weight:
+        dist.all_reduce(dU)
+    elif world_size() > 1:
+        chunk = -(-dU.shape[0] // world_size())
+        padded = F.pad(dU, (0, 0, 0, chunk * world_size() - dU.shape[0]))
+        dU = reduce_shards(padded)[:local.shape[0]]
+    return dU
+
+
 class Adapters:
     """HD-PiSSA's state on one process: fixed A_i, B_i, increments, and the merge into W. Made by `attach`.
 
     A row of a flat buffer is one shard, all layers side by side: one collective then moves many layers.
     """
 
-    def __init__(self, found, r, K, init, alpha, dropout, aggregate, exchange, seed, bucket_mb):
-        self.K, self.S, self.aggregate, self.exchange = K, K // world_size(), aggregate, exchange
-        self.first = rank() * self.S                                    # global index of local shard 0
-        self.seed, self.step, self.idle, self.current, self.skipped = seed, 0, 0, 0, {}
-        self.config = dict(rank=r, shards=K, init=init, alpha=alpha, aggregate=aggregate, dropout=dropout)
-        self.s = 1.0 if alpha is None else alpha / r
-        self.slots = [Slot(name, module, r, self.s, dropout, self) for name, module in found]
+    def __init__(self, model, found, config: dict, exchange: str, basis: str, seed: int, bucket_mb: int):
+        self.model, self.config, self.K, self.r = model, config, config["shards"], config["rank"]
+        self.S = self.K // world_size()                                 # shards of this process
+        self.first, K = rank() * self.S, self.K                         # global index of local shard 0
+        self.aggregate, self.exchange, self.seed = config["aggregate"], exchange, seed
+        self.step, self.idle, self.current, self.skipped = 0, 0, 0, {}
+        self.s = 1.0 if config["alpha"] is None else config["alpha"] / self.r
+        self.whole_batch, self.applied = config["gradients"] == "global", torch.ones(())
+        self.slots = [Slot(name, module, self.r, self.s, config["dropout"], self) for name, module in found]
         wide = any(slot.module.weight.dtype == torch.float64 for slot in self.slots)
         dtype, self.device = torch.float64 if wide else torch.float32, self.slots[0].module.weight.device
         self.buckets, filled, width = [], math.inf, 0
@@ -274,24 +358,57 @@ class Adapters:
                 self.buckets.append([])
                 filled = K * slot.size * dtype.itemsize
             self.buckets[-1].append(slot)
-        # Folding factors needs A_i, B_i of all K shards on every process; the dense exchange only its own.
-        self.kept = range(K) if exchange == "all_gather" else range(self.first, self.first + self.S)
+        # Folding factors and whole-batch gradients need A_i, B_i of all K shards here; else only the own.
+        everything = self.whole_batch or exchange == "all_gather" and basis == "cached"
+        self.kept = range(K) if everything else range(self.first, self.first + self.S)
         self.basis = torch.zeros((len(self.kept), width), dtype=dtype, device=self.device)
         self.increments = torch.zeros((self.S, width), dtype=dtype, device=self.device)
         self.leaves: list[dict[str, torch.Tensor]] = [{} for _ in range(self.S)]    # by local shard, name
         self.touched: set[int] = set()                                  # local shards with a gradient
-        self._hooks = []
+        self._hooks, self._queue = [], []
         for i, leaves in enumerate(self.leaves):
-
-            def touch(leaf, i=i):
-                self.touched.add(i)
-
             for slot in self.slots:
                 # detach: a leaf of its own on the buffer's memory. dA lies transposed, as the merge reads it.
                 dAt, dB = slot.views(self.increments[i:i + 1])
                 leaves[slot.name + ".dA"] = dAt[0].T.detach().requires_grad_()      # (m, r)
                 leaves[slot.name + ".dB"] = dB[0].detach().requires_grad_()         # (r, n)
-                self._hooks.append(leaves[slot.name + ".dB"].register_post_accumulate_grad_hook(touch))
+                self._catch(leaves[slot.name + ".dB"], lambda leaf, i=i: self.touched.add(i))
+        for slot in self.slots if self.whole_batch else ():
+            # Leaves of all K shards that only catch gradients: zeros without memory, as increments are zero.
+            zero = torch.zeros((), dtype=dtype, device=self.device)
+            slot.dA = zero.expand(slot.m, K * self.r).detach().requires_grad_()
+            slot.dB = zero.expand(K * self.r, slot.n).detach().requires_grad_()
+            for leaf in (slot.dA, slot.dB):
+                self._catch(leaf, self._scatter)
+
+    def _catch(self, leaf, hook) -> None:
+        self._hooks.append(leaf.register_post_accumulate_grad_hook(hook))
+
+    def _scatter(self, leaf) -> None:
+        # gradients="global": shard i's whole-batch gradient goes to its owner during the backward, in one
+        # order on every process: a layer waits for those after it, and one without a gradient sends zeros.
+        if not self._queue:
+            self._queue = list(self.slots)
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._send(unused=True))
+        self._send(unused=False)
+
+    @torch.no_grad()
+    def _send(self, unused: bool) -> None:
+        while self._queue:
+            slot = self._queue[-1]
+            grads = slot.dA.grad, slot.dB.grad                          # (m, Kr), (Kr, n)
+            if not unused and any(grad is None for grad in grads):
+                return
+            gA, gB = (leaf if grad is None else grad for leaf, grad in zip((slot.dA, slot.dB), grads))
+            whole = torch.cat((gA.T.reshape(self.K, -1), gB.reshape(self.K, -1)), dim=1)    # (K, r m + r n)
+            slot.dA.grad = slot.dB.grad = None
+            for leaves, row in zip(self.leaves, reduce_shards(whole)):
+                for kind, g in (("dA", row[:self.r * slot.m].view(self.r, -1).T),
+                                ("dB", row[self.r * slot.m:].view(self.r, -1))):
+                    leaf = leaves[f"{slot.name}.{kind}"]
+                    leaf.grad = g.clone() if leaf.grad is None else leaf.grad.add_(g)
+            self._queue.pop()
+        self.touched.update(range(self.S))
 
     def parameters(self) -> list[torch.Tensor]:
         """The increments of this process, for any optimizer that `check` accepts."""
@@ -308,9 +425,9 @@ class Adapters:
         # Tensors are swapped, not an index: under torch.compile one graph then serves every shard.
         self.current, own = i, self.kept.index(self.first + i)
         for slot in self.slots:
-            At, B = slot.views(self.basis[own:own + 1])
-            slot.A, slot.B = At[0].T, B[0]                              # (m, r), (r, n)
-            slot.dA, slot.dB = self.leaves[i][slot.name + ".dA"], self.leaves[i][slot.name + ".dB"]
+            slot.At, slot.B = slot.views(self.basis if self.whole_batch else self.basis[own:own + 1])
+            if not self.whole_batch:
+                slot.dA, slot.dB = self.leaves[i][slot.name + ".dA"], self.leaves[i][slot.name + ".dB"]
 
     @contextlib.contextmanager
     def shard(self, i: int):
@@ -394,32 +511,55 @@ class Adapters:
         Raises ValueError for a shard without gradient, non-finite increments, or zero increments twice.
         """
         self._refuse()
+        for module in self.fsdp():
+            module.reshard()                    # else an evaluation's gathered copy would get the update
         share = self.s / self.K if self.aggregate == "mean" else self.s
+        gather = gather_shards if self.exchange == "all_gather" else lambda local: local
         for slots in self.buckets:
             a, b = slots[0].start, slots[-1].start + slots[-1].size     # the bucket's columns
-            increments = self.increments[:, a:b]
-            if self.exchange == "all_gather":
-                increments = gather_shards(increments)                  # (S, b - a) -> (K, b - a)
+            own = slice(self.kept.index(self.first), self.kept.index(self.first) + self.S)
+            increments, basis = gather(self.increments[:, a:b]), self.basis[:, a:b]     # (S, ...) -> (K, ...)
+            if self.exchange == "all_reduce":
+                basis = basis[own]
+            elif len(self.kept) < self.K:
+                basis = gather(basis)           # basis="resend"
             for slot in slots:
-                W = slot.module.weight
-                Pt, Q = update_factors(*slot.views(self.basis), *slot.views(increments, a))
+                Pt, Q = update_factors(*slot.views(basis, a), *slot.views(increments, a))
                 # sum_i dU_i = P Q, in the layout W is stored in: Conv1D (m, n), Linear (n, m)
                 left, right = (Pt.T, Q) if slot.conv1d else (Q.T, Pt)
-                if self.exchange == "all_gather":
-                    W.addmm_(left.to(W.dtype), right.to(W.dtype), alpha=share)
-                else:
-                    dU = left @ right                                   # of this process's shards
-                    if world_size() > 1:
-                        dist.all_reduce(dU)
-                    W.add_(dU, alpha=share)
+                self._fold(slot, left, right, share)
         self.increments.zero_()
         self.touched.clear()
         for slot in self.slots:
             slot.backwards.clear()
         self.step += 1
 
-    def _own_factors(self) -> dict[str, torch.Tensor]:
-        own = {}
+    def _fold(self, slot, left, right, share) -> None:
+        local, rows = own_rows(slot.module.weight)
+        if slot.low is not None and slot.low.shape != local.shape:
+            slot.low = slot.low[rows].clone()                           # FSDP2 has sharded W since `attach`
+        W = local if slot.low is None else join(local, slot.low)
+        sampled = slot is self.slots[self.step % len(self.slots)]
+        before = W[:8].clone() if sampled else None
+        if self.exchange == "all_gather":
+            fold_(W, rows, left, right, share)
+            wanted = left[rows][:8] @ right if sampled else None
+        else:
+            wanted = sum_over_processes(left @ right, slot.module.weight)       # of this process's shards
+            W.add_(wanted, alpha=share)
+        if slot.low is not None:
+            high, slot.low = split(W)
+            local.copy_(high)
+        if sampled:     # share of dW that rounding let through: (W' - W) . dW / |dW|^2 in 8 rows of a weight
+            wanted = share * wanted[:8]
+            self.applied = ((W[:8] - before) * wanted).sum() / wanted.square().sum()
+
+    def fsdp(self) -> list[nn.Module]:
+        """The modules on which FSDP2's fully_shard was called."""
+        return [module for module in self.model.modules() if hasattr(module, "reshard")]
+
+    def _own_state(self) -> dict[str, torch.Tensor]:
+        own = {slot.name + ".low": slot.low for slot in self.slots if slot.low is not None}
         for slot in self.slots:
             for i, At, B in zip(self.kept, *slot.views(self.basis)):
                 if self.first <= i < self.first + self.S:
@@ -427,14 +567,14 @@ class Adapters:
         return own
 
     def state_dict(self) -> dict:
-        """Config, step, and A_i, B_i of this process's shards by global index: "<module path>.shard<i>.A"."""
-        factors = {name: tensor.clone() for name, tensor in self._own_factors().items()}
-        return {"config": dict(self.config), "step": self.step, **factors}
+        """Config, step, low halves, and A_i, B_i of this process's shards: "<module path>.shard<i>.A"."""
+        return {"config": dict(self.config), "step": self.step,
+                **{name: tensor.clone() for name, tensor in self._own_state().items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Take A_i, B_i and the step from `state`; ValueError if it is of another configuration or model."""
-        there, own = state.get("config", {}), self._own_factors()
+        there, own = state.get("config", {}), self._own_state()
         wrong = {k: (v, there.get(k)) for k, v in self.config.items() if there.get(k) != v}
         missing = [name for name in own if name not in state or state[name].shape != own[name].shape]
 
@@ -446,7 +586,7 @@ class Adapters:
         everywhere(check)
         for name, tensor in own.items():
             tensor.copy_(state[name])
-        if self.exchange == "all_gather":
+        if len(self.kept) > self.S:
             self.basis.copy_(gather_shards(self.basis[self.first:self.first + self.S]))
         self.step = state["step"]
 
@@ -488,9 +628,15 @@ def find_layers(model: nn.Module, targets) -> tuple[list[tuple[str, nn.Module]],
     return found, skipped
 
 
+CHOICES = {"init": ("hd_pissa", "top", "lora"), "aggregate": ("mean", "sum"), "basis": ("cached", "resend"),
+           "exchange": ("auto", "all_gather", "all_reduce"), "gradients": ("local", "global")}
+
+
 def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="all-linear",
            init: str = "hd_pissa", alpha: float | None = None, dropout: float = 0.0, aggregate: str = "mean",
-           exchange: str = "auto", seed: int = 0, bucket_mb: int = 256, progress: bool = False) -> Adapters:
+           exchange: str = "auto", basis: str = "cached", gradients: str = "local", seed: int = 0,
+           dtype: torch.dtype | None = None, bucket_mb: int = 256, decompose=components,
+           progress: bool = False) -> Adapters:
     """Cut the targeted weights of `model` into K shards of `rank` components, mute them, freeze all else.
 
     rank        r, components per shard and weight                                             (section 4.1)
@@ -501,39 +647,59 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
     dropout     probability, on the adapter's input; 0 = off
     aggregate   "mean" (the paper, 1/K) or "sum" (the published code; with Adam a K times larger step)
     exchange    "all_gather" (factors), "all_reduce" (dense dU), "auto" (fewer bytes: all_gather)
+    basis       "cached": A_i, B_i of all K shards on every process; "resend": gathered at each merge
+    gradients   "local" (the paper: a shard learns from its own mini-batch) or "global" (from the whole batch:
+                losses add up over processes, so divide by all tokens of the step; equal backwards everywhere)
     seed        of the random draws: dropout and the "lora" init
+    dtype       torch.bfloat16 turns float32 weights into bfloat16 halves, their rest kept here (`split`);
+                bfloat16 weights are always so completed. None: weights stay as they are
     bucket_mb   MiB of gathered factors per collective
+    decompose   `components`, or a function with its arguments and result, for instance a cache on disk
 
-    Module classes change, names and state_dict keys do not. Raises ValueError, on every process alike, for
-    arguments or weights that cannot be trained.
+    Module classes change, names and state_dict keys do not. Call it after moving the model to its device and
+    before fully_shard. Raises ValueError, on every process alike, for what cannot be trained.
     """
     K = world_size() if shards is None else shards
 
     def select():
-        check_arguments(rank, K, init, alpha, dropout, aggregate, exchange)
+        check_arguments(rank, K, alpha, dropout, init=init, aggregate=aggregate, exchange=exchange,
+                        basis=basis, gradients=gradients)
         found, skipped = find_layers(model, targets)
-        check_layers(found, skipped, rank, 1 if init == "top" else K, targets)
+        check_layers(found, skipped, rank, 1 if init == "top" else K, targets, dtype)
         return found, skipped
 
     found, skipped = everywhere(select)
+    config = dict(rank=rank, shards=K, init=init, alpha=alpha, aggregate=aggregate, dropout=dropout,
+                  gradients=gradients)
+    layers = [(name, tuple(module.weight.shape), module.weight.dtype) for name, module in found]
+    here, *others = gather_text(f"{config}, {exchange=}, {basis=}, {seed=}, {dtype=}, {layers=}")
+    for i, there in enumerate(others, 1):
+        if there != here:
+            a = max(0, len(os.path.commonprefix((here, there))) - 30)
+            raise ValueError(f"processes disagree: process 0 attaches ...{here[a:a + 80]}..., process {i} "
+                             f"...{there[a:a + 80]}...; start all with the same command and model")
     exchange = "all_gather" if exchange == "auto" else exchange
-    adapters = Adapters(found, rank, K, init, alpha, dropout, aggregate, exchange, seed, bucket_mb)
+    adapters = Adapters(model, found, config, exchange, basis, seed, bucket_mb)
     adapters.skipped = skipped
-    _deal(adapters, init, progress)
+    _deal(adapters, init, decompose, progress)
     model.requires_grad_(False)
     for slot in adapters.slots:
+        W = slot.module.weight
+        if W.dtype == torch.bfloat16:
+            slot.low = torch.zeros_like(W, dtype=torch.int16)
+        elif dtype == torch.bfloat16:
+            W.data, slot.low = split(W)
         slot.module.hd_pissa = slot
         slot.module.__class__ = type(f"Muted{slot.plain_class.__name__}", (Muted, slot.plain_class), {})
     adapters._select(0)
     return adapters
 
 
-def check_arguments(r, K, init, alpha, dropout, aggregate, exchange) -> None:
+def check_arguments(r, K, alpha, dropout, **choices) -> None:
     """Raise ValueError for what no model could be trained with."""
-    for name, value, allowed in (("init", init, "hd_pissa top lora"), ("aggregate", aggregate, "mean sum"),
-                                 ("exchange", exchange, "auto all_gather all_reduce")):
-        if value not in allowed.split():
-            raise ValueError(f"{name}={value!r}: must be one of {', '.join(allowed.split())}")
+    for name, value in choices.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(CHOICES[name])}")
     for name, value in (("rank", r), ("shards", K)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: must be a whole number, 1 or more")
@@ -547,7 +713,7 @@ def check_arguments(r, K, init, alpha, dropout, aggregate, exchange) -> None:
         raise ValueError(f"dropout={dropout}: must be at least 0 and below 1")
 
 
-def check_layers(found, skipped, r, K, targets) -> None:
+def check_layers(found, skipped, r, K, targets, dtype=None) -> None:
     """Raise ValueError, with the layer's name, for a weight without K r components or of a wrong kind."""
     if not found:
         left_out = ", ".join(f"{name} ({why})" for name, why in list(skipped.items())[:8]) or "none"
@@ -555,9 +721,17 @@ def check_layers(found, skipped, r, K, targets) -> None:
     largest = min(min(module.weight.shape) for _, module in found) // K
     for name, module in found:
         W = module.weight
-        if W.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{name}.weight is {W.dtype}: small updates are added to W itself, which needs "
-                             "float32 or float64; load the model with dtype=torch.float32")
+        if hasattr(W, "to_local"):
+            raise ValueError(f"{name}.weight is already sharded; call attach before fully_shard, which then "
+                             "shards the adapted weights")
+        if W.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+            raise ValueError(f"{name}.weight is {W.dtype}; load the model in float32, bfloat16 or float64")
+        if dtype not in (None, W.dtype) and (W.dtype, dtype) != (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype={dtype} for {name}.weight of {W.dtype}: only float32 weights can be "
+                             "turned, into torch.bfloat16; use dtype=None")
+        if W.device != found[0][1].weight.device:
+            raise ValueError(f"{name}.weight is on {W.device}, {found[0][0]}.weight on "
+                             f"{found[0][1].weight.device}; one process trains on one device")
         if K * r > min(W.shape):
             remedy = f"the largest rank for these layers is {largest}" if largest else "use fewer shards"
             raise ValueError(f"{name} is {tuple(W.shape)}: {K} shards x rank {r} need {K * r} components, it "
@@ -567,22 +741,22 @@ def check_layers(found, skipped, r, K, targets) -> None:
 
 
 @torch.no_grad()
-def _deal(adapters: Adapters, init: str, progress: bool) -> None:
+def _deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
     # Each weight is decomposed by exactly one process and sent to the others: SVDs of one matrix on two
     # machines may differ in sign or order, and the shards would overlap.
-    K = adapters.K
-
-    def decompose():
+    def work():
         own, mine = range(rank(), len(adapters.slots), world_size()), {}
         for j in tqdm(own, desc="SVD", unit="layer", disable=not (progress and rank() == 0)):
             slot = adapters.slots[j]
             W = slot.module.weight if slot.conv1d else slot.module.weight.T      # (m, n)
-            mine[j] = shard_factors(W, K, slot.r, init, slot.s, seed_of(adapters.seed, slot.name))
+            seed = seed_of(adapters.seed, slot.name)
+            factors = shard_factors(W, adapters.K, slot.r, init, slot.s, seed, decompose, slot.name)
+            mine[j] = factors.to(adapters.basis)
         return mine
 
-    mine = everywhere(decompose)
+    mine = everywhere(work)
     for j, slot in enumerate(adapters.slots):
-        rows = mine.pop(j).to(adapters.basis) if j in mine else adapters.basis.new_empty((K, slot.size))
+        rows = mine.pop(j) if j in mine else adapters.basis.new_empty((adapters.K, slot.size))
         if world_size() > 1:
             dist.broadcast(rows, src=j % world_size())
         adapters.basis[:, slot.start:slot.start + slot.size] = rows[adapters.kept.start:adapters.kept.stop]
@@ -631,23 +805,25 @@ def pad(rows, device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """(b, t) -> (b, t, vocabulary), for a model that returns a tensor or a Hugging Face output."""
+    """(b, t) -> (b, t, vocabulary), float32 or wider, of a model that returns a tensor or `.logits`."""
     out = model(x)
-    return out if isinstance(out, torch.Tensor) else out.logits
+    logits = out if isinstance(out, torch.Tensor) else out.logits
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float = 0.03,
           schedule: str = "cosine", betas=(0.9, 0.999), eps: float = 1e-8, max_grad_norm: float = 0.0,
-          micro_batch_size: int = 8, device="cpu", progress: bool = True):
-    """Fine-tune `model` and yield one log record a step: step, loss, lr, grad_norm, tokens_per_second.
+          micro_batch_size: int = 8, device="cpu", autocast: bool = False, progress: bool = True):
+    """Fine-tune `model` and yield a record a step: step, loss, lr, grad_norm, applied, tokens_per_second.
 
-    adapters          from `attach`, or a baseline with the same methods and `whole_batch` set (train.py)
+    adapters          from `attach`, or a baseline with the same interface (train.py)
     batches           step batches, each a list of B rows (tokens, prompt length), the same on every process;
                       shard i trains on rows iB/K .. (i+1)B/K - 1, wherever shard i lives
     lr                peak learning rate; it belongs to adapters.aggregate ("sum" steps K times further)
     warmup, schedule  as in lr_factor
     max_grad_norm     joint 2-norm over all shards; 0 = off
     micro_batch_size  rows a forward
+    autocast          matmuls in bfloat16, weights as they are
 
     A shard minimises the mean over its own response tokens; with `whole_batch`, that of the whole step batch.
     Raises ValueError, on every process alike, for a shard without response tokens or a loss not finite.
@@ -659,7 +835,6 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
     factor = functools.partial(lr_factor, max_steps=max_steps, warmup=warmup, schedule=schedule)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     K, S, first = adapters.K, adapters.S, adapters.first
-    whole_batch = getattr(adapters, "whole_batch", False)
     bar = tqdm(total=max_steps, desc="train", unit="step", disable=not (progress and rank() == 0))
     model.train()
     for step, batch in zip(range(1, max_steps + 1), batches):
@@ -673,14 +848,13 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
         # Local backward: each shard of this process on its own mini-batch.
         losses = torch.zeros(S, dtype=torch.float64, device=device)
         for i in range(S):
-            # whole_batch: processes are averaged later, so the sum over them must carry their number here.
-            norm = counts[first + i] if not whole_batch else sum(counts) / world_size()
+            norm = sum(counts) if adapters.whole_batch else counts[first + i]
             for a in range(0, size, micro_batch_size):
                 x, y = pad(mini[first + i][a:a + micro_batch_size], device)
-                with adapters.shard(i):
+                with adapters.shard(i), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
                     logits = logits_of(model, x)                        # (b, t, vocabulary)
                     loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
-                    (loss / norm).backward()
+                (loss / norm).backward()
                 losses[i] += loss.detach()
         sums = gather_shards(losses).tolist()
         if bad := [i for i, value in enumerate(sums) if not math.isfinite(value)]:
@@ -699,5 +873,6 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
         speed = sum(len(tokens) for tokens, _ in batch) / (time.perf_counter() - start)
         bar.set_postfix_str(f"loss {loss:.4f}, lr {lr_now:.2e}, {speed:.0f} tokens/s", refresh=False)
         bar.update()
-        yield dict(step=step, loss=loss, lr=lr_now, grad_norm=float(grad_norm), tokens_per_second=speed)
+        yield dict(step=step, loss=loss, lr=lr_now, grad_norm=float(grad_norm),
+                   applied=float(adapters.applied), tokens_per_second=speed)
     bar.close()

@@ -163,10 +163,10 @@ class Baseline:
         lora, pissa     Y = X W_res + s (X A) B,  A (m, r), B (r, n) trained    (W_res = W, or W - s A B)
     """
 
-    whole_batch = True
+    whole_batch, applied = True, 1.0
 
     def __init__(self, model, method: str, rank: int, K: int, targets, alpha, seed: int):
-        hd_pissa.check_arguments(rank, K, "top", alpha, 0.0, "mean", "auto")
+        hd_pissa.check_arguments(rank, K, alpha, 0.0)
         self.K, self.S = K, K // hd_pissa.world_size()
         self.first = hd_pissa.rank() * self.S
         self.s, self.factors, self.slots, self.skipped = 1.0 if alpha is None else alpha / rank, [], [], {}
@@ -205,11 +205,10 @@ class Baseline:
         """Any optimizer works on plain parameters."""
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Average the gradients over the processes, then clip: the first moment they must be whole."""
+        """Sum the gradients over the processes, then clip: the first moment they must be whole."""
         if hd_pissa.world_size() > 1:
             for p in self._parameters:
                 dist.all_reduce(p.grad)
-                p.grad /= hd_pissa.world_size()
         return nn.utils.clip_grad_norm_(self._parameters, max_norm)
 
     def merge_(self):

@@ -24,7 +24,7 @@ def evaluate(model, rows, device, batch_size: int = 32, desc: str = "evaluate") 
     for a in tqdm(starts, desc=desc, unit="batch", leave=False, disable=hd_pissa.rank() > 0):
         chosen = order[a:a + batch_size]
         x, y = hd_pissa.pad([rows[j][:2] for j in chosen], device)
-        logits = hd_pissa.logits_of(model, x).float()                   # (b, t, vocabulary)
+        logits = hd_pissa.logits_of(model, x)                           # (b, t, vocabulary)
         loss = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")         # (b, t), 0 where y = -100
         result[chosen, 0] = loss.double().sum(1)
         result[chosen, 1] = (y >= 0).double().sum(1)

@@ -61,7 +61,7 @@ CALLS = {
     "alpha nan": (attach(alpha=float("nan")), ["alpha=nan"]),
     "dropout 1": (attach(dropout=1.0), ["dropout=1.0", "below 1"]),
     "int8": (spoilt(to_int8), ["2.weight is torch.int8", "float32"]),
-    "bfloat16": (spoilt(lambda m: m.bfloat16()), ["0.weight is torch.bfloat16", "load the model with"]),
+    "float16": (spoilt(lambda m: m.half()), ["0.weight is torch.float16", "load the model in float32"]),
     "nan": (
         spoilt(lambda m: m[2].weight.data[1, 1].fill_(float("nan"))),
         ["2.weight holds NaN", "load it again"],

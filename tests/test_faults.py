@@ -27,15 +27,15 @@ original_factors, original_update, original_select = (
 original_backward, original_merge = hd_pissa.Mute.backward, hd_pissa.Adapters.merge_
 
 
-def wrong_slice(W, K, r, init, s, seed):
-    return original_factors(W, K, r, init, s, seed).roll(1, 0)[[0, 0, *range(2, K)]]
+def wrong_slice(W, K, r, init, s, seed, *rest):
+    return original_factors(W, K, r, init, s, seed, *rest).roll(1, 0)[[0, 0, *range(2, K)]]
 
 
-def all_top(W, K, r, init, s, seed):
-    return original_factors(W, K, r, "top", s, seed)
+def all_top(W, K, r, init, s, seed, *rest):
+    return original_factors(W, K, r, "top", s, seed, *rest)
 
 
-def unrooted(W, K, r, init, s, seed):
+def unrooted(W, K, r, init, s, seed, *rest):
     return original_factors(W, K, r, init, 2 * s, seed)
 
 

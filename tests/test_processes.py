@@ -1,6 +1,10 @@
 """Several processes against one: equal weights, replicas bit for bit, refusals alike on every rank."""
 
 import itertools
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ import train
 
 CONFIGS = [
     dict(exchange=e, aggregate=a) for e, a in itertools.product(("all_gather", "all_reduce"), ("mean", "sum"))
-]
+] + [dict(exchange="all_gather", basis="resend", bucket_mb=0)]
 
 
 def numpy(tensors):
@@ -37,6 +41,7 @@ def test_weights_do_not_depend_on_processes(world, shards, tmp_path):
     alone = toy_runs(shards)
     ranks = spawn(world, toy_runs, tmp_path, shards)
     assert all(rank == ranks[0] for rank in ranks[1:])
+    assert ranks[0][-1] == ranks[0][0]  # A_i, B_i sent again, in buckets of one layer
     for config, one, many in zip(CONFIGS, alone, ranks[0]):
         if config["exchange"] == "all_gather":
             assert one == many, config
@@ -154,6 +159,8 @@ def refusals():
         )
     )
     out.append((message_of(lambda: hd_pissa.attach(toy.module(weights, bias), 2, shards=3)), True))
+    other = dict(alpha=2.0 if second else 4.0)
+    out.append((message_of(lambda: hd_pissa.attach(toy.module(weights, bias), 2, **other)), True))
 
     model = train.GPT(60, block_size=16, layers=1, width=32)
     adapters = hd_pissa.attach(model, 2)
@@ -167,7 +174,7 @@ def refusals():
 
 
 def test_a_fault_on_rank_1_stops_both_with_one_message(tmp_path):
-    """NaN weight, rank, no gradient, NaN increment, missing file, K not divisible, NaN loss; none hangs."""
+    """NaN weight, rank, no gradient, NaN increment, missing file, K, another alpha, NaN loss; none hangs."""
     ranks = spawn(2, refusals, tmp_path)
     assert ranks[0] == ranks[1]
     words = [
@@ -177,7 +184,81 @@ def test_a_fault_on_rank_1_stops_both_with_one_message(tmp_path):
         "shards [1] hold NaN",
         "missing.jsonl: no such data file",
         "shards=3 is not a multiple of the 2 processes",
+        "'alpha': 4.0",
         "loss of shards [1] is not finite",
     ]
     for (message, untouched), expected in zip(ranks[0], words, strict=True):
         assert message is not None and expected in message and untouched
+
+
+def received():
+    """Bytes that reach this process in one merge_, counted at torch.distributed, per exchange."""
+    weights, bias, data = problem32(8)
+    counts = {}
+    for name, options in {
+        "cached": {},
+        "resend": {"basis": "resend"},
+        "dense": {"exchange": "all_reduce"},
+    }.items():
+        model = toy.module(weights, bias)
+        adapters = hd_pissa.attach(model, 1, shards=8, **options)
+        for i in range(adapters.S):
+            with adapters.shard(i):
+                model(data[0][0][0]).square().mean().backward()
+        total = 0
+
+        def counted(original, share):
+            def call(out, *rest):
+                nonlocal total
+                total += int(out.numel() * out.element_size() * share)
+                return original(out, *rest)
+
+            return call
+
+        world = hd_pissa.world_size()
+        shares = {"all_gather_single": (world - 1) / world, "all_reduce": 2 * (world - 1) / world}
+        if not hasattr(hd_pissa.dist, "all_gather_single"):
+            shares["all_gather_into_tensor"] = shares.pop("all_gather_single")
+        originals = {f: getattr(hd_pissa.dist, f) for f in shares}
+        for f, share in shares.items():
+            setattr(hd_pissa.dist, f, counted(originals[f], share))
+        adapters.merge_()
+        for f, original in originals.items():
+            setattr(hd_pissa.dist, f, original)
+        counts[name] = total
+    return counts
+
+
+def test_bytes_received(tmp_path):
+    """K r (m + n) increments cached, twice that resent, 2 m n dense; and the 8 x 3 numbers of the check."""
+    (a, b, c), agreed = toy.SIZES, 8 * 3 * 8 // 2
+    factors, dense = 8 * (a + b + b + c) * 4 // 2, (a * b + b * c) * 4
+    for counts in spawn(2, received, tmp_path):
+        assert counts == {"cached": factors + agreed, "resend": 2 * factors + agreed, "dense": dense + agreed}
+
+
+CRASH = """
+import sys, torch, torch.distributed as dist
+sys.path[:0] = sys.argv[1:]
+import hd_pissa, toy
+dist.init_process_group("gloo")
+weights, bias, data = toy.problem(shards=2)
+model = toy.module(weights, bias)
+adapters = hd_pissa.attach(model, 2)
+(model(data[0][0][0]) ** 2).mean().backward()
+if hd_pissa.rank() == 1:
+    raise RuntimeError("no such luck")
+adapters.merge_()
+"""
+
+
+def test_a_process_that_fails_takes_the_job_down(tmp_path):
+    """A failure between collectives that nobody agreed on: torchrun ends within a minute, naming it."""
+    (tmp_path / "crash.py").write_text(CRASH)
+    root = Path(__file__).resolve().parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    start = time.monotonic()
+    done = subprocess.run(
+        [*command, tmp_path / "crash.py", root.parent, root], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode != 0 and "no such luck" in done.stderr and time.monotonic() - start < 60

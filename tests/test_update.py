@@ -123,17 +123,20 @@ def test_components_equal_the_full_svd(dtype, shape):
     for k in (5, min(shape)):
         U, S, Vt = hd_pissa.components(W, k)
         u, s, vt = torch.linalg.svd(W.double(), full_matrices=False)
-        torch.testing.assert_close(S, s[:k], rtol=1e-7, atol=1e-9)
-        torch.testing.assert_close((U * S) @ Vt, (u[:, :k] * s[:k]) @ vt[:k], rtol=1e-6, atol=1e-7)
+        U, S, Vt = U.double(), S.double(), Vt.double()
+        eps = 1e-11 if dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(S, s[:k], rtol=eps, atol=eps)
+        torch.testing.assert_close((U * S) @ Vt, (u[:, :k] * s[:k]) @ vt[:k], rtol=eps, atol=eps)
         for Q in (U.T @ U, Vt @ Vt.T):
             torch.testing.assert_close(Q, torch.eye(k, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
-def test_rank_deficient_weight_falls_back_to_the_full_svd():
+def test_rank_deficient_weight_falls_back_to_the_full_svd(capsys):
     """W of rank 3 asked for 8 components: orthonormal factors all the same."""
     g = torch.Generator().manual_seed(0)
     W = torch.randn((20, 3), generator=g) @ torch.randn((3, 30), generator=g)
-    U, S, Vt = hd_pissa.components(W, 8)
+    U, S, Vt = hd_pissa.components(W, 8, "layer")
+    assert "layer: components by a float32" in capsys.readouterr().out
     torch.testing.assert_close(U.T @ U, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-9)
     torch.testing.assert_close((U * S) @ Vt, W.double(), rtol=1e-5, atol=1e-5)
 

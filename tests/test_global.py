@@ -1,0 +1,146 @@
+"""gradients="global": K shards of rank r learn from the whole batch as one shard of rank K r would."""
+
+import pytest
+import torch
+import torch.nn as nn
+import toy
+from spawned import spawn
+from torch.utils.checkpoint import checkpoint
+
+import hd_pissa
+
+MAKES = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.0),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
+}
+
+
+def train(model, adapters, data, make, rows_of=None):
+    """Every process backpropagates its own rows; losses add up to the mean over the whole batch."""
+    optimizer, K = make(adapters.parameters()), len(data[0])
+    adapters.check(optimizer)
+    mine = range(
+        hd_pissa.rank() * K // hd_pissa.world_size(), (hd_pissa.rank() + 1) * K // hd_pissa.world_size()
+    )
+    for batch in data:
+        for i in mine:
+            ((model(batch[i][0]) - batch[i][1]).square().mean() / K).backward()
+        optimizer.step()
+        adapters.merge_()
+        optimizer.zero_grad()
+    return [slot.module.weight.detach().clone() for slot in adapters.slots]
+
+
+def single(name, alpha=None):
+    """The oracle: K=1, rank K r, gradients accumulated over the whole batch."""
+    weights, bias, data = toy.problem()
+    model = toy.module(weights, bias)
+    alpha = None if alpha is None else alpha * toy.K  # alpha / rank the same
+    adapters = hd_pissa.attach(model, toy.K * toy.R, shards=1, alpha=alpha)
+    return train(model, adapters, data, MAKES[name])
+
+
+def run(name, exchange="auto", alpha=None, aggregate="sum"):
+    weights, bias, data = toy.problem()
+    model = toy.module(weights, bias)
+    adapters = hd_pissa.attach(
+        model, toy.R, shards=toy.K, gradients="global", aggregate=aggregate, exchange=exchange, alpha=alpha
+    )
+    Ws = train(model, adapters, data, MAKES[name])
+    state = sum(p.numel() for p in adapters.parameters())
+    return [W.tolist() for W in Ws], state
+
+
+CASES = [
+    ("adamw", "auto", None),
+    ("adamw", "all_reduce", 3.0),
+    ("sgd", "auto", 3.0),
+    ("sgd", "all_reduce", None),
+]
+
+
+def close(a, b):
+    torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), b, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("name, exchange, alpha", CASES)
+def test_one_process_equals_one_shard_of_rank_Kr(name, exchange, alpha):
+    got, state = run(name, exchange, alpha)
+    for a, b in zip(got, single(name, alpha), strict=True):
+        close(a, b)
+    assert state == toy.K * toy.R * sum(sum(W.shape) for W in toy.problem()[0])
+
+
+def all_cases():
+    return [run(*case) for case in CASES]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_processes_equal_one_shard_of_rank_Kr(world, tmp_path):
+    """And each process keeps optimizer state for its own shards alone."""
+    expected = [single(name, alpha) for name, _, alpha in CASES]
+    ranks = spawn(world, all_cases, tmp_path)
+    assert all(rank == ranks[0] for rank in ranks)
+    for (got, state), Ws in zip(ranks[0], expected, strict=True):
+        for a, b in zip(got, Ws, strict=True):
+            close(a, b)
+        assert state == toy.K // world * toy.R * sum(sum(W.shape) for W in toy.problem()[0])
+
+
+def test_mean_is_a_Kth_of_the_step():
+    weights = toy.problem()[0]
+    first = toy.problem(steps=1)[2]
+    moved = {}
+    for aggregate in ("sum", "mean"):
+        model = toy.module(*toy.problem()[:2])
+        adapters = hd_pissa.attach(model, toy.R, shards=toy.K, gradients="global", aggregate=aggregate)
+        moved[aggregate] = train(model, adapters, first, MAKES["adamw"])[0] - weights[0].T
+    torch.testing.assert_close(moved["mean"] * toy.K, moved["sum"], rtol=1e-6, atol=1e-12)
+
+
+class Branch(nn.Module):
+    """The second layer runs for some rows only, as an expert of a mixture does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12).double(), nn.Linear(12, 12).double()
+        self.last = nn.Linear(12, 12).double()
+
+    def forward(self, x, expert):
+        h = torch.tanh(self.first(x))
+        return self.last(h + torch.tanh(self.second(h)) if expert else h)
+
+
+def branched(recompute=False):
+    g = torch.Generator().manual_seed(0)
+    model = Branch()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3, generator=g)
+    adapters = hd_pissa.attach(model, 2, shards=2, gradients="global", aggregate="sum")
+    optimizer, seen = MAKES["sgd"](adapters.parameters()), []
+    for _ in range(3):
+        x = torch.randn((2, 5, 12), generator=g, dtype=torch.float64)
+        for i in range(adapters.first, adapters.first + adapters.S):
+            y = checkpoint(model, x[i], i == 1, use_reentrant=False) if recompute else model(x[i], i == 1)
+            y.square().mean().backward()
+            # No gradient of rank K r is left, and no owner's gradient is missing.
+            seen += [s.dA.grad is None and s.dB.grad is None for s in adapters.slots]
+            seen += [p.grad is not None for p in adapters.parameters()]
+        optimizer.step()
+        adapters.merge_()
+        optimizer.zero_grad()
+    return [slot.module.weight.tolist() for slot in adapters.slots], all(seen)
+
+
+def test_a_layer_unused_on_one_process_contributes_zeros(tmp_path):
+    """Process 0 never runs the second layer: no hang, and the weights of one process with both shards."""
+    expected, seen = branched()
+    assert seen
+    for result, seen in spawn(2, branched, tmp_path):
+        assert seen
+        for a, b in zip(result, expected, strict=True):
+            close(a, torch.tensor(b, dtype=torch.float64))
+
+
+def test_checkpointed_forward_gives_the_same():
+    assert branched(recompute=True) == branched()
