@@ -340,7 +340,7 @@ class Adapters:
     A row of a flat buffer is one shard, all layers side by side: one collective then moves many layers.
     """
 
-    def __init__(self, model, found, config: dict, exchange: str, basis: str, seed: int, bucket_mb: int):
+    def __init__(self, model, found, config: dict, exchange: str, basis: str, device, seed: int, bucket_mb: int):
         self.model, self.config, self.K, self.r = model, config, config["shards"], config["rank"]
         self.S = self.K // world_size()                                 # shards of this process
         self.first, K = rank() * self.S, self.K                         # global index of local shard 0
@@ -350,7 +350,7 @@ class Adapters:
         self.whole_batch, self.applied = config["gradients"] == "global", torch.ones(())
         self.slots = [Slot(name, module, self.r, self.s, config["dropout"], self) for name, module in found]
         wide = any(slot.module.weight.dtype == torch.float64 for slot in self.slots)
-        dtype, self.device = torch.float64 if wide else torch.float32, self.slots[0].module.weight.device
+        dtype, self.device = torch.float64 if wide else torch.float32, device
         self.buckets, filled, width = [], math.inf, 0
         for slot in self.slots:
             slot.start, width, filled = width, width + slot.size, filled + K * slot.size * dtype.itemsize
@@ -537,7 +537,7 @@ class Adapters:
     def _fold(self, slot, left, right, share) -> None:
         local, rows = own_rows(slot.module.weight)
         if slot.low is not None and slot.low.shape != local.shape:
-            slot.low = slot.low[rows].clone()                           # FSDP2 has sharded W since `attach`
+            slot.low = slot.low[rows].to(local.device, copy=True)       # FSDP2 has sharded W since `attach`
         W = local if slot.low is None else join(local, slot.low)
         sampled = slot is self.slots[self.step % len(self.slots)]
         before = W[:8].clone() if sampled else None
@@ -635,7 +635,7 @@ CHOICES = {"init": ("hd_pissa", "top", "lora"), "aggregate": ("mean", "sum"), "b
 def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="all-linear",
            init: str = "hd_pissa", alpha: float | None = None, dropout: float = 0.0, aggregate: str = "mean",
            exchange: str = "auto", basis: str = "cached", gradients: str = "local", seed: int = 0,
-           dtype: torch.dtype | None = None, bucket_mb: int = 256, decompose=components,
+           dtype: torch.dtype | None = None, device=None, bucket_mb: int = 256, decompose=components,
            progress: bool = False) -> Adapters:
     """Cut the targeted weights of `model` into K shards of `rank` components, mute them, freeze all else.
 
@@ -653,6 +653,8 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
     seed        of the random draws: dropout and the "lora" init
     dtype       torch.bfloat16 turns float32 weights into bfloat16 halves, their rest kept here (`split`);
                 bfloat16 weights are always so completed. None: weights stay as they are
+    device      of the adapters and the decomposition; None: the weights'. For a model that is too large for
+                one device: weights on the CPU, this "cuda", then fully_shard moves them block by block
     bucket_mb   MiB of gathered factors per collective
     decompose   `components`, or a function with its arguments and result, for instance a cache on disk
 
@@ -679,7 +681,8 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
             raise ValueError(f"processes disagree: process 0 attaches ...{here[a:a + 80]}..., process {i} "
                              f"...{there[a:a + 80]}...; start all with the same command and model")
     exchange = "all_gather" if exchange == "auto" else exchange
-    adapters = Adapters(model, found, config, exchange, basis, seed, bucket_mb)
+    device = torch.device(device or found[0][1].weight.device)
+    adapters = Adapters(model, found, config, exchange, basis, device, seed, bucket_mb)
     adapters.skipped = skipped
     _deal(adapters, init, decompose, progress)
     model.requires_grad_(False)
@@ -748,7 +751,8 @@ def _deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
         own, mine = range(rank(), len(adapters.slots), world_size()), {}
         for j in tqdm(own, desc="SVD", unit="layer", disable=not (progress and rank() == 0)):
             slot = adapters.slots[j]
-            W = slot.module.weight if slot.conv1d else slot.module.weight.T      # (m, n)
+            W = slot.module.weight.to(adapters.device)
+            W = W if slot.conv1d else W.T                               # (m, n)
             seed = seed_of(adapters.seed, slot.name)
             factors = shard_factors(W, adapters.K, slot.r, init, slot.s, seed, decompose, slot.name)
             mine[j] = factors.to(adapters.basis)

@@ -14,6 +14,7 @@ import argparse
 import base64
 import contextlib
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -248,6 +249,8 @@ FLAGS = {
         ("dropout", float, 0.0, "probability on the adapter's input, 0 = off"),
         ("aggregate", ("mean", "sum"), "mean", "mean: the paper; sum: its published code"),
         ("exchange", ("auto", "all_gather", "all_reduce"), "auto", "factors (all_gather) or dense dU"),
+        ("basis", ("cached", "resend"), "cached", "A_i, B_i of all shards kept, or sent at every merge"),
+        ("gradients", ("local", "global"), "local", "of a shard: from its own mini-batch, or the whole batch"),
     ),
     "optimization": (
         ("lr", float, None, f"peak learning rate, of this --method and --aggregate; embedded model: {LR}"),
@@ -261,7 +264,12 @@ FLAGS = {
         ("max_grad_norm", float, 0.0, "joint 2-norm over all shards, 0 = off"),
     ),
     "machine": (
-        ("dtype", ("float32", "float64"), "float32", "of the weights (the paper: float32)"),
+        ("dtype", ("float32", "bfloat16", "autocast", "float64"), "float32", "of the weights (the paper: "
+         "float32); bfloat16 keeps 16 more bits beside each; autocast: float32 weights, bfloat16 matmuls"),
+        ("shard_weights", bool, False, "cut W over the processes by FSDP2; off: each holds all of it"),
+        ("svd_cache", str, None, "directory that keeps decompositions for later runs; None = off"),
+        ("bucket_mb", int, 256, "MiB of gathered factors per collective"),
+        ("dry_run", bool, False, "print memory, traffic and work of this command, and stop"),
         ("device", ("auto", "cpu", "cuda"), "auto", "auto: cuda if there is one"),
         ("threads", int, None, "CPU threads a process; None: cores / local processes"),
         ("timeout", float, 600.0, "seconds that a collective waits for the other processes"),
@@ -283,16 +291,20 @@ def parse(argv) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         group = p.add_argument_group(title)
         for name, kind, default, text in flags:
             how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-            group.add_argument(f"--{name}", default=default, help=text, **how)
+            how = {"action": "store_true"} if kind is bool else {"default": default, **how}
+            group.add_argument(f"--{name}", help=text, **how)
     args = p.parse_args(argv)
     for name in ("rank", "shards", "batch_size", "micro_batch_size", "eval_rows", "max_steps", "epochs",
-                 "block_size", "threads", "timeout", "lr", "warmup", "max_grad_norm", "seed"):
-        value, zero = getattr(args, name), name in ("warmup", "max_grad_norm", "seed")
+                 "block_size", "threads", "timeout", "bucket_mb", "lr", "warmup", "max_grad_norm", "seed"):
+        value, zero = getattr(args, name), name in ("warmup", "max_grad_norm", "seed", "bucket_mb")
         if value is not None and not (0 <= value if zero else 0 < value) or value in (math.inf, math.nan):
             p.error(f"--{name} {value}: must be a finite number, " + ("0 or more" if zero else "above 0"))
     if args.batch_size % args.shards:
         p.error(f"--batch_size {args.batch_size} is not a multiple of --shards {args.shards}; use "
                 f"--batch_size {max(1, args.batch_size // args.shards) * args.shards}")
+    if args.method != "hd_pissa" and (args.shard_weights or args.dtype == "bfloat16"):
+        p.error(f"--method {args.method} with --shard_weights or --dtype bfloat16: only hd_pissa adds its "
+                "updates to sharded or halved weights; leave the flag out")
     if args.lr is None and args.model != str(DATA / "base.pt"):
         p.error("--lr: give the peak learning rate for this --model (the paper, with mean: 2e-5 for LLaMA)")
     if args.lr is None:
@@ -319,10 +331,69 @@ def start_processes(args) -> torch.device:
     return device
 
 
+def cached_components(folder: str):
+    """`hd_pissa.components` that keeps what it computed, by the weight's bits, and slices what it finds.
+
+    A file is believed only if its components fit the weight: ||W V - U S|| per component, as if just computed.
+    """
+    def decompose(W, k, name):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        bits = W.detach().contiguous().cpu().view(torch.uint8)
+        path = Path(folder, hashlib.blake2b(memoryview(bytes(bits.untyped_storage())), digest_size=16).hexdigest()
+                    + f"_{W.shape[0]}x{W.shape[1]}_{str(W.dtype)[6:]}.pt")
+        if path.exists():
+            try:
+                U, S, Vt = torch.load(path, map_location=W.device, weights_only=True)
+                fits = (W.to(U) @ Vt.T - U * S).norm(dim=0).max() <= 1e-4 * S[0]
+            except Exception as e:
+                raise ValueError(f"{path}: not a decomposition ({type(e).__name__}); delete the file") from None
+            if not fits or U.shape[0] != W.shape[0]:
+                raise ValueError(f"{path}: these are not the components of {name}; delete the file")
+            if S.shape[0] >= k:
+                return U[:, :k], S[:k], Vt[:k]
+        found = hd_pissa.components(W, k, name)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        torch.save([t.contiguous() for t in found], temporary)
+        os.replace(temporary, path)
+        return found
+
+    return decompose
+
+
+def shard_over_processes(model: nn.Module, device: torch.device) -> None:
+    """FSDP2 over all processes: one unit for each block of layers, one for the rest."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    if hd_pissa.world_size() == 1:
+        raise ValueError("--shard_weights needs several processes; start them with torchrun")
+    mesh = init_device_mesh(device.type, (hd_pissa.world_size(),))
+    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(weight: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor:
+    """A weight as one plain tensor on every process, with its low half if it has one."""
+    local = weight.detach()
+    if hasattr(weight, "to_local"):
+        local = local.to_local()
+    local = local if low is None else hd_pissa.join(local, low)
+    if not hasattr(weight, "to_local"):
+        return local
+    from torch.distributed.tensor import DTensor
+    return DTensor.from_local(local, weight.device_mesh, weight.placements, shape=weight.shape,
+                              stride=weight.stride()).full_tensor()
+
+
 def run(args) -> dict:
     device = start_processes(args)
+    if args.dry_run:
+        from data.dry_run import dry_run
+        return dry_run(args)
     model, tokenizer, context = everywhere(lambda: load_model(args.model, args.seed))
-    model = model.to(device, getattr(torch, args.dtype))
+    model = model.double() if args.dtype == "float64" else model
+    model = model if args.shard_weights else model.to(device)
     block_size = min(args.block_size or min(context, 1024), context)
     rows = everywhere(lambda: read_rows(args.data))
     rows, held = (rows, everywhere(lambda: read_rows(args.eval_data))) if args.eval_data else hold_out(rows)
@@ -333,25 +404,33 @@ def run(args) -> dict:
                          f"--batch_size {args.batch_size}; give more rows or a larger --block_size")
     if args.max_steps is None:
         args.max_steps = max(1, round(args.epochs * (len(rows) // args.batch_size))) if args.epochs else STEPS
-    forward_rows = max(8, args.micro_batch_size)
-    before = evaluate(model, held, device, forward_rows, "evaluate base")
-    probe, _ = hd_pissa.pad([row[:2] for row in held[:8]], device)
-    with torch.no_grad():
-        base_logits = hd_pissa.logits_of(model.eval(), probe)
+    probe, _ = hd_pissa.pad([row[:2] for row in held[:8]], model.get_input_embeddings().weight.device
+                            if hasattr(model, "get_input_embeddings") else device)
+    base_logits = None
+    if args.dtype != "bfloat16" and not args.shard_weights:
+        with torch.no_grad():
+            base_logits = hd_pissa.logits_of(model.eval(), probe)
     names = [name for name, _ in hd_pissa.find_layers(model, args.targets)[0]]
     # Rank of dW: a copy of up to 8 weights, evenly spaced over the model, taken before anything moves.
-    watched = {name: model.get_parameter(name + ".weight").detach().clone()
+    watched = {name: model.get_parameter(name + ".weight").detach().to(device, copy=True)
                for name in names[::max(1, len(names) // 8)][:8]}
     if args.method == "hd_pissa":
-        adapters = hd_pissa.attach(model, args.rank, shards=args.shards, targets=args.targets, init=args.init,
-                                   alpha=args.alpha, dropout=args.dropout, aggregate=args.aggregate,
-                                   exchange=args.exchange, seed=args.seed, progress=True)
+        adapters = hd_pissa.attach(
+            model, args.rank, shards=args.shards, targets=args.targets, init=args.init, alpha=args.alpha,
+            dropout=args.dropout, aggregate=args.aggregate, exchange=args.exchange, basis=args.basis,
+            gradients=args.gradients, seed=args.seed, bucket_mb=args.bucket_mb, device=device,
+            dtype=torch.bfloat16 if args.dtype == "bfloat16" else None, progress=True,
+            decompose=cached_components(args.svd_cache) if args.svd_cache else hd_pissa.components)
     else:
         adapters = Baseline(model, args.method, args.rank, args.shards, args.targets, args.alpha, args.seed)
+    model = model.bfloat16() if args.dtype == "bfloat16" else model
+    if args.shard_weights:
+        shard_over_processes(model, device)
     report_layers(args, adapters, names)
-    if args.method == "hd_pissa":
+    before = evaluate(model, held, device, max(8, args.micro_batch_size), "evaluate base")
+    if args.method == "hd_pissa" and base_logits is not None:
         with torch.no_grad():
-            same = torch.equal(hd_pissa.logits_of(model, probe), base_logits)
+            same = torch.equal(hd_pissa.logits_of(model.eval(), probe), base_logits)
         if not same:
             raise RuntimeError("step-0 logits differ from the base model's: the forward is not X W")
         say(f"step-0 loss {before['all']['loss']:.6f}: logits equal the base model's bit for bit")
@@ -367,14 +446,18 @@ def run(args) -> dict:
     batches = step_batches(rows, args.batch_size, args.seed)
     for record in hd_pissa.train(model, adapters, batches, lr=args.lr, max_steps=args.max_steps,
                                  warmup=args.warmup, schedule=args.schedule, max_grad_norm=args.max_grad_norm,
-                                 micro_batch_size=args.micro_batch_size, device=device):
+                                 micro_batch_size=args.micro_batch_size, device=device,
+                                 autocast=args.dtype == "autocast"):
         if hd_pissa.rank() == 0:
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(record) + "\n")
+    lows = {slot.name: slot.low for slot in adapters.slots}
     adapters.detach_()
-    after = evaluate(model, held, device, forward_rows, "evaluate result")
+    after = evaluate(model, held, device, max(8, args.micro_batch_size), "evaluate result")
+    if args.shard_weights:
+        model.reshard()
     report_losses(before, after)
-    spectra = report_rank(args, watched, model)
+    spectra = report_rank(args, watched, model, lows)
     result = {"before": before, "after": after, "effective_rank": spectra}
     save(out, model, tokenizer, result)
     return result
@@ -411,14 +494,14 @@ def rounding_floor(W: torch.Tensor, steps: int) -> float:
     return float(ulp.square().mean().sqrt() * math.sqrt(steps / 12) * sum(math.sqrt(d) for d in W.shape))
 
 
-def report_rank(args, watched, model) -> dict:
+def report_rank(args, watched, model, lows) -> dict:
     """Print and return the rank of dW for the `watched` weights: {name: W before}."""
     K, r, table = args.shards, args.rank, {}
     edge = {"lora": r, "pissa": 2 * r, "hd_pissa": 2 * K * r}.get(args.method)
     say("\neffective rank of dW: singular values above 1 % of the largest "
         f"(LoRA {r}, PiSSA {2 * r}, HD-PiSSA about 2Kr = {2 * K * r})")
     for name, W in watched.items():
-        after = model.get_parameter(name + ".weight").detach()
+        after = whole(model.get_parameter(name + ".weight"), lows.get(name))
         S = hd_pissa.update_spectrum(W, after)
         floor = rounding_floor(after, args.max_steps) / float(S[0] or 1)
         table[name] = {"effective_rank": hd_pissa.effective_rank(S), "of": len(S), "rounding_floor": floor}
@@ -431,13 +514,14 @@ def report_rank(args, watched, model) -> dict:
 
 
 def save(out: Path, model, tokenizer, result) -> None:
+    state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
     if hd_pissa.rank() == 0:
         if isinstance(model, GPT):
-            torch.save(model.state_dict(), out / "model.pt.tmp")
+            torch.save(state, out / "model.pt.tmp")
             os.replace(out / "model.pt.tmp", out / "model.pt")
             how = f"train.GPT.from_state_dict(torch.load({str(out / 'model.pt')!r}, weights_only=True))"
         else:
-            model.save_pretrained(out / "model")
+            model.save_pretrained(out / "model", state_dict=state)
             tokenizer.hf.save_pretrained(out / "model")
             how = f"transformers.AutoModelForCausalLM.from_pretrained({str(out / 'model')!r})"
         (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -20,12 +20,17 @@ def evaluate(model, rows, device, batch_size: int = 32, desc: str = "evaluate") 
     model.eval()
     order = sorted(range(len(rows)), key=lambda j: (len(rows[j][0]), j))
     result = torch.zeros((len(rows), 3), dtype=torch.float64, device=device)        # loss sum, tokens, hit
-    starts = range(0, len(rows), batch_size)[hd_pissa.rank()::hd_pissa.world_size()]
-    for a in tqdm(starts, desc=desc, unit="batch", leave=False, disable=hd_pissa.rank() > 0):
+    starts, world = range(0, len(rows), batch_size), hd_pissa.world_size()
+    rounds = range(hd_pissa.rank(), -(-len(starts) // world) * world, world)
+    for j in tqdm(rounds, desc=desc, unit="batch", leave=False, disable=hd_pissa.rank() > 0):
+        # Sharded weights are gathered in every forward, so each process runs as many: some repeat the last.
+        a = starts[min(j, len(starts) - 1)]
         chosen = order[a:a + batch_size]
         x, y = hd_pissa.pad([rows[j][:2] for j in chosen], device)
         logits = hd_pissa.logits_of(model, x)                           # (b, t, vocabulary)
         loss = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")         # (b, t), 0 where y = -100
+        if j >= len(starts):
+            continue
         result[chosen, 0] = loss.double().sum(1)
         result[chosen, 1] = (y >= 0).double().sum(1)
         result[chosen, 2] = ((logits.argmax(-1) == y) | (y < 0)).all(1).double()
