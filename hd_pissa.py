@@ -340,7 +340,7 @@ class Adapters:
     A row of a flat buffer is one shard, all layers side by side: one collective then moves many layers.
     """
 
-    def __init__(self, model, found, config: dict, exchange: str, basis: str, device, seed: int, bucket_mb: int):
+    def __init__(self, model, found, config, exchange, basis, device, seed, bucket_mb):
         self.model, self.config, self.K, self.r = model, config, config["shards"], config["rank"]
         self.S = self.K // world_size()                                 # shards of this process
         self.first, K = rank() * self.S, self.K                         # global index of local shard 0

@@ -13,6 +13,7 @@ Results: OUT/model.pt (plain state_dict) or OUT/model/ (Hugging Face files), OUT
 import argparse
 import base64
 import contextlib
+import ctypes
 import datetime
 import hashlib
 import json
@@ -132,7 +133,7 @@ class HFTokenizer:
         return self.hf(response, add_special_tokens=False)["input_ids"] + [self.hf.eos_token_id]
 
 
-def load_model(name: str, seed: int) -> tuple[nn.Module, object, int]:
+def load_model(name: str, seed: int, weights: bool = True) -> tuple[nn.Module, object, int]:
     """(float32 model, tokenizer, context length) of "scratch", a .pt file or a Hugging Face name."""
     if name == "scratch" or name.endswith(".pt"):
         tokenizer = GPTTokenizer()
@@ -142,16 +143,19 @@ def load_model(name: str, seed: int) -> tuple[nn.Module, object, int]:
             if not os.path.isfile(name):
                 raise ValueError(f"--model {name}: no such file")
             model = GPT.from_state_dict(torch.load(name, map_location="cpu", weights_only=True))
-        return model.float(), tokenizer, model.wpe.weight.shape[0]
+        return model, tokenizer, model.wpe.weight.shape[0]
     try:
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
     except ImportError:
         raise ValueError(f"--model {name} is not a .pt file, and Hugging Face models need transformers: "
                          "pip install -r requirements-extra.txt") from None
     if not os.path.isdir(name) and (name.startswith((".", "/")) or name.count("/") > 1):
         raise ValueError(f"--model {name}: no such directory")
     tokenizer = HFTokenizer(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    if weights:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.float32)
     return model, tokenizer, getattr(model.config, "max_position_embeddings", 1 << 20)
 
 
@@ -250,7 +254,7 @@ FLAGS = {
         ("aggregate", ("mean", "sum"), "mean", "mean: the paper; sum: its published code"),
         ("exchange", ("auto", "all_gather", "all_reduce"), "auto", "factors (all_gather) or dense dU"),
         ("basis", ("cached", "resend"), "cached", "A_i, B_i of all shards kept, or sent at every merge"),
-        ("gradients", ("local", "global"), "local", "of a shard: from its own mini-batch, or the whole batch"),
+        ("gradients", ("local", "global"), "local", "of a shard, from its mini-batch or the whole batch"),
     ),
     "optimization": (
         ("lr", float, None, f"peak learning rate, of this --method and --aggregate; embedded model: {LR}"),
@@ -334,21 +338,21 @@ def start_processes(args) -> torch.device:
 def cached_components(folder: str):
     """`hd_pissa.components` that keeps what it computed, by the weight's bits, and slices what it finds.
 
-    A file is believed only if its components fit the weight: ||W V - U S|| per component, as if just computed.
+    A file is believed only if its components fit the weight: ||W V - U S|| is small for each.
     """
     def decompose(W, k, name):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        bits = W.detach().contiguous().cpu().view(torch.uint8)
-        path = Path(folder, hashlib.blake2b(memoryview(bytes(bits.untyped_storage())), digest_size=16).hexdigest()
-                    + f"_{W.shape[0]}x{W.shape[1]}_{str(W.dtype)[6:]}.pt")
+        plain = W.detach().contiguous().cpu()
+        key = hashlib.blake2b(ctypes.string_at(plain.data_ptr(), plain.nbytes), digest_size=16).hexdigest()
+        path = Path(folder, f"{key}_{W.shape[0]}x{W.shape[1]}_{str(W.dtype)[6:]}.pt")
         if path.exists():
             try:
                 U, S, Vt = torch.load(path, map_location=W.device, weights_only=True)
                 fits = (W.to(U) @ Vt.T - U * S).norm(dim=0).max() <= 1e-4 * S[0]
             except Exception as e:
-                raise ValueError(f"{path}: not a decomposition ({type(e).__name__}); delete the file") from None
+                raise ValueError(f"{path} is damaged ({type(e).__name__}); delete it") from None
             if not fits or U.shape[0] != W.shape[0]:
-                raise ValueError(f"{path}: these are not the components of {name}; delete the file")
+                raise ValueError(f"{path} does not hold the components of {name}; delete it")
             if S.shape[0] >= k:
                 return U[:, :k], S[:k], Vt[:k]
         found = hd_pissa.components(W, k, name)
@@ -390,7 +394,7 @@ def run(args) -> dict:
     device = start_processes(args)
     if args.dry_run:
         from data.dry_run import dry_run
-        return dry_run(args)
+        return dry_run(args, load_model, STEPS)
     model, tokenizer, context = everywhere(lambda: load_model(args.model, args.seed))
     model = model.double() if args.dtype == "float64" else model
     model = model if args.shard_weights else model.to(device)
