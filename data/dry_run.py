@@ -73,10 +73,18 @@ def dry_run(args, load_model, default_steps: int) -> dict:
     whole = everything * (2 if args.dtype == "bfloat16" else width)
     low = 2 * adapted if args.dtype == "bfloat16" else 0
     cut = processes if args.shard_weights else 1
+    # gloo receives into a copy of its own; the largest layer's factors are concatenated for the fold.
+    sent = min(args.bucket_mb * 2**20, K * factors * width) * (1 if args.basis == "cached" else 2)
+    exchange = (2 * sent if processes > 1 else 0) + 2 * K * r * width * max(a + b for a, b in shapes)
+    if args.exchange == "all_reduce":
+        exchange = max(a * b for a, b in shapes) * width
     memory = {"W and all other weights": whole // cut, "low halves": low // cut,
               f"A_i, B_i of {kept} shards": kept * factors * width,
               f"increments, gradients, AdamW moments of {S} shards": 4 * S * factors * width,
-              f"activations of {x.shape[0]} rows of {longest} tokens (the longest)": activations}
+              "copies of 8 weights, for the rank of dW at the end":
+                  sum(a * b for a, b in shapes[::max(1, len(shapes) // 8)][:8]) * width,
+              f"the larger of activations ({x.shape[0]} rows of {longest} tokens) and exchange":
+                  max(activations, exchange)}
     there = (processes - 1) / processes
     gather = K * factors * width * there * (1 if args.basis == "cached" else 2)
     traffic = {"all_gather": gather, "all_reduce": 2 * there * adapted * width}
@@ -92,9 +100,9 @@ def dry_run(args, load_model, default_steps: int) -> dict:
                  f"layers; K={K} shards of rank {r} over {processes} processes, {S} each\n\n"
                  "memory of each process")
     for name, size in (memory | {"sum": sum(memory.values())}).items():
-        hd_pissa.say(f"  {name:60} {size / 2**20:12.1f} MiB")
+        hd_pissa.say(f"  {name:70} {size / 2**20:12.1f} MiB")
     hd_pissa.say("bytes received by each process a step")
     for name, size in traffic.items():
-        hd_pissa.say(f"  {name:60} {size / 2**20:12.1f} MiB")
+        hd_pissa.say(f"  {name:70} {size / 2**20:12.1f} MiB")
     hd_pissa.say(f"decomposition: about {init:.0f} s on this CPU\nsteps: {steps}, about {tokens:,.0f} tokens")
     return {"memory": memory, "traffic": traffic, "init_seconds": init, "steps": steps, "tokens": tokens}
