@@ -239,6 +239,7 @@ class Slot:
         self.start, self.size = 0, r * (self.m + self.n)                # columns of A^T and B in a row
         self.At = self.B = self.dA = self.dB = None
         self.low = None             # int16 low halves of a bfloat16 weight
+        self.leaves = []            # (dA, dB) of each local shard, for the optimizer
         self.backwards = {}         # global shard -> backward passes since the last merge
 
     def views(self, flat: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -342,8 +343,8 @@ class Adapters:
 
     def __init__(self, model, found, config, exchange, basis, device, seed, bucket_mb):
         self.model, self.config, self.K, self.r = model, config, config["shards"], config["rank"]
-        self.S = self.K // world_size()                                 # shards of this process
-        self.first, K = rank() * self.S, self.K                         # global index of local shard 0
+        self.S, K = self.K // world_size(), self.K                      # shards of this process
+        self.first = rank() * self.S                                    # global index of local shard 0
         self.aggregate, self.exchange, self.seed = config["aggregate"], exchange, seed
         self.step, self.idle, self.current, self.skipped = 0, 0, 0, {}
         self.s = 1.0 if config["alpha"] is None else config["alpha"] / self.r
@@ -351,83 +352,79 @@ class Adapters:
         self.slots = [Slot(name, module, self.r, self.s, config["dropout"], self) for name, module in found]
         wide = any(slot.module.weight.dtype == torch.float64 for slot in self.slots)
         dtype, self.device = torch.float64 if wide else torch.float32, device
-        self.buckets, filled, width = [], math.inf, 0
+        self.buckets, width = [], 0
         for slot in self.slots:
-            slot.start, width, filled = width, width + slot.size, filled + K * slot.size * dtype.itemsize
-            if filled > bucket_mb * 2**20:
+            slot.start, width = width, width + slot.size
+            first = self.buckets[-1][0].start if self.buckets else -math.inf
+            if (width - first) * K * dtype.itemsize > bucket_mb * 2**20:
                 self.buckets.append([])
-                filled = K * slot.size * dtype.itemsize
             self.buckets[-1].append(slot)
         # Folding factors and whole-batch gradients need A_i, B_i of all K shards here; else only the own.
         everything = self.whole_batch or exchange == "all_gather" and basis == "cached"
-        self.kept = range(K) if everything else range(self.first, self.first + self.S)
-        self.basis = torch.zeros((len(self.kept), width), dtype=dtype, device=self.device)
-        self.increments = torch.zeros((self.S, width), dtype=dtype, device=self.device)
-        self.leaves: list[dict[str, torch.Tensor]] = [{} for _ in range(self.S)]    # by local shard, name
+        self.kept = slice(0, K) if everything else slice(self.first, self.first + self.S)
+        self.own = slice(self.first - self.kept.start, self.first - self.kept.start + self.S)
+        self.basis = torch.zeros((self.kept.stop - self.kept.start, width), dtype=dtype, device=device)
+        self.increments = torch.zeros((self.S, width), dtype=dtype, device=device)
         self.touched: set[int] = set()                                  # local shards with a gradient
-        self._hooks, self._queue = [], []
-        for i, leaves in enumerate(self.leaves):
-            for slot in self.slots:
+        self.queue: list[Slot] = []                                     # whole-batch gradients still to send
+        for slot in self.slots:
+            for i, (dAt, dB) in enumerate(zip(*slot.views(self.increments))):
                 # detach: a leaf of its own on the buffer's memory. dA lies transposed, as the merge reads it.
-                dAt, dB = slot.views(self.increments[i:i + 1])
-                leaves[slot.name + ".dA"] = dAt[0].T.detach().requires_grad_()      # (m, r)
-                leaves[slot.name + ".dB"] = dB[0].detach().requires_grad_()         # (r, n)
-                self._catch(leaves[slot.name + ".dB"], lambda leaf, i=i: self.touched.add(i))
-        for slot in self.slots if self.whole_batch else ():
-            # Leaves of all K shards that only catch gradients: zeros without memory, as increments are zero.
-            zero = torch.zeros((), dtype=dtype, device=self.device)
-            slot.dA = zero.expand(slot.m, K * self.r).detach().requires_grad_()
-            slot.dB = zero.expand(K * self.r, slot.n).detach().requires_grad_()
-            for leaf in (slot.dA, slot.dB):
-                self._catch(leaf, self._scatter)
-
-    def _catch(self, leaf, hook) -> None:
-        self._hooks.append(leaf.register_post_accumulate_grad_hook(hook))
+                slot.leaves.append((dAt.T.detach().requires_grad_(), dB.detach().requires_grad_()))
+                slot.leaves[i][1].register_post_accumulate_grad_hook(lambda leaf, i=i: self.touched.add(i))
+            if self.whole_batch:
+                # Leaves of all K shards that only catch gradients: zeros without memory, as increments are.
+                zero = torch.zeros((), dtype=dtype, device=device)
+                slot.dA = zero.expand(slot.m, K * self.r).detach().requires_grad_()
+                slot.dB = zero.expand(K * self.r, slot.n).detach().requires_grad_()
+                for leaf in (slot.dA, slot.dB):
+                    leaf.register_post_accumulate_grad_hook(self._scatter)
 
     def _scatter(self, leaf) -> None:
         # gradients="global": shard i's whole-batch gradient goes to its owner during the backward, in one
         # order on every process: a layer waits for those after it, and one without a gradient sends zeros.
-        if not self._queue:
-            self._queue = list(self.slots)
+        if not self.queue:
+            self.queue = list(self.slots)
             torch.autograd.Variable._execution_engine.queue_callback(lambda: self._send(unused=True))
         self._send(unused=False)
 
     @torch.no_grad()
     def _send(self, unused: bool) -> None:
-        while self._queue:
-            slot = self._queue[-1]
+        while self.queue:
+            slot = self.queue[-1]
             grads = slot.dA.grad, slot.dB.grad                          # (m, Kr), (Kr, n)
             if not unused and any(grad is None for grad in grads):
                 return
             gA, gB = (leaf if grad is None else grad for leaf, grad in zip((slot.dA, slot.dB), grads))
             whole = torch.cat((gA.T.reshape(self.K, -1), gB.reshape(self.K, -1)), dim=1)    # (K, r m + r n)
             slot.dA.grad = slot.dB.grad = None
-            for leaves, row in zip(self.leaves, reduce_shards(whole)):
-                for kind, g in (("dA", row[:self.r * slot.m].view(self.r, -1).T),
-                                ("dB", row[self.r * slot.m:].view(self.r, -1))):
-                    leaf = leaves[f"{slot.name}.{kind}"]
+            for (dA, dB), row in zip(slot.leaves, reduce_shards(whole)):
+                for leaf, g in ((dA, row[:self.r * slot.m].view(self.r, -1).T),
+                                (dB, row[self.r * slot.m:].view(self.r, -1))):
                     leaf.grad = g.clone() if leaf.grad is None else leaf.grad.add_(g)
-            self._queue.pop()
+            self.queue.pop()
         self.touched.update(range(self.S))
-
-    def parameters(self) -> list[torch.Tensor]:
-        """The increments of this process, for any optimizer that `check` accepts."""
-        return [leaf for leaves in self.leaves for leaf in leaves.values()]
 
     def named_parameters(self):
         """Pairs ("<module path>.shard<s>.dA", (m, r)) and ("....dB", (r, n)), s counted in the process."""
-        for i, leaves in enumerate(self.leaves):
-            for name, leaf in leaves.items():
-                path, kind = name.rsplit(".", 1)
-                yield f"{path}.shard{i}.{kind}", leaf
+        for i in range(self.S):
+            for slot in self.slots:
+                yield from zip((f"{slot.name}.shard{i}.dA", f"{slot.name}.shard{i}.dB"), slot.leaves[i])
+
+    def parameters(self) -> list[torch.Tensor]:
+        """The increments of this process, for any optimizer that `check` accepts."""
+        return [leaf for _, leaf in self.named_parameters()]
+
+    def _gradients(self, i: int) -> list[torch.Tensor]:
+        return [p.grad for slot in self.slots for p in slot.leaves[i] if p.grad is not None]
 
     def _select(self, i: int) -> None:
         # Tensors are swapped, not an index: under torch.compile one graph then serves every shard.
-        self.current, own = i, self.kept.index(self.first + i)
+        self.current, own = i, self.own.start + i
         for slot in self.slots:
             slot.At, slot.B = slot.views(self.basis if self.whole_batch else self.basis[own:own + 1])
             if not self.whole_batch:
-                slot.dA, slot.dB = self.leaves[i][slot.name + ".dA"], self.leaves[i][slot.name + ".dB"]
+                slot.dA, slot.dB = slot.leaves[i]
 
     @contextlib.contextmanager
     def shard(self, i: int):
@@ -446,13 +443,13 @@ class Adapters:
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients of all K shards to a joint 2-norm of at most `max_norm`; return what it was."""
         squares = torch.zeros(self.S, dtype=torch.float64, device=self.device)
-        for i, leaves in enumerate(self.leaves):
-            squares[i] = sum(p.grad.norm().double().square() for p in leaves.values() if p.grad is not None)
+        for i in range(self.S):
+            squares[i] = sum(g.norm().double().square() for g in self._gradients(i))
         # Per shard first, then in shard order: the sum does not depend on how shards are dealt to processes.
         norm = gather_shards(squares).sum().sqrt()
-        for p in self.parameters():
-            if p.grad is not None:
-                p.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(p.grad))
+        for i in range(self.S):
+            for g in self._gradients(i):
+                g.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(g))
         return norm
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
@@ -478,12 +475,12 @@ class Adapters:
     def _refuse(self) -> None:
         # A (K, 3) gather tells every process the state of every shard, so that all refuse alike.
         local = torch.zeros((self.S, 3), dtype=torch.float64, device=self.device)
-        local[:, 1] = torch.linalg.vector_norm(self.increments, math.inf, dim=1)    # NaN and Inf survive
-        for i, leaves in enumerate(self.leaves):
+        low, high = self.increments.aminmax(dim=1)
+        local[:, 1] = torch.maximum(-low, high)                         # NaN and Inf survive
+        for i in range(self.S):
             local[i, 0] = i in self.touched
             if not local[i, 1]:     # from zero gradients, or because no optimizer filled the increments?
-                grads = [p.grad for p in leaves.values() if p.grad is not None]
-                local[i, 2] = not grads or any(bool(g.any()) for g in grads)
+                local[i, 2] = not self._gradients(i) or any(bool(g.any()) for g in self._gradients(i))
         touched, size, gradient = gather_shards(local).T.tolist()
         if without := [i for i in range(self.K) if not touched[i]]:
             raise ValueError(f"merge_: shards {without} of {self.K} got no gradient since the last merge. "
@@ -517,11 +514,10 @@ class Adapters:
         gather = gather_shards if self.exchange == "all_gather" else lambda local: local
         for slots in self.buckets:
             a, b = slots[0].start, slots[-1].start + slots[-1].size     # the bucket's columns
-            own = slice(self.kept.index(self.first), self.kept.index(self.first) + self.S)
             increments, basis = gather(self.increments[:, a:b]), self.basis[:, a:b]     # (S, ...) -> (K, ...)
             if self.exchange == "all_reduce":
-                basis = basis[own]
-            elif len(self.kept) < self.K:
+                basis = basis[self.own]
+            elif len(basis) < self.K:
                 basis = gather(basis)           # basis="resend"
             for slot in slots:
                 Pt, Q = update_factors(*slot.views(basis, a), *slot.views(increments, a))
@@ -561,9 +557,8 @@ class Adapters:
     def _own_state(self) -> dict[str, torch.Tensor]:
         own = {slot.name + ".low": slot.low for slot in self.slots if slot.low is not None}
         for slot in self.slots:
-            for i, At, B in zip(self.kept, *slot.views(self.basis)):
-                if self.first <= i < self.first + self.S:
-                    own[f"{slot.name}.shard{i}.A"], own[f"{slot.name}.shard{i}.B"] = At.T, B
+            for i, At, B in zip(range(self.first, self.K), *slot.views(self.basis[self.own])):
+                own[f"{slot.name}.shard{i}.A"], own[f"{slot.name}.shard{i}.B"] = At.T, B
         return own
 
     def state_dict(self) -> dict:
@@ -574,7 +569,7 @@ class Adapters:
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Take A_i, B_i and the step from `state`; ValueError if it is of another configuration or model."""
-        there, own = state.get("config", {}), self._own_state()
+        own, there = self._own_state(), state.get("config", {})
         wrong = {k: (v, there.get(k)) for k, v in self.config.items() if there.get(k) != v}
         missing = [name for name in own if name not in state or state[name].shape != own[name].shape]
 
@@ -586,14 +581,12 @@ class Adapters:
         everywhere(check)
         for name, tensor in own.items():
             tensor.copy_(state[name])
-        if len(self.kept) > self.S:
-            self.basis.copy_(gather_shards(self.basis[self.first:self.first + self.S]))
+        if len(self.basis) > self.S:
+            self.basis.copy_(gather_shards(self.basis[self.own]))
         self.step = state["step"]
 
     def detach_(self) -> None:
         """Make the modules plain again; W keeps everything merged so far, and stays frozen."""
-        for hook in self._hooks:
-            hook.remove()
         for slot in self.slots:
             slot.module.__class__ = slot.plain_class
             del slot.module.hd_pissa
@@ -763,7 +756,7 @@ def _deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
         rows = mine.pop(j) if j in mine else adapters.basis.new_empty((adapters.K, slot.size))
         if world_size() > 1:
             dist.broadcast(rows, src=j % world_size())
-        adapters.basis[:, slot.start:slot.start + slot.size] = rows[adapters.kept.start:adapters.kept.stop]
+        adapters.basis[:, slot.start:slot.start + slot.size] = rows[adapters.kept]
 
 
 # ---- What an update looks like (section 6) -----------------------------------------------------------------

@@ -55,7 +55,7 @@ def dropped_shard(At, B, dAt, dB):
 def stale_basis(self, i):
     original_select(self, 0)
     for slot in self.slots:
-        slot.dA, slot.dB = self.leaves[i][slot.name + ".dA"], self.leaves[i][slot.name + ".dB"]
+        slot.dA, slot.dB = slot.leaves[i]
 
 
 def wrong_gradient(ctx, dY):
