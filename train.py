@@ -13,9 +13,7 @@ Results: OUT/model.pt (plain state_dict) or OUT/model/ (Hugging Face files), OUT
 import argparse
 import base64
 import contextlib
-import ctypes
 import datetime
-import hashlib
 import json
 import math
 import os
@@ -31,6 +29,7 @@ import torch.nn.functional as F
 import hd_pissa
 from data.evaluate import evaluate
 from data.prepare import encode, hold_out, read_rows, step_batches
+from data.svd_cache import cached_components
 from hd_pissa import everywhere, say
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -333,35 +332,6 @@ def start_processes(args) -> torch.device:
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=args.timeout))
     return device
-
-
-def cached_components(folder: str):
-    """`hd_pissa.components` that keeps what it computed, by the weight's bits, and slices what it finds.
-
-    A file is believed only if its components fit the weight: ||W V - U S|| is small for each.
-    """
-    def decompose(W, k, name):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        plain = W.detach().contiguous().cpu()
-        key = hashlib.blake2b(ctypes.string_at(plain.data_ptr(), plain.nbytes), digest_size=16).hexdigest()
-        path = Path(folder, f"{key}_{W.shape[0]}x{W.shape[1]}_{str(W.dtype)[6:]}.pt")
-        if path.exists():
-            try:
-                U, S, Vt = torch.load(path, map_location=W.device, weights_only=True)
-                fits = (W.to(U) @ Vt.T - U * S).norm(dim=0).max() <= 1e-4 * S[0]
-            except Exception as e:
-                raise ValueError(f"{path} is damaged ({type(e).__name__}); delete it") from None
-            if not fits or U.shape[0] != W.shape[0]:
-                raise ValueError(f"{path} does not hold the components of {name}; delete it")
-            if S.shape[0] >= k:
-                return U[:, :k], S[:k], Vt[:k]
-        found = hd_pissa.components(W, k, name)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        torch.save([t.contiguous() for t in found], temporary)
-        os.replace(temporary, path)
-        return found
-
-    return decompose
 
 
 def shard_over_processes(model: nn.Module, device: torch.device) -> None:

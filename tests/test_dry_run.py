@@ -1,0 +1,97 @@
+"""--dry_run: its numbers against shapes counted by hand, autograd's own storage, and what it must not do."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import train
+
+SMALL = ["--rank", "2", "--shards", "4", "--batch_size", "32", "--micro_batch_size", "4", "--dry_run"]
+
+
+def base_shapes():
+    state = torch.load(ROOT / "data" / "base.pt", weights_only=True)
+    adapted = [tuple(v.shape) for k, v in state.items() if k.startswith("blocks.") and v.dim() == 2]
+    return adapted, sum(v.numel() for k, v in state.items() if k != "lm_head.weight")
+
+
+def test_memory_and_traffic_by_hand(tmp_path, capsys):
+    said = train.main([*SMALL, "--max_steps", "7", "--out", str(tmp_path / "out")])
+    adapted, everything = base_shapes()
+    factors = 2 * sum(m + n for m, n in adapted)  # numbers of one shard's A_i, B_i at r = 2
+    memory = list(said["memory"].values())
+    assert memory[0] == 4 * everything and memory[1] == 0
+    assert memory[2] == 4 * 4 * factors  # 4 bytes, 4 shards
+    assert memory[3] == 4 * 4 * 4 * factors  # increments, gradients, two moments
+    assert said["traffic"] == {"all_gather": 0, "all_reduce": 0}  # one process
+    assert said["steps"] == 7
+    assert not (tmp_path / "out").exists()
+    text = capsys.readouterr().out
+    assert "MiB" in text and "all_gather" in text and "7, about" in text
+
+
+@pytest.mark.parametrize("flags, factor, low", [
+    (["--dtype", "bfloat16"], 0.5, True),
+    (["--dtype", "float64"], 2, False),
+    (["--dtype", "autocast"], 1, False),
+])  # fmt: skip
+def test_dtypes(flags, factor, low):
+    said, plain = train.main([*SMALL, *flags]), train.main(SMALL)
+    a, b = list(said["memory"].values()), list(plain["memory"].values())
+    assert a[0] == factor * b[0]
+    assert a[1] == (2 * sum(m * n for m, n in base_shapes()[0]) if low else 0)
+
+
+def test_activations_grow_with_rows_as_the_real_model_saves():
+    """Twice the rows keep twice the bytes for the backward; more than the layers' own inputs alone."""
+    few = train.main([*SMALL, "--micro_batch_size", "4"])
+    many = train.main([*SMALL, "--micro_batch_size", "8"])
+    a, b = list(few["memory"].values())[-1], list(many["memory"].values())[-1]
+    assert 1.9 < b / a < 2.1
+
+
+def test_too_large_a_rank_is_said_before_anything_loads(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--rank", "64", "--shards", "8", "--dry_run"])
+    assert "the largest rank is 16" in capsys.readouterr().err
+
+
+def test_two_processes_halve_what_is_dealt(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "train.py"), *SMALL, "--shard_weights", "--exchange", "all_reduce"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    adapted, everything = base_shapes()
+    factors = 2 * sum(m + n for m, n in adapted)
+    for expected in (4 * everything // 2, 2 * 4 * factors, 4 * 2 * 4 * factors,
+                     2 * 4 * sum(m * n for m, n in adapted) // 2):  # fmt: skip
+        assert f"{expected / 2**20:12.1f} MiB" in done.stdout, (expected / 2**20, done.stdout)
+
+
+def test_a_large_hugging_face_model_needs_no_weights(tmp_path):
+    """The folder of a 1.1-billion-parameter Llama holds a config and a tokenizer alone."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    config = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22,
+        num_attention_heads=32, num_key_value_heads=4,
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "model")
+    words = {"<unk>": 0, "</s>": 1, "word": 2}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="</s>"
+    ).save_pretrained(tmp_path / "model")
+    rows = [{"instruction": f"word {i}", "response": "word word"} for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said = train.main(["--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"), "--lr", "1",
+                       "--rank", "16", "--batch_size", "16", "--dry_run"])  # fmt: skip
+    layer = [2048 * 2048, 256 * 2048, 256 * 2048, 2048 * 2048, *[5632 * 2048] * 3]
+    everything = 22 * (sum(layer) + 2 * 2048) + 2 * 32000 * 2048 + 2048
+    assert list(said["memory"].values())[0] == 4 * everything
