@@ -110,3 +110,14 @@ def test_planted_fault_is_red(where, fault, monkeypatch):
 def test_another_setting_is_red(attach):
     """Sum for mean, another scale, clipping, one percent of the learning rate: none passes."""
     assert not agrees(**attach)
+
+
+def test_truncation_for_rounding_is_red():
+    """Halves that truncate still join exactly; what tells them apart is the weight that the forward sees."""
+    W = torch.randn(4096, generator=torch.Generator().manual_seed(0))
+
+    def within_half_a_unit(high):
+        return bool(((high.float() - W).abs() <= W.abs() * 2**-8).all())
+
+    truncated = (W.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
+    assert within_half_a_unit(hd_pissa.split(W)[0]) and not within_half_a_unit(truncated)

@@ -60,6 +60,26 @@ def test_command_line_on_one_and_two_processes(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    "flags, exact",
+    [("--shard_weights", True), ("--shard_weights --dtype bfloat16", True), ("--basis resend", True),
+     ("--shard_weights --exchange all_reduce", False), ("--gradients global", False)],
+)  # fmt: skip
+def test_two_processes_save_what_one_does(flags, exact, tmp_path):
+    """Sharded, resent, in halves: the saved file is the plain one of one process."""
+    common = ["--max_steps", 3, "--eval_rows", 8, "--batch_size", 16, "--shards", 4]
+    one = [flag for flag in flags.split() if flag != "--shard_weights"]
+    command(*common, *one, "--out", tmp_path / "one")
+    text = command(*common, *flags.split(), "--out", tmp_path / "two", processes=2)
+    a, b = (torch.load(tmp_path / out / "model.pt", weights_only=True) for out in ("one", "two"))
+    assert list(a) == list(b) and "effective rank" in text
+    for name in a:
+        assert type(b[name]) is torch.Tensor and a[name].dtype == b[name].dtype
+        if exact:
+            assert torch.equal(a[name], b[name]), name
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("method", ["lora", "pissa", "full"])
 def test_baselines_run_in_process(method, tmp_path):
     """Through the same loop; loss falls, and the effective rank is the method's."""

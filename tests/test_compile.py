@@ -1,0 +1,44 @@
+"""torch.compile: no graph break, one graph for all shards, gradients and weights of the plain run."""
+
+import pytest
+import torch
+import torch.nn as nn
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import hd_pissa
+
+SHARDS = 16
+
+
+def train(compiled: bool, gradients: str):
+    """Three steps of 16 shards in one process; weights, and the number of graphs and of compilations."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 48), nn.Tanh(), nn.Linear(48, 36, bias=False)).double()
+    adapters = hd_pissa.attach(model, rank=2, shards=SHARDS, gradients=gradients)
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-2, weight_decay=0.0)
+    counter = CompileCounterWithBackend(aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph)))
+    call = torch.compile(model, backend=counter, fullgraph=True) if compiled else model
+    generator, grads = torch.Generator().manual_seed(1), []
+    for _ in range(3):
+        for s in range(SHARDS):
+            x, y = (torch.randn(7, d, generator=generator, dtype=torch.float64) for d in (40, 36))
+            with adapters.shard(s):
+                (call(x) - y).square().mean().backward()
+        grads += [p.grad.clone() for p in adapters.parameters()]
+        optimizer.step()
+        adapters.merge_()
+        optimizer.zero_grad()
+    return [p.detach().clone() for p in model.parameters()], grads, counter.frame_count
+
+
+@pytest.mark.parametrize("gradients", ["local", "global"])
+def test_compiled_run_equals_the_plain_one(gradients):
+    """fullgraph=True makes any graph break an error; a graph for each shard would be 16 compilations."""
+    weights, grads, none = train(False, gradients)
+    compiled, their_grads, compilations = train(True, gradients)
+    assert none == 0 and 1 <= compilations <= 2
+    for a, b in zip(weights + grads, compiled + their_grads):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
