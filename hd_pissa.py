@@ -38,7 +38,6 @@ Paper: Wang et al., "HD-PiSSA: High-Rank Distributed Orthogonal Adaptation".
 """
 
 import contextlib
-import functools
 import hashlib
 import math
 import os
@@ -248,6 +247,13 @@ class Slot:
         At, B = flat[:, a:a + self.size].split((r * self.m, r * self.n), dim=1)
         return At.unflatten(1, (r, self.m)), B.unflatten(1, (r, self.n))
 
+    def own_low(self) -> torch.Tensor | None:
+        """Low halves of the rows that this process holds."""
+        local, rows = own_rows(self.module.weight)
+        if self.low is not None and self.low.shape != local.shape:
+            self.low = self.low[rows].to(local.device, copy=True)       # FSDP2 has sharded W since `attach`
+        return self.low
+
     def dropout_mask(self):
         """A function of X that draws its mask from (seed, step, micro-step, shard, layer) in the backward.
 
@@ -346,6 +352,7 @@ class Adapters:
         self.S, K = self.K // world_size(), self.K                      # shards of this process
         self.first = rank() * self.S                                    # global index of local shard 0
         self.aggregate, self.exchange, self.seed = config["aggregate"], exchange, seed
+        self.mean_over = K              # stays when a checkpoint's components are dealt to other K
         self.step, self.idle, self.current, self.skipped = 0, 0, 0, {}
         self.s = 1.0 if config["alpha"] is None else config["alpha"] / self.r
         self.whole_batch, self.applied = config["gradients"] == "global", torch.ones(())
@@ -405,11 +412,12 @@ class Adapters:
             self.queue.pop()
         self.touched.update(range(self.S))
 
-    def named_parameters(self):
-        """Pairs ("<module path>.shard<s>.dA", (m, r)) and ("....dB", (r, n)), s counted in the process."""
+    def named_parameters(self, first: int = 0):
+        """Pairs ("<module path>.shard<s>.dA", (m, r)) and ("....dB", (r, n)), s counted from `first`."""
         for i in range(self.S):
             for slot in self.slots:
-                yield from zip((f"{slot.name}.shard{i}.dA", f"{slot.name}.shard{i}.dB"), slot.leaves[i])
+                for kind, leaf in zip(("dA", "dB"), slot.leaves[i]):
+                    yield f"{slot.name}.shard{first + i}.{kind}", leaf
 
     def parameters(self) -> list[torch.Tensor]:
         """The increments of this process, for any optimizer that `check` accepts."""
@@ -447,9 +455,10 @@ class Adapters:
             squares[i] = sum(g.norm().double().square() for g in self._gradients(i))
         # Per shard first, then in shard order: the sum does not depend on how shards are dealt to processes.
         norm = gather_shards(squares).sum().sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0)    # else one NaN would hide where
         for i in range(self.S):
             for g in self._gradients(i):
-                g.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0).to(g))
+                g.mul_(scale.to(g))
         return norm
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
@@ -510,7 +519,7 @@ class Adapters:
         self._refuse()
         for module in self.fsdp():
             module.reshard()                    # else an evaluation's gathered copy would get the update
-        share = self.s / self.K if self.aggregate == "mean" else self.s
+        share = self.s / self.mean_over if self.aggregate == "mean" else self.s
         gather = gather_shards if self.exchange == "all_gather" else lambda local: local
         for slots in self.buckets:
             a, b = slots[0].start, slots[-1].start + slots[-1].size     # the bucket's columns
@@ -524,6 +533,11 @@ class Adapters:
                 # sum_i dU_i = P Q, in the layout W is stored in: Conv1D (m, n), Linear (n, m)
                 left, right = (Pt.T, Q) if slot.conv1d else (Q.T, Pt)
                 self._fold(slot, left, right, share)
+        self.next_step()
+
+    @torch.no_grad()
+    def next_step(self) -> None:
+        """Increments back to zero; alone, without merge_, it drops a step whose gradients are not finite."""
         self.increments.zero_()
         self.touched.clear()
         for slot in self.slots:
@@ -531,10 +545,8 @@ class Adapters:
         self.step += 1
 
     def _fold(self, slot, left, right, share) -> None:
-        local, rows = own_rows(slot.module.weight)
-        if slot.low is not None and slot.low.shape != local.shape:
-            slot.low = slot.low[rows].to(local.device, copy=True)       # FSDP2 has sharded W since `attach`
-        W = local if slot.low is None else join(local, slot.low)
+        (local, rows), low = own_rows(slot.module.weight), slot.own_low()
+        W = local if low is None else join(local, low)
         sampled = slot is self.slots[self.step % len(self.slots)]
         before = W[:8].clone() if sampled else None
         if self.exchange == "all_gather":
@@ -543,7 +555,7 @@ class Adapters:
         else:
             wanted = sum_over_processes(left @ right, slot.module.weight)       # of this process's shards
             W.add_(wanted, alpha=share)
-        if slot.low is not None:
+        if low is not None:
             high, slot.low = split(W)
             local.copy_(high)
         if sampled:     # share of dW that rounding let through: (W' - W) . dW / |dW|^2 in 8 rows of a weight
@@ -554,22 +566,23 @@ class Adapters:
         """The modules on which FSDP2's fully_shard was called."""
         return [module for module in self.model.modules() if hasattr(module, "reshard")]
 
-    def _own_state(self) -> dict[str, torch.Tensor]:
-        own = {slot.name + ".low": slot.low for slot in self.slots if slot.low is not None}
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """A_i, B_i of this process's shards, "<module path>.shard<i>.A", and low halves: the state itself."""
+        own = {slot.name + ".low": slot.own_low() for slot in self.slots if slot.low is not None}
         for slot in self.slots:
             for i, At, B in zip(range(self.first, self.K), *slot.views(self.basis[self.own])):
                 own[f"{slot.name}.shard{i}.A"], own[f"{slot.name}.shard{i}.B"] = At.T, B
         return own
 
     def state_dict(self) -> dict:
-        """Config, step, low halves, and A_i, B_i of this process's shards: "<module path>.shard<i>.A"."""
-        return {"config": dict(self.config), "step": self.step,
-                **{name: tensor.clone() for name, tensor in self._own_state().items()}}
+        """A copy of `tensors`, the configuration and the number of merges."""
+        return {"config": dict(self.config), "step": self.step, "mean_over": self.mean_over,
+                **{name: tensor.clone() for name, tensor in self.tensors().items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Take A_i, B_i and the step from `state`; ValueError if it is of another configuration or model."""
-        own, there = self._own_state(), state.get("config", {})
+        own, there = self.tensors(), state.get("config", {})
         wrong = {k: (v, there.get(k)) for k, v in self.config.items() if there.get(k) != v}
         missing = [name for name in own if name not in state or state[name].shape != own[name].shape]
 
@@ -581,9 +594,13 @@ class Adapters:
         everywhere(check)
         for name, tensor in own.items():
             tensor.copy_(state[name])
+        self.resume(state["step"], state["mean_over"])
+
+    def resume(self, step: int, mean_over: int) -> None:
+        """Go on after `step` merges, once `tensors` are filled; "mean" divides by `mean_over`, a former K."""
         if len(self.basis) > self.S:
             self.basis.copy_(gather_shards(self.basis[self.own]))
-        self.step = state["step"]
+        self.step, self.mean_over = step, mean_over
 
     def detach_(self) -> None:
         """Make the modules plain again; W keeps everything merged so far, and stays frozen."""
@@ -649,7 +666,8 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
     device      of the adapters and the decomposition; None: the weights'. For a model that is too large for
                 one device: weights on the CPU, this "cuda", then fully_shard moves them block by block
     bucket_mb   MiB of gathered factors per collective
-    decompose   `components`, or a function with its arguments and result, for instance a cache on disk
+    decompose   `components`, or a function with its arguments and result, for instance a cache on disk;
+                None: A_i, B_i will come from load_state_dict
 
     Module classes change, names and state_dict keys do not. Call it after moving the model to its device and
     before fully_shard. Raises ValueError, on every process alike, for what cannot be trained.
@@ -740,6 +758,9 @@ def check_layers(found, skipped, r, K, targets, dtype=None) -> None:
 def _deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
     # Each weight is decomposed by exactly one process and sent to the others: SVDs of one matrix on two
     # machines may differ in sign or order, and the shards would overlap.
+    if decompose is None:
+        return
+
     def work():
         own, mine = range(rank(), len(adapters.slots), world_size()), {}
         for j in tqdm(own, desc="SVD", unit="layer", disable=not (progress and rank() == 0)):
@@ -808,9 +829,17 @@ def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def not_finite(adapters) -> str:
+    """Where gradients are NaN or infinite: the first increment on each process, by global shard."""
+    bad = [name for name, p in adapters.named_parameters(adapters.first)
+           if p.grad is not None and not p.grad.isfinite().all()]
+    return ", ".join(filter(None, gather_text(bad[0] if bad else ""))) or "none"
+
+
 def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float = 0.03,
-          schedule: str = "cosine", betas=(0.9, 0.999), eps: float = 1e-8, max_grad_norm: float = 0.0,
-          micro_batch_size: int = 8, device="cpu", autocast: bool = False, progress: bool = True):
+          schedule: str = "cosine", max_grad_norm: float = 0.0, micro_batch_size: int = 8, device="cpu",
+          autocast: bool = False, optimizer=None, start: int = 0, skip_nonfinite: int = 0,
+          progress: bool = True):
     """Fine-tune `model` and yield a record a step: step, loss, lr, grad_norm, applied, tokens_per_second.
 
     adapters          from `attach`, or a baseline with the same interface (train.py)
@@ -821,21 +850,23 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
     max_grad_norm     joint 2-norm over all shards; 0 = off
     micro_batch_size  rows a forward
     autocast          matmuls in bfloat16, weights as they are
+    optimizer         None: AdamW (foreach) without weight decay, the paper's
+    start             steps done before, when a run goes on; `batches` begins behind them
+    skip_nonfinite    steps with a NaN or infinite loss or gradient that are dropped before an error
 
     A shard minimises the mean over its own response tokens; with `whole_batch`, that of the whole step batch.
-    Raises ValueError, on every process alike, for a shard without response tokens or a loss not finite.
+    Raises ValueError, on every process alike, for a shard without response tokens or a value not finite.
     """
     if not 0 < lr < math.inf:
         raise ValueError(f"lr={lr}: nothing would train; use a learning rate above 0 (the paper: 2e-5)")
-    optimizer = torch.optim.AdamW(adapters.parameters(), lr, betas, eps, weight_decay=0.0, foreach=True)
+    optimizer = optimizer or torch.optim.AdamW(adapters.parameters(), lr, weight_decay=0.0, foreach=True)
     adapters.check(optimizer)
-    factor = functools.partial(lr_factor, max_steps=max_steps, warmup=warmup, schedule=schedule)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    K, S, first = adapters.K, adapters.S, adapters.first
-    bar = tqdm(total=max_steps, desc="train", unit="step", disable=not (progress and rank() == 0))
+    K, S, first, skipped = adapters.K, adapters.S, adapters.first, 0
+    bar = tqdm(total=max_steps, initial=start, desc="train", unit="step",
+               disable=not (progress and rank() == 0))
     model.train()
-    for step, batch in zip(range(1, max_steps + 1), batches):
-        start, size = time.perf_counter(), len(batch) // K
+    for step, batch in zip(range(start + 1, max_steps + 1), batches):
+        began, size = time.perf_counter(), len(batch) // K
         mini = [batch[i * size:(i + 1) * size] for i in range(K)]
         counts = [sum(len(tokens) - prompt for tokens, prompt in rows) for rows in mini]
         if size * K != len(batch) or 0 in counts:
@@ -847,29 +878,38 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
         for i in range(S):
             norm = sum(counts) if adapters.whole_batch else counts[first + i]
             for a in range(0, size, micro_batch_size):
+                # The model's own dropout draws from torch's generator: by step, shard and row, nothing else.
+                torch.manual_seed(seed_of(adapters.seed, step, first + i, a))
                 x, y = pad(mini[first + i][a:a + micro_batch_size], device)
                 with adapters.shard(i), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
                     logits = logits_of(model, x)                        # (b, t, vocabulary)
                     loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
                 (loss / norm).backward()
                 losses[i] += loss.detach()
-        sums = gather_shards(losses).tolist()
-        if bad := [i for i, value in enumerate(sums) if not math.isfinite(value)]:
-            raise ValueError(f"step {step}: the loss of shards {bad} is not finite; W is untouched by this "
-                             "step. Lower the learning rate, or look at these rows of the batch")
+        sums, lr_now = gather_shards(losses).tolist(), lr * lr_factor(step - 1, max_steps, warmup, schedule)
+        grad_norm = float(adapters.clip_grad_norm_(max_grad_norm or math.inf))
 
         # AdamW turns gradients into dA_i, dB_i; all shards go into the one W.
-        grad_norm = adapters.clip_grad_norm_(max_grad_norm or math.inf)
-        lr_now = scheduler.get_last_lr()[0]
-        optimizer.step()
-        adapters.merge_()
+        if finite := math.isfinite(grad_norm + sum(sums)):
+            for group in optimizer.param_groups:
+                group["lr"] = lr_now
+            optimizer.step()
+            adapters.merge_()
+        else:
+            skipped += 1
+            bad = [i for i, value in enumerate(sums) if not math.isfinite(value)]
+            text = (f"step {step}: not finite: loss of shards {bad}, gradients of {not_finite(adapters)}; "
+                    "W is untouched by this step")
+            if skipped > skip_nonfinite:
+                raise ValueError(f"{text}. Lower the learning rate, clip, or look at these rows of the batch")
+            tqdm.write(text) if rank() == 0 else None
+            adapters.next_step()
         optimizer.zero_grad(set_to_none=True)
-        scheduler.step()
 
         loss = sum(sums) / sum(counts)                                  # token mean over the step batch
-        speed = sum(len(tokens) for tokens, _ in batch) / (time.perf_counter() - start)
+        speed = sum(len(tokens) for tokens, _ in batch) / (time.perf_counter() - began)
         bar.set_postfix_str(f"loss {loss:.4f}, lr {lr_now:.2e}, {speed:.0f} tokens/s", refresh=False)
         bar.update()
-        yield dict(step=step, loss=loss, lr=lr_now, grad_norm=float(grad_norm),
-                   applied=float(adapters.applied), tokens_per_second=speed)
+        yield dict(step=step, loss=loss, lr=lr_now, grad_norm=grad_norm,
+                   applied=float(adapters.applied) if finite else 0.0, tokens_per_second=speed)
     bar.close()

@@ -11,24 +11,30 @@ Results: OUT/model.pt (plain state_dict) or OUT/model/ (Hugging Face files), OUT
 """
 
 import argparse
-import base64
 import contextlib
 import datetime
+import hashlib
+import itertools
 import json
 import math
 import os
+import shutil
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
-import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 import hd_pissa
+from data import checkpoint
 from data.evaluate import evaluate
-from data.prepare import encode, hold_out, read_rows, step_batches
+from data.prepare import GPTTokenizer, HFTokenizer, encode, hold_out, read_rows, step_batches
+from data.report import heartbeat, report_layers, report_losses, report_rank
 from data.svd_cache import cached_components
 from hd_pissa import everywhere, say
 
@@ -86,50 +92,7 @@ class GPT(nn.Module):
         return self.lm_head(self.ln_f(h))                               # (b, t, vocabulary)
 
 
-# ---- Models and tokenizers ---------------------------------------------------------------------------------
-
-
-class GPTTokenizer:
-    """The byte-pair ranks of data/ as a tiktoken Encoding, with a plain question and answer prompt."""
-
-    def __init__(self, path=DATA / "tokenizer.tiktoken"):
-        ranks = {}
-        for line in Path(path).read_bytes().splitlines():
-            token, index = line.split()
-            ranks[base64.b64decode(token)] = int(index)
-        pattern = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-        self.eot = len(ranks)
-        self.encoding = tiktoken.Encoding("hd_pissa", pat_str=pattern, mergeable_ranks=ranks,
-                                          special_tokens={"<|endoftext|>": self.eot})
-        self.vocabulary = self.eot + 1
-
-    def prompt(self, instruction: str) -> list[int]:
-        return self.encoding.encode_ordinary(f"Q: {instruction}\nA:")
-
-    def response(self, response: str) -> list[int]:
-        return self.encoding.encode_ordinary(" " + response) + [self.eot]
-
-
-class HFTokenizer:
-    """A Hugging Face tokenizer with its chat template, or the Alpaca prompt where it has none."""
-
-    def __init__(self, path: str):
-        from transformers import AutoTokenizer
-        self.hf = AutoTokenizer.from_pretrained(path)
-        if self.hf.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {path} has no eos token, so no response would ever end")
-
-    def prompt(self, instruction: str) -> list[int]:
-        if self.hf.chat_template:
-            chat = [{"role": "user", "content": instruction}]
-            text = self.hf.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-            return self.hf(text, add_special_tokens=False)["input_ids"]
-        text = ("Below is an instruction that describes a task. Write a response that appropriately "
-                f"completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n")
-        return self.hf(text)["input_ids"]
-
-    def response(self, response: str) -> list[int]:
-        return self.hf(response, add_special_tokens=False)["input_ids"] + [self.hf.eos_token_id]
+# ---- Models ------------------------------------------------------------------------------------------------
 
 
 def load_model(name: str, seed: int, weights: bool = True) -> tuple[nn.Module, object, int]:
@@ -171,12 +134,13 @@ class Baseline:
 
     def __init__(self, model, method: str, rank: int, K: int, targets, alpha, seed: int):
         hd_pissa.check_arguments(rank, K, alpha, 0.0)
-        self.K, self.S = K, K // hd_pissa.world_size()
+        self.K, self.S, self.step, self.mean_over = K, K // hd_pissa.world_size(), 0, 1
+        self.seed, self._parameters = seed, {}
         self.first = hd_pissa.rank() * self.S
         self.s, self.factors, self.slots, self.skipped = 1.0 if alpha is None else alpha / rank, [], [], {}
         model.requires_grad_(method == "full")
         if method == "full":
-            self._parameters = list(model.parameters())
+            self._parameters = dict(model.named_parameters())
             return
         found, self.skipped = hd_pissa.find_layers(model, targets)
         hd_pissa.check_layers(found, self.skipped, rank, 1, targets)
@@ -197,10 +161,19 @@ class Baseline:
                 return output + self.s * (inputs[0] @ A) @ B
 
             self.factors.append((W, A, B, module.register_forward_hook(residual)))
-        self._parameters = [p for _, A, B, _ in self.factors for p in (A, B)]
+            self._parameters |= {name + ".A": A, name + ".B": B}
 
     def parameters(self):
-        return self._parameters
+        return list(self._parameters.values())
+
+    def named_parameters(self, first: int = 0):
+        return self._parameters.items()
+
+    def tensors(self) -> dict:
+        return self._parameters if self.factors else {}         # all weights are the model's own
+
+    def resume(self, step: int, mean_over: int):
+        self.step = step
 
     def shard(self, i):
         return contextlib.nullcontext()         # one adapter, whichever rows come
@@ -211,12 +184,19 @@ class Baseline:
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Sum the gradients over the processes, then clip: the first moment they must be whole."""
         if hd_pissa.world_size() > 1:
-            for p in self._parameters:
+            for p in self.parameters():
                 dist.all_reduce(p.grad)
-        return nn.utils.clip_grad_norm_(self._parameters, max_norm)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        if norm.isfinite():
+            nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
+        return norm
 
     def merge_(self):
         """The optimizer has already changed what is trained."""
+        self.next_step()
+
+    def next_step(self):
+        self.step += 1
 
     @torch.no_grad()
     def detach_(self):
@@ -241,6 +221,7 @@ FLAGS = {
         ("eval_data", str, None, "JSONL file; None: 5 percent of the rows of --data, at most 500, by hash"),
         ("eval_rows", int, 500, "held-out rows that are evaluated at most"),
         ("out", str, "out", "directory for the results"),
+        ("resume", str, "auto", "auto: go on from the newest checkpoint in --out; never; or a path"),
     ),
     "method": (
         ("method", ("hd_pissa", "pissa", "lora", "full"), "hd_pissa", "what is trained"),
@@ -277,8 +258,17 @@ FLAGS = {
         ("threads", int, None, "CPU threads a process; None: cores / local processes"),
         ("timeout", float, 600.0, "seconds that a collective waits for the other processes"),
         ("seed", int, 0, "of row order and random draws"),
+        ("save_every", int, 0, "steps between checkpoints; 0 = off"),
+        ("save_minutes", float, 15.0, "minutes between checkpoints; 0 = off. One is written at the end too"),
+        ("check_every", int, 100, "steps between comparisons of W's bits over the processes; 0 = off"),
+        ("heartbeat", float, 60.0, "seconds without a step until a process says that it waits; 0 = off"),
+        ("skip_nonfinite", int, 0, "steps dropped for a NaN or infinite loss or gradient before an error"),
     ),
 }
+
+
+ZERO = ("warmup", "max_grad_norm", "seed", "bucket_mb", "save_every", "save_minutes", "check_every",
+        "heartbeat", "skip_nonfinite")          # numbers that may be 0
 
 
 class OneLineErrors(argparse.ArgumentParser):
@@ -298,8 +288,8 @@ def parse(argv) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
             group.add_argument(f"--{name}", help=text, **how)
     args = p.parse_args(argv)
     for name in ("rank", "shards", "batch_size", "micro_batch_size", "eval_rows", "max_steps", "epochs",
-                 "block_size", "threads", "timeout", "bucket_mb", "lr", "warmup", "max_grad_norm", "seed"):
-        value, zero = getattr(args, name), name in ("warmup", "max_grad_norm", "seed", "bucket_mb")
+                 "block_size", "threads", "timeout", "lr", *ZERO):
+        value, zero = getattr(args, name), name in ZERO
         if value is not None and not (0 <= value if zero else 0 < value) or value in (math.inf, math.nan):
             p.error(f"--{name} {value}: must be a finite number, " + ("0 or more" if zero else "above 0"))
     if args.batch_size % args.shards:
@@ -360,6 +350,69 @@ def whole(weight: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor
                               stride=weight.stride()).full_tensor()
 
 
+def cut_log(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and one that a kill has cut: those steps are done again."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            kept += [line] if json.loads(line)["step"] <= step else []
+    path.write_text("".join(kept))
+
+
+def fit(args, config, model, adapters, optimizer, rows, start, before, device) -> None:
+    """Train from step `start` with a log line a step and checkpoints; a signal ends it after a step's end."""
+    out, caught, saved = Path(args.out), [], time.monotonic()
+
+    def prepare():
+        if hd_pissa.rank() == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            if not start:
+                shutil.rmtree(out / "checkpoint", ignore_errors=True)
+            (out / "result.json").unlink(missing_ok=True)
+            (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+            checkpoint.clean(out / "checkpoint")
+            cut_log(out / "log.jsonl", start)
+
+    everywhere(prepare)
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            handlers[number] = signal.signal(number, lambda number, frame: caught.append(number))
+    batches = itertools.islice(step_batches(rows, args.batch_size, args.seed), start, None)
+    try:
+        with heartbeat(args.heartbeat, args.timeout) as beat:
+            for record in hd_pissa.train(
+                    model, adapters, batches, lr=args.lr, max_steps=args.max_steps, warmup=args.warmup,
+                    schedule=args.schedule, max_grad_norm=args.max_grad_norm, device=device, start=start,
+                    micro_batch_size=args.micro_batch_size, autocast=args.dtype == "autocast",
+                    optimizer=optimizer, skip_nonfinite=args.skip_nonfinite):
+                step = record["step"]
+                beat(step)
+                if hd_pissa.rank() == 0:
+                    line = {k: v if math.isfinite(v) else None for k, v in record.items()}
+                    with open(out / "log.jsonl", "a") as log:
+                        log.write(json.dumps(line) + "\n")
+                if args.check_every and step % args.check_every == 0:
+                    checkpoint.check_replicas(adapters, device)
+                # A signal that one process has caught and the clock of process 0 concern all of them.
+                own = torch.tensor([[max(caught, default=0), time.monotonic() - saved]], device=device)
+                signals, waited = hd_pissa.gather_shards(own).T.tolist()
+                due = (step == args.max_steps or args.save_every and step % args.save_every == 0
+                       or args.save_minutes and waited[0] >= 60 * args.save_minutes)
+                if due or any(signals):
+                    checkpoint.save(out / "checkpoint", step, model, adapters, optimizer, config,
+                                    {"before": before}, device)
+                    saved = time.monotonic()
+                if any(signals) and step < args.max_steps:
+                    number = int(max(signals))
+                    say(f"stopped by {signal.Signals(number).name} after step {step}, which is saved; the "
+                        "same command continues")
+                    raise SystemExit(128 + number)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def run(args) -> dict:
     device = start_processes(args)
     if args.dry_run:
@@ -378,6 +431,20 @@ def run(args) -> dict:
                          f"--batch_size {args.batch_size}; give more rows or a larger --block_size")
     if args.max_steps is None:
         args.max_steps = max(1, round(args.epochs * (len(rows) // args.batch_size))) if args.epochs else STEPS
+
+    out = Path(args.out)
+    rows_hash = hashlib.blake2b(repr((rows, held)).encode(), digest_size=16).hexdigest()
+    config = vars(args) | {"processes": hd_pissa.world_size(), "torch": torch.__version__, "rows": rows_hash}
+    resumed, manifest = everywhere(lambda: checkpoint.find(args.resume, out)), None
+    if resumed:
+        manifest = checkpoint.read_manifest(resumed)
+        checkpoint.same_run(manifest, config, resumed)
+        if (out / "result.json").exists() and resumed == out / "checkpoint" / f"step_{args.max_steps}":
+            result = json.loads((out / "result.json").read_text())
+            report_losses(result["before"], result["after"])
+            say(f"\n{resumed} is the end of this run; choose another --out, or --resume never to train again")
+            return result
+
     probe, _ = hd_pissa.pad([row[:2] for row in held[:8]], model.get_input_embeddings().weight.device
                             if hasattr(model, "get_input_embeddings") else device)
     base_logits = None
@@ -389,102 +456,50 @@ def run(args) -> dict:
     watched = {name: model.get_parameter(name + ".weight").detach().to(device, copy=True)
                for name in names[::max(1, len(names) // 8)][:8]}
     if args.method == "hd_pissa":
+        decompose = cached_components(args.svd_cache) if args.svd_cache else hd_pissa.components
         adapters = hd_pissa.attach(
             model, args.rank, shards=args.shards, targets=args.targets, init=args.init, alpha=args.alpha,
             dropout=args.dropout, aggregate=args.aggregate, exchange=args.exchange, basis=args.basis,
             gradients=args.gradients, seed=args.seed, bucket_mb=args.bucket_mb, device=device,
             dtype=torch.bfloat16 if args.dtype == "bfloat16" else None, progress=True,
-            decompose=cached_components(args.svd_cache) if args.svd_cache else hd_pissa.components)
+            decompose=None if resumed else decompose)
     else:
         adapters = Baseline(model, args.method, args.rank, args.shards, args.targets, args.alpha, args.seed)
     model = model.bfloat16() if args.dtype == "bfloat16" else model
     if args.shard_weights:
         shard_over_processes(model, device)
     report_layers(args, adapters, names)
-    before = evaluate(model, held, device, max(8, args.micro_batch_size), "evaluate base")
-    if args.method == "hd_pissa" and base_logits is not None:
-        with torch.no_grad():
-            same = torch.equal(hd_pissa.logits_of(model.eval(), probe), base_logits)
-        if not same:
-            raise RuntimeError("step-0 logits differ from the base model's: the forward is not X W")
-        say(f"step-0 loss {before['all']['loss']:.6f}: logits equal the base model's bit for bit")
+    optimizer = torch.optim.AdamW(adapters.parameters(), args.lr, weight_decay=0.0, foreach=True)
+    start = 0
+    if resumed:
+        start = checkpoint.load(resumed, manifest, model, adapters, optimizer, config, device)
+        before = manifest["extra"]["before"]
+        was = {key: manifest["config"][key] for key in ("exchange", "device", "shards", "processes")}
+        say(f"going on after step {start} of {resumed}" + "".join(
+            f"; {key} was {value}, is {config[key]}" for key, value in was.items() if value != config[key]))
+    else:
+        before = evaluate(model, held, device, max(8, args.micro_batch_size), "evaluate base")
+        if args.method == "hd_pissa" and base_logits is not None:
+            with torch.no_grad():
+                same = torch.equal(hd_pissa.logits_of(model.eval(), probe), base_logits)
+            if not same:
+                raise RuntimeError("step-0 logits differ from the base model's: the forward is not X W")
+            say(f"step-0 loss {before['all']['loss']:.6f}: logits equal the base model's bit for bit")
 
-    out = Path(args.out)
-    config = vars(args) | {"processes": hd_pissa.world_size(), "torch": torch.__version__}
-    if hd_pissa.rank() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-        (out / "log.jsonl").write_text("")
     belongs = f" (for aggregate={args.aggregate})" if args.method == "hd_pissa" else ""
     say(f"{args.method}: {args.max_steps} steps of {args.batch_size} rows, peak lr {args.lr:g}{belongs}")
-    batches = step_batches(rows, args.batch_size, args.seed)
-    for record in hd_pissa.train(model, adapters, batches, lr=args.lr, max_steps=args.max_steps,
-                                 warmup=args.warmup, schedule=args.schedule, max_grad_norm=args.max_grad_norm,
-                                 micro_batch_size=args.micro_batch_size, device=device,
-                                 autocast=args.dtype == "autocast"):
-        if hd_pissa.rank() == 0:
-            with open(out / "log.jsonl", "a") as log:
-                log.write(json.dumps(record) + "\n")
+    fit(args, config, model, adapters, optimizer, rows, start, before, device)
     lows = {slot.name: slot.low for slot in adapters.slots}
     adapters.detach_()
     after = evaluate(model, held, device, max(8, args.micro_batch_size), "evaluate result")
     if args.shard_weights:
         model.reshard()
     report_losses(before, after)
-    spectra = report_rank(args, watched, model, lows)
+    after_training = {name: whole(model.get_parameter(name + ".weight"), lows.get(name)) for name in watched}
+    spectra = report_rank(args, watched, after_training)
     result = {"before": before, "after": after, "effective_rank": spectra}
     save(out, model, tokenizer, result)
     return result
-
-
-def report_layers(args, adapters, names) -> None:
-    kinds: dict[str, int] = {}
-    for name in names:
-        kinds[name.split(".")[-1]] = kinds.get(name.split(".")[-1], 0) + 1
-    trained = "all weights" if args.method == "full" else ", ".join(f"{k} x{v}" for k, v in kinds.items())
-    numbers = sum(p.numel() for p in adapters.parameters())
-    say(f"trained: {trained}; {numbers:,} numbers with AdamW moments in this process")
-    for name, why in adapters.skipped.items():
-        say(f"skipped: {name} ({why})")
-
-
-def report_losses(before, after) -> None:
-    say(f"\n{'held out':14} {'rows':>5} {'loss before':>12} {'after':>8} {'exact match, before':>19} "
-        f"{'after':>8}")
-    for domain, a in before.items():
-        b = after[domain]
-        say(f"{domain:14} {a['rows']:5} {a['loss']:12.4f} {b['loss']:8.4f} {a['exact_match']:17.1f} % "
-            f"{b['exact_match']:6.1f} %")
-
-
-@torch.no_grad()
-def rounding_floor(W: torch.Tensor, steps: int) -> float:
-    """Largest singular value that rounding alone puts into W in `steps` in-place additions, estimated.
-
-    One addition errs uniformly by up to half an ulp: deviation ulp / sqrt(12) an entry. A random (m, n)
-    matrix of that deviation has norm (sqrt(m) + sqrt(n)) times it, and independent steps add in square.
-    """
-    ulp = torch.finfo(W.dtype).eps * torch.exp2(torch.frexp(W.double()).exponent - 1.0)
-    return float(ulp.square().mean().sqrt() * math.sqrt(steps / 12) * sum(math.sqrt(d) for d in W.shape))
-
-
-def report_rank(args, watched, model, lows) -> dict:
-    """Print and return the rank of dW for the `watched` weights: {name: W before}."""
-    K, r, table = args.shards, args.rank, {}
-    edge = {"lora": r, "pissa": 2 * r, "hd_pissa": 2 * K * r}.get(args.method)
-    say("\neffective rank of dW: singular values above 1 % of the largest "
-        f"(LoRA {r}, PiSSA {2 * r}, HD-PiSSA about 2Kr = {2 * K * r})")
-    for name, W in watched.items():
-        after = whole(model.get_parameter(name + ".weight"), lows.get(name))
-        S = hd_pissa.update_spectrum(W, after)
-        floor = rounding_floor(after, args.max_steps) / float(S[0] or 1)
-        table[name] = {"effective_rank": hd_pissa.effective_rank(S), "of": len(S), "rounding_floor": floor}
-        text = f"  {name:34} {table[name]['effective_rank']:4} of {len(S)}"
-        if edge is not None and edge < len(S) and S[0] > 0:
-            table[name]["beyond_edge"] = float(S[edge] / S[0])
-            text += f", sigma_{edge + 1}/sigma_1 = {float(S[edge] / S[0]):.1e} (rounding alone: {floor:.0e})"
-        say(text)
-    return table
 
 
 def save(out: Path, model, tokenizer, result) -> None:

@@ -19,7 +19,8 @@ def train(compiled: bool, gradients: str):
     model = nn.Sequential(nn.Linear(40, 48), nn.Tanh(), nn.Linear(48, 36, bias=False)).double()
     adapters = hd_pissa.attach(model, rank=2, shards=SHARDS, gradients=gradients)
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-2, weight_decay=0.0)
-    counter = CompileCounterWithBackend(aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph)))
+    eager = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph))
+    counter = CompileCounterWithBackend(eager)
     call = torch.compile(model, backend=counter, fullgraph=True) if compiled else model
     generator, grads = torch.Generator().manual_seed(1), []
     for _ in range(3):

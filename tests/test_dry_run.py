@@ -90,8 +90,8 @@ def test_a_large_hugging_face_model_needs_no_weights(tmp_path):
     ).save_pretrained(tmp_path / "model")
     rows = [{"instruction": f"word {i}", "response": "word word"} for i in range(200)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = train.main(["--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"), "--lr", "1",
-                       "--rank", "16", "--batch_size", "16", "--dry_run"])  # fmt: skip
+    said = train.main(["--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"),
+                       "--lr", "1", "--rank", "16", "--batch_size", "16", "--dry_run"])  # fmt: skip
     layer = [2048 * 2048, 256 * 2048, 256 * 2048, 2048 * 2048, *[5632 * 2048] * 3]
     everything = 22 * (sum(layer) + 2 * 2048) + 2 * 32000 * 2048 + 2048
     assert list(said["memory"].values())[0] == 4 * everything

@@ -1,0 +1,88 @@
+"""What a run prints: what is trained, losses, the rank of dW, and that a process still waits."""
+
+import contextlib
+import math
+import sys
+import threading
+import time
+
+import torch
+
+import hd_pissa
+from hd_pissa import say
+
+
+@contextlib.contextmanager
+def heartbeat(seconds: float, timeout: float):
+    """Yields a function to call after every step; without a call for `seconds`, this process says so."""
+    last, over = [time.monotonic(), 0], threading.Event()
+
+    def beat(step: int) -> None:
+        last[:] = time.monotonic(), step
+
+    def watch():
+        said = time.monotonic()
+        while not over.wait(min(1.0, seconds)):
+            now = time.monotonic()
+            if now - max(last[0], said) >= seconds:
+                said = now
+                print(f"process {hd_pissa.rank()}: {now - last[0]:.0f} s since step {last[1]} ended; a "
+                      f"collective gives up after --timeout {timeout:g} s", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    if seconds:
+        thread.start()
+    try:
+        yield beat
+    finally:
+        over.set()
+
+
+def report_layers(args, adapters, names) -> None:
+    kinds: dict[str, int] = {}
+    for name in names:
+        kinds[name.split(".")[-1]] = kinds.get(name.split(".")[-1], 0) + 1
+    trained = "all weights" if args.method == "full" else ", ".join(f"{k} x{v}" for k, v in kinds.items())
+    numbers = sum(p.numel() for p in adapters.parameters())
+    say(f"trained: {trained}; {numbers:,} numbers with AdamW moments in this process")
+    for name, why in adapters.skipped.items():
+        say(f"skipped: {name} ({why})")
+
+
+def report_losses(before, after) -> None:
+    say(f"\n{'held out':14} {'rows':>5} {'loss before':>12} {'after':>8} {'exact match, before':>19} "
+        f"{'after':>8}")
+    for domain, a in before.items():
+        b = after[domain]
+        say(f"{domain:14} {a['rows']:5} {a['loss']:12.4f} {b['loss']:8.4f} {a['exact_match']:17.1f} % "
+            f"{b['exact_match']:6.1f} %")
+
+
+@torch.no_grad()
+def rounding_floor(W: torch.Tensor, steps: int) -> float:
+    """Largest singular value that rounding alone puts into W in `steps` in-place additions, estimated.
+
+    One addition errs uniformly by up to half an ulp: deviation ulp / sqrt(12) an entry. A random (m, n)
+    matrix of that deviation has norm (sqrt(m) + sqrt(n)) times it, and independent steps add in square.
+    """
+    ulp = torch.finfo(W.dtype).eps * torch.exp2(torch.frexp(W.double()).exponent - 1.0)
+    return float(ulp.square().mean().sqrt() * math.sqrt(steps / 12) * sum(math.sqrt(d) for d in W.shape))
+
+
+def report_rank(args, watched, after_training) -> dict:
+    """Print and return the rank of dW; both arguments: {name: W}."""
+    K, r, table = args.shards, args.rank, {}
+    edge = {"lora": r, "pissa": 2 * r, "hd_pissa": 2 * K * r}.get(args.method)
+    say("\neffective rank of dW: singular values above 1 % of the largest "
+        f"(LoRA {r}, PiSSA {2 * r}, HD-PiSSA about 2Kr = {2 * K * r})")
+    for name, W in watched.items():
+        after = after_training[name]
+        S = hd_pissa.update_spectrum(W, after)
+        floor = rounding_floor(after, args.max_steps) / float(S[0] or 1)
+        table[name] = {"effective_rank": hd_pissa.effective_rank(S), "of": len(S), "rounding_floor": floor}
+        text = f"  {name:34} {table[name]['effective_rank']:4} of {len(S)}"
+        if edge is not None and edge < len(S) and S[0] > 0:
+            table[name]["beyond_edge"] = float(S[edge] / S[0])
+            text += f", sigma_{edge + 1}/sigma_1 = {float(S[edge] / S[0]):.1e} (rounding alone: {floor:.0e})"
+        say(text)
+    return table
