@@ -11,12 +11,14 @@ the seed, the step and the shard, so the step number is the whole state of data 
 """
 
 import collections
+import contextlib
 import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -65,6 +67,14 @@ class _Reader(dcp.FileSystemReader):
         if getattr(metadata, "storage_meta", None) is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+@contextlib.contextmanager
+def quiet():
+    """One process without a process group is what `no_dist` says; torch warns of it all the same."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 # ---- Checksums: one flipped bit in one replica changes them ------------------------------------------------
@@ -183,7 +193,8 @@ def save(folder: Path, step: int, model, adapters, optimizer, config: dict, extr
 
     def write():
         try:
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary), no_dist=world_size() == 1)
+            with quiet():
+                dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary), no_dist=world_size() == 1)
         except CheckpointException as e:
             raise OSError("; ".join(f"process {i}: {error}" for i, (error, _) in e.failures.items())) from e
 
@@ -347,7 +358,8 @@ def load(path: Path, manifest: dict, model, adapters, optimizer, config: dict, d
             raise ValueError(f"{path} does not hold {', '.join(wrong[:3])}; it is of another model")
 
     everywhere(check)
-    dcp.load(state, storage_reader=reader, no_dist=world_size() == 1)
+    with quiet():
+        dcp.load(state, storage_reader=reader, no_dist=world_size() == 1)
     for tensor, parts, dim, start in plan:
         if tensor is not state[parts[0]]:
             joint = torch.cat([state[part] for part in parts], dim) if tensor.dim() else state[parts[0]]

@@ -1,0 +1,228 @@
+"""Damaged, foreign and hostile checkpoints are refused with file and reason; a flipped bit in W is found."""
+
+import json
+import os
+import pickle
+import shutil
+
+import pytest
+import torch
+import torch.nn as nn
+from spawned import spawn
+from test_resume import equal, main, outcome
+
+import hd_pissa
+import train
+from data import checkpoint
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folder of a run that was killed behind its checkpoint of step 4."""
+    folder = tmp_path_factory.mktemp("killed")
+    main([], folder / "out", kill_after=5)
+    return folder / "out"
+
+
+@pytest.fixture
+def copy(killed, tmp_path):
+    shutil.copytree(killed, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def manifest_edit(change):
+    def spoil(step):
+        manifest = json.loads((step / "manifest.json").read_text())
+        change(manifest)
+        (step / "manifest.json").write_text(json.dumps(manifest))
+    return spoil  # fmt: skip
+
+
+def truncated(step):
+    file = step / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def flipped(step):
+    data = bytearray((step / "__0_0.distcp").read_bytes())
+    data[len(data) // 2] ^= 4
+    (step / "__0_0.distcp").write_bytes(data)
+
+
+class Evil:
+    """A pickle that would run a program."""
+
+    def __reduce__(self):
+        return os.system, ("touch /tmp/hd_pissa_was_here",)
+
+
+def with_digests(step):
+    """Digests renewed, as someone does who replaces a file on purpose."""
+    files = {p.name: checkpoint.digest(p) for p in step.iterdir() if p.name != "manifest.json"}
+    manifest_edit(lambda manifest: manifest.update(files=files))(step)
+
+
+def evil_metadata(step):
+    (step / ".metadata").write_bytes(pickle.dumps(Evil()))
+    with_digests(step)
+
+
+def dotted_metadata(step):
+    strings = (b"\x8c" + bytes([len(s)]) + s for s in (b"torch.distributed.checkpoint.metadata", b"os.system"))
+    (step / ".metadata").write_bytes(b"\x80\x04" + b"".join(strings) + b"\x93.")     # STACK_GLOBAL, STOP
+    with_digests(step)
+
+
+def foreign(step):
+    """Tensors of a smaller model under this run's configuration."""
+    model = train.GPT(60, block_size=16, layers=1, width=32)
+    adapters = hd_pissa.attach(model, 2, shards=4)
+    optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0)
+    old = json.loads((step / "manifest.json").read_text())
+    other = checkpoint.save(step.parent / "x" / "checkpoint", 4, model, adapters, optimizer, old["config"],
+                            old["extra"], "cpu")  # fmt: skip
+    shutil.rmtree(step)
+    other.rename(step)
+    shutil.rmtree(step.parent / "x")
+
+
+def wrong_sum(manifest):
+    name = next(iter(manifest["sums"]))
+    manifest["sums"][name] ^= 1
+
+
+SPOILT = {
+    "truncated tensors": (truncated, "__0_0.distcp has", "bytes"),
+    "one flipped bit": (flipped, "__0_0.distcp is damaged", "digest"),
+    "no tensors": (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp is missing", ""),
+    "no metadata": (lambda step: (step / ".metadata").unlink(), ".metadata is missing", ""),
+    "no manifest": (lambda step: (step / "manifest.json").unlink(), "manifest.json is not", "FileNotFound"),
+    "half a manifest": (lambda step: (step / "manifest.json").write_text('{"f'), "manifest.json is not", ""),
+    "a list": (lambda step: (step / "manifest.json").write_text("[]"), "manifest.json is not", ""),
+    "older format": (manifest_edit(lambda m: m.update(format=0)), "of format 0", "older"),
+    "newer format": (manifest_edit(lambda m: m.update(format=2)), "of format 2", "newer"),
+    "a file outside": (manifest_edit(lambda m: m["files"].update({"../log": [1, ""]})), "../log", ""),
+    "metadata that runs a program": (evil_metadata, ".metadata cannot be read", "system does not belong"),
+    "metadata with a dotted name": (dotted_metadata, ".metadata cannot be read", "does not belong"),
+    "another model": (foreign, "does not hold", "another model"),
+    "a weight that is not the saved one": (manifest_edit(wrong_sum), "is not the weight that was saved", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+def test_refused_with_file_and_reason(kind, copy, capsys):
+    """Before training, with exit status 2 and one line; the log and the finished checkpoint stay."""
+    spoil, *words = SPOILT[kind]
+    spoil(copy / "checkpoint" / "step_4")
+    log = (copy / "log.jsonl").read_text()
+    with pytest.raises(SystemExit) as stop:
+        main([], copy)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("train.py: error:"), error
+    assert all(word in error for word in words), error
+    assert (copy / "log.jsonl").read_text() == log and not os.path.exists("/tmp/hd_pissa_was_here")
+
+
+def test_nothing_is_half_loaded(copy):
+    """Where names do not fit, not one tensor has been touched."""
+    step = copy / "checkpoint" / "step_4"
+    manifest = checkpoint.read_manifest(step)
+    model = train.GPT(60, block_size=16, layers=1, width=32)
+    adapters = hd_pissa.attach(model, 2, shards=4)
+    optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0)
+    before = {k: v.clone() for k, v in model.state_dict().items()} | adapters.state_dict()
+    with pytest.raises(ValueError, match="another model"):
+        checkpoint.load(step, manifest, model, adapters, optimizer, manifest["config"], "cpu")
+    after = model.state_dict() | adapters.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items() if isinstance(v, torch.Tensor))
+
+
+def test_what_a_killed_save_leaves_is_ignored_and_removed(copy, tmp_path):
+    stale = copy / "checkpoint" / "step_6.tmp"
+    shutil.copytree(copy / "checkpoint" / "step_4", stale)
+    main([], copy)
+    assert not stale.exists() and [p.name for p in (copy / "checkpoint").iterdir()] == ["step_6"]
+    main([], tmp_path / "whole")
+    assert equal(outcome(copy), outcome(tmp_path / "whole"))
+
+
+def test_two_finished_checkpoints_the_newer_counts(copy, capsys):
+    """A kill between the renaming of the new one and the removal of the old leaves both."""
+    main([], copy, kill_after=None)
+    shutil.copytree(copy / "checkpoint" / "step_6", copy / "checkpoint" / "step_5")
+    (copy / "result.json").unlink()
+    main([], copy)
+    assert "going on after step 6" in capsys.readouterr().out
+
+
+# ---- Checksums of W ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int16])
+def test_weight_sum_by_hand(dtype):
+    """Python integers say the same; every single bit and every swap shows; parts add up."""
+    W = torch.randn((7, 5), generator=torch.Generator().manual_seed(0)).mul(50).to(dtype)
+    integers = W.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[W.element_size()]).flatten().tolist()
+    total = sum(v * (2 * p + 1) for p, v in enumerate(integers)) % 2**64
+    assert checkpoint.weight_sum(W) % 2**64 == total
+    assert (checkpoint.weight_sum(W[:3]) + checkpoint.weight_sum(W[3:], 15)) % 2**64 == total
+    bits = W.view(torch.uint8).clone()
+    for at in range(bits.numel()):
+        for bit in range(8):
+            bits.view(-1)[at] ^= 1 << bit
+            assert checkpoint.weight_sum(bits.view(dtype)) % 2**64 != total
+            bits.view(-1)[at] ^= 1 << bit
+    swapped = W.clone()
+    swapped[0, 0], swapped[4, 2] = W[4, 2], W[0, 0]
+    assert checkpoint.weight_sum(swapped) % 2**64 != total
+
+
+def flip(process, which):
+    """Compare replicas, flip one bit on one process, compare again; the messages."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 16))
+    adapters = hd_pissa.attach(model, 2, dtype=torch.bfloat16 if which == "low" else None)
+    sums, out = checkpoint.check_replicas(adapters, "cpu"), []
+    if hd_pissa.rank() == process:
+        target = adapters.slots[1].low if which == "low" else model[1].weight.data
+        target.view(torch.int16).view(-1)[7] ^= 1
+    try:
+        checkpoint.check_replicas(adapters, "cpu")
+    except ValueError as e:
+        out.append(str(e))
+    return sorted(sums), out
+
+
+@pytest.mark.parametrize("which", ["weight", "low"])
+def test_one_flipped_bit_is_caught_on_every_process(which, tmp_path):
+    """With the first layer concerned and, of three processes, the one that differs."""
+    for names, messages in spawn(3, flip, tmp_path, 2, which):
+        assert names == ["0", "1"]
+        assert len(messages) == 1 and "1 on processes [2]" in messages[0] and "last checkpoint" in messages[0]
+
+
+def flip_in_training(flags, out):
+    """train.main on two processes; process 1 suffers a flipped bit in step 3."""
+    original = hd_pissa.Adapters.merge_
+
+    def merge(self):
+        original(self)
+        if self.step == 3 and hd_pissa.rank() == 1:
+            self.slots[5].module.weight.data.view(torch.int32)[0, 0] ^= 1
+
+    hd_pissa.Adapters.merge_ = merge
+    try:
+        main(flags, out)
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        hd_pissa.Adapters.merge_ = original
+
+
+def test_a_flipped_bit_stops_the_run_and_the_last_checkpoint_is_good(tmp_path):
+    """--check_every 2: the bit of step 3 is seen at 4, before it is saved; the run goes on from step 2."""
+    assert spawn(2, flip_in_training, tmp_path, ["--check_every", "2"], tmp_path / "cut") == [2, 2]
+    assert [p.name for p in (tmp_path / "cut" / "checkpoint").iterdir()] == ["step_2"]
+    main(["--check_every", "2"], tmp_path / "cut")
+    main([], tmp_path / "whole")
+    assert equal(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
