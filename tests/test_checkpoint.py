@@ -68,8 +68,9 @@ def evil_metadata(step):
 
 
 def dotted_metadata(step):
-    strings = (b"\x8c" + bytes([len(s)]) + s for s in (b"torch.distributed.checkpoint.metadata", b"os.system"))
-    (step / ".metadata").write_bytes(b"\x80\x04" + b"".join(strings) + b"\x93.")     # STACK_GLOBAL, STOP
+    names = b"torch.distributed.checkpoint.metadata", b"os.system"
+    strings = b"".join(b"\x8c" + bytes([len(name)]) + name for name in names)
+    (step / ".metadata").write_bytes(b"\x80\x04" + strings + b"\x93.")     # STACK_GLOBAL, STOP
     with_digests(step)
 
 

@@ -135,8 +135,9 @@ def rank_main(flags, out, kill_after=None):
 
 
 @pytest.mark.parametrize("before, after, flags", [
-    (4, 2, ""), (4, 1, ""), (1, 4, ""),
-    (2, 1, "--shard_weights"), (4, 2, "--shard_weights --dtype bfloat16"), (2, 4, "--shard_weights"),
+    (4, 1, ""), (2, 1, "--shard_weights"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+        (4, 2, ""), (1, 4, ""), (4, 2, "--shard_weights --dtype bfloat16"), (2, 4, "--shard_weights"))),
 ])  # fmt: skip
 def test_another_number_of_processes(before, after, flags, tmp_path):
     """Weights of a run that changed its processes are those of one that did not; sharded ones too."""
