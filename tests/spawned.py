@@ -1,4 +1,4 @@
-"""Run a function on several gloo processes: rendezvous by a file, no ports, and a hang fails."""
+"""Run a function on several gloo processes: rendezvous by a file, no ports, and a hang fails; count bytes."""
 
 import datetime
 import traceback
@@ -50,3 +50,29 @@ def spawn(world: int, function, tmp_path, *args) -> list:
     for rank, (how, value) in sorted(answers.items()):
         assert how == "returned", f"rank {rank} of {world}:\n{value}"
     return [answers[rank][1] for rank in range(world)]
+
+
+def received_bytes(work) -> int:
+    """Bytes that reach this process while work() runs, counted at torch.distributed's collectives."""
+    total, world = 0, dist.get_world_size()
+
+    def counted(original, share):
+        def call(out, *rest):
+            nonlocal total
+            total += int(out.numel() * out.element_size() * share)
+            return original(out, *rest)
+
+        return call
+
+    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    # A ring: of a gathered tensor all but the own part arrives; a sum goes round twice.
+    shares = {gather: (world - 1) / world, "all_reduce": 2 * (world - 1) / world}
+    originals = {name: getattr(dist, name) for name in shares}
+    for name, share in shares.items():
+        setattr(dist, name, counted(originals[name], share))
+    try:
+        work()
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+    return total

@@ -10,7 +10,7 @@ import pytest
 import torch
 import toy
 import twin
-from spawned import spawn
+from spawned import received_bytes, spawn
 
 import hd_pissa
 import train
@@ -205,27 +205,7 @@ def received():
         for i in range(adapters.S):
             with adapters.shard(i):
                 model(data[0][0][0]).square().mean().backward()
-        total = 0
-
-        def counted(original, share):
-            def call(out, *rest):
-                nonlocal total
-                total += int(out.numel() * out.element_size() * share)
-                return original(out, *rest)
-
-            return call
-
-        world = hd_pissa.world_size()
-        shares = {"all_gather_single": (world - 1) / world, "all_reduce": 2 * (world - 1) / world}
-        if not hasattr(hd_pissa.dist, "all_gather_single"):
-            shares["all_gather_into_tensor"] = shares.pop("all_gather_single")
-        originals = {f: getattr(hd_pissa.dist, f) for f in shares}
-        for f, share in shares.items():
-            setattr(hd_pissa.dist, f, counted(originals[f], share))
-        adapters.merge_()
-        for f, original in originals.items():
-            setattr(hd_pissa.dist, f, original)
-        counts[name] = total
+        counts[name] = received_bytes(adapters.merge_)
     return counts
 
 

@@ -1,6 +1,6 @@
-"""Cost of the parts: attach, the merge as K grows, whole-batch gradients, memory against --dry_run.
+"""Cost of the parts: memory against --dry_run, bytes, the merge as K grows, whole-batch gradients, attach.
 
-    python tests/bench/parts.py                    # all four, a few minutes on two cores
+    python tests/bench/parts.py                    # all five, half an hour on two cores, mostly full SVDs
 
 Prints tables and writes parts.json. Where processes are compared, each has one thread.
 """
@@ -24,7 +24,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from spawned import spawn  # noqa: E402
+from spawned import received_bytes, spawn  # noqa: E402
 
 import hd_pissa  # noqa: E402
 
@@ -96,6 +96,27 @@ def bench_merge(tmp):
     return ("merge_ of 4 layers 1024 x 1024, r = 16", ("", "all_gather, ms", "all_reduce, ms"), rows)
 
 
+def bytes_of_a_merge():
+    out = []
+    for options in ({}, {"basis": "resend"}, {"exchange": "all_reduce"}):
+        adapters = hd_pissa.attach(layers((4096, 4096)), 16, shards=8, init="lora", **options)
+        adapters.touched.update(range(adapters.S))
+        adapters.increments.normal_(std=1e-6)
+        out.append(received_bytes(adapters.merge_))
+    return out
+
+
+def bench_bytes(tmp):
+    """Counted at the collectives, with the 8 x 3 numbers by which processes agree; random factors do here."""
+    rows = []
+    for processes in tqdm((2, 8), desc="bytes", unit="run"):
+        cached, resent, dense = spawn(processes, bytes_of_a_merge, tmp)[0]
+        for name, value in (("all_gather, cached", cached), ("all_gather, resent", resent)):
+            rows.append((f"{name}, {processes} processes", value / 2**20, dense / 2**20, dense / value))
+    return ("received by a process in a step, 4096 x 4096, r = 16, K = 8",
+            ("", "MiB", "dense all_reduce, MiB", "times fewer"), rows)
+
+
 def bench_global(tmp):
     """One process with 8 shards of 512 tokens; the extra work is a backward of rank 128 instead of 16."""
     runs, x = {}, torch.randn(512, 4096)
@@ -148,7 +169,7 @@ def bench_memory(tmp):
     # Freed blocks go back to the system; by default glibc keeps those below a threshold that it moves.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "262144"
     rows = []
-    for processes in (1, 2):
+    for processes in tqdm((1, 2, 8), desc="memory", unit="run"):
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
                    str(processes), ROOT / "train.py", *flags, "--dry_run"]  # fmt: skip
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -159,7 +180,8 @@ def bench_memory(tmp):
 
 
 def main() -> None:
-    benches = {"memory": bench_memory, "merge": bench_merge, "global": bench_global, "attach": bench_attach}
+    benches = {"memory": bench_memory, "bytes": bench_bytes, "merge": bench_merge, "global": bench_global,
+               "attach": bench_attach}  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("parts", nargs="*", default=list(benches), help=", ".join(benches))
     args = parser.parse_args()
