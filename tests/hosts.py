@@ -78,8 +78,8 @@ class Hosts:
 
     def torchrun(self, host: int, command, **options) -> subprocess.Popen:
         """`command` by torchrun, one process on each of the two hosts."""
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-                    f"--node_rank={host}", f"--master_addr={ADDRESSES[0]}", f"--master_port={PORT}"]  # fmt: skip
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+        torchrun += [f"--node_rank={host}", f"--master_addr={ADDRESSES[0]}", f"--master_port={PORT}"]
         return self.start(host, [*torchrun, *command], **options)
 
     def alive(self, host: int) -> list[int]:

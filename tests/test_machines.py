@@ -14,11 +14,13 @@ TRAIN = Path(__file__).resolve().parent.parent / "train.py"
 FLAGS = ["--max_steps", "4", "--shards", "4", "--batch_size", "16", "--eval_rows", "8", "--threads", "1"]
 TIMEOUT = 60  # seconds for a run of FLAGS; it takes about ten
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(unavailable()), reason=unavailable())]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
 def hosts():
+    if reason := unavailable():
+        pytest.skip(reason)
     with two_hosts() as hosts:
         yield hosts
 
@@ -26,12 +28,10 @@ def hosts():
 def launch(hosts, out: Path, *flags):
     """train.py on both hosts; (processes, function that returns what they have printed)."""
     files = [out.with_suffix(f".host{host}") for host in range(2)]
-    processes = []
+    command, processes = [TRAIN, *flags, "--out", out], []
     for host, file in enumerate(files):
         with open(file, "w") as output:
-            processes.append(
-                hosts.torchrun(host, [TRAIN, *flags, "--out", out], stdout=output, stderr=subprocess.STDOUT)
-            )
+            processes.append(hosts.torchrun(host, command, stdout=output, stderr=subprocess.STDOUT))
     return processes, lambda: "\n".join(f"---- host {i}:\n{f.read_text()}" for i, f in enumerate(files))
 
 
@@ -85,7 +85,10 @@ def test_dense_exchange_equals_one_process(hosts, tmp_path):
         assert b == pytest.approx(a, rel=1e-5), printed
     assert two.keys() == one.keys(), printed
     for name in one:
-        torch.testing.assert_close(two[name], one[name], rtol=1e-5, atol=1e-7, msg=f"{name}\n{printed}")
+        print(name)
+        torch.testing.assert_close(
+            two[name], one[name], rtol=1e-5, atol=1e-7, msg=lambda text: f"{text}\n{printed}"
+        )
 
 
 def test_a_cut_cable_ends_both_hosts(hosts, tmp_path):

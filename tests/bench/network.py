@@ -1,0 +1,135 @@
+"""Cost of the exchange between two machines: merge_ and a whole step over a network of a given speed.
+
+    python tests/bench/network.py                  # as root, about a minute on two cores
+
+The machines are two network namespaces, one thread each, joined by a cable that `tc` throttles. Prints a
+table and writes network.json. Bytes are those that one machine receives in one merge_: computed, and counted
+at the interface, with headers. The computed bytes at the cable's rate are the least time of an exchange.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from hosts import CABLE, two_hosts, unavailable  # noqa: E402
+
+import hd_pissa  # noqa: E402
+
+LAYERS, WIDTH, RANK, TOKENS = 4, 1024, 16, 512
+EXCHANGES = "all_gather", "all_reduce"
+RATES = {"unthrottled": None, "1 Gbit/s": 1000.0, "100 Mbit/s": 100.0}
+WARMUP, ROUNDS = 2, 11
+
+
+def payload(exchange: str) -> int:
+    """Bytes that one of two machines receives in a merge_, without headers and the check of a few numbers.
+
+    all_gather: dA, dB of the other machine's shard. all_reduce: dU, once; half as terms, half as sums.
+    """
+    return 4 * LAYERS * (RANK * 2 * WIDTH if exchange == "all_gather" else WIDTH * WIDTH)
+
+
+def received() -> int:
+    """Bytes that have come in over the cable so far, by the kernel; what TCP sends twice counts twice."""
+    lines = Path("/proc/net/dev").read_text().splitlines()
+    return next(int(line.split(":")[1].split()[0]) for line in lines if line.strip().startswith(CABLE + ":"))
+
+
+def medians(work, before=lambda: None) -> tuple[float, float]:
+    """(seconds, bytes received) of `work`, medians over ROUNDS."""
+    rows = []
+    for _ in range(WARMUP + ROUNDS):
+        before()
+        bytes_before, start = received(), time.perf_counter()
+        work()
+        rows.append((time.perf_counter() - start, received() - bytes_before))
+    return tuple(statistics.median(column) for column in zip(*rows[WARMUP:]))
+
+
+def measure(exchange: str) -> dict:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+    adapters = hd_pissa.attach(model, RANK, exchange=exchange)  # one shard a process, K = 2
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-6, weight_decay=0.0)
+    x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(hd_pissa.rank()))
+
+    def increments():
+        adapters.touched.update(range(adapters.S))
+        adapters.increments.normal_(std=1e-6)
+        dist.barrier()  # the merge alone, not the wait for the other machine
+
+    def step():
+        model(x).square().mean().backward()
+        optimizer.step()
+        adapters.merge_()
+        optimizer.zero_grad()
+
+    merge, counted = medians(adapters.merge_, increments)
+    return {"merge": merge, "counted": counted, "step": medians(step)[0]}
+
+
+def worker(path: str) -> None:
+    """One of the two processes: all exchanges at the speed that the cable has now."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    result = {exchange: measure(exchange) for exchange in EXCHANGES}
+    if hd_pissa.rank() == 0:
+        Path(path).write_text(json.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def bench() -> list:
+    rows = []
+    with two_hosts() as hosts, tempfile.TemporaryDirectory() as tmp:
+        for name, rate in tqdm(RATES.items(), desc="network", unit="rate"):
+            hosts.throttle(rate)
+            path = Path(tmp) / "result.json"
+            command = [Path(__file__).resolve(), "--worker", path]
+            streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            processes = [hosts.torchrun(host, command, **streams) for host in range(2)]
+            printed = [process.communicate(timeout=600)[0] for process in processes]
+            if any(process.returncode for process in processes):
+                raise RuntimeError(f"{name} failed\n" + "\n".join(printed))
+            for exchange, got in json.loads(path.read_text()).items():
+                least = payload(exchange) * 8e-3 / rate if rate else None
+                rows.append([f"{name}, {exchange}", payload(exchange) / 1e6, got["counted"] / 1e6, least,
+                             1e3 * got["merge"], 1e3 * got["step"]])  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return worker(args.worker)
+    if reason := unavailable():
+        parser.error(reason)
+    title = f"two machines, {LAYERS} layers {WIDTH} x {WIDTH}, r = {RANK}, K = 2, {TOKENS} tokens a machine"
+    head = ("", "received, MB", "at the interface, MB", "bytes / rate, ms", "merge_, ms", "step, ms")
+    rows = bench()
+    print(f"\n{title}\n\n| {' | '.join(head)} |\n|{' --- |' * len(head)}")
+    for label, *values in rows:
+        cells = ("" if v is None else f"{v:.3g}" if v < 1000 else f"{v:.0f}" for v in values)
+        print(f"| {label} | {' | '.join(cells)} |")
+    result = {"title": title, "torch": torch.__version__, "columns": head, "rows": rows}
+    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
