@@ -6,7 +6,7 @@ import toy
 import twin
 
 import hd_pissa
-import train
+from data import report
 
 
 def rank_of(before, after) -> int:
@@ -77,4 +77,4 @@ def test_rounding_floor_against_simulated_additions():
         step = 1e-4 * torch.randn(W.shape, generator=g)
         exact, rounded = exact + step, rounded + step
     lost = float(hd_pissa.update_spectrum(exact, rounded.double())[0])
-    assert train.rounding_floor(W, 20) == pytest.approx(lost, rel=0.15)
+    assert report.rounding_floor(W, 20) == pytest.approx(lost, rel=0.15)
