@@ -34,7 +34,7 @@ import hd_pissa
 from data import checkpoint
 from data.evaluate import evaluate
 from data.prepare import GPTTokenizer, HFTokenizer, encode, hold_out, read_rows, step_batches
-from data.report import heartbeat, report_layers, report_losses, report_rank
+from data.report import append_log, cut_log, heartbeat, report_layers, report_losses, report_rank
 from data.svd_cache import cached_components
 from hd_pissa import everywhere, say
 
@@ -350,22 +350,12 @@ def whole(weight: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor
                               stride=weight.stride()).full_tensor()
 
 
-def cut_log(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and one that a kill has cut: those steps are done again."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            kept += [line] if json.loads(line)["step"] <= step else []
-    path.write_text("".join(kept))
-
-
 def fit(args, config, model, adapters, optimizer, rows, start, before, device) -> None:
     """Train from step `start` with a log line a step and checkpoints; a signal ends it after a step's end."""
     out, caught, saved = Path(args.out), [], time.monotonic()
 
     def prepare():
         if hd_pissa.rank() == 0:
-            out.mkdir(parents=True, exist_ok=True)
             if not start:
                 shutil.rmtree(out / "checkpoint", ignore_errors=True)
             (out / "result.json").unlink(missing_ok=True)
@@ -388,15 +378,15 @@ def fit(args, config, model, adapters, optimizer, rows, start, before, device) -
                     optimizer=optimizer, skip_nonfinite=args.skip_nonfinite):
                 step = record["step"]
                 beat(step)
-                if hd_pissa.rank() == 0:
-                    line = {k: v if math.isfinite(v) else None for k, v in record.items()}
-                    with open(out / "log.jsonl", "a") as log:
-                        log.write(json.dumps(line) + "\n")
+                unwritten = append_log(out / "log.jsonl", record)
+                # A signal that one process has caught, and log and clock of process 0, concern all of them.
+                own = [max(caught, default=0), time.monotonic() - saved, unwritten is not None]
+                own = torch.tensor([own], dtype=torch.float64, device=device)
+                signals, waited, failed = hd_pissa.gather_shards(own).T.tolist()
+                if any(failed):
+                    raise ValueError(hd_pissa.gather_text(str(unwritten or ""))[0])
                 if args.check_every and step % args.check_every == 0:
                     checkpoint.check_replicas(adapters, device)
-                # A signal that one process has caught and the clock of process 0 concern all of them.
-                own = torch.tensor([[max(caught, default=0), time.monotonic() - saved]], device=device)
-                signals, waited = hd_pissa.gather_shards(own).T.tolist()
                 due = (step == args.max_steps or args.save_every and step % args.save_every == 0
                        or args.save_minutes and waited[0] >= 60 * args.save_minutes)
                 if due or any(signals):
@@ -488,7 +478,8 @@ def run(args) -> dict:
 
     belongs = f" (for aggregate={args.aggregate})" if args.method == "hd_pissa" else ""
     say(f"{args.method}: {args.max_steps} steps of {args.batch_size} rows, peak lr {args.lr:g}{belongs}")
-    fit(args, config, model, adapters, optimizer, rows, start, before, device)
+    with checkpoint.alone(out):
+        fit(args, config, model, adapters, optimizer, rows, start, before, device)
     lows = {slot.name: slot.low for slot in adapters.slots}
     adapters.detach_()
     after = evaluate(model, held, device, max(8, args.micro_batch_size), "evaluate result")
@@ -504,7 +495,10 @@ def run(args) -> dict:
 
 def save(out: Path, model, tokenizer, result) -> None:
     state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
-    if hd_pissa.rank() == 0:
+
+    def write():
+        if hd_pissa.rank() > 0:
+            return
         if isinstance(model, GPT):
             torch.save(state, out / "model.pt.tmp")
             os.replace(out / "model.pt.tmp", out / "model.pt")
@@ -515,8 +509,8 @@ def save(out: Path, model, tokenizer, result) -> None:
             how = f"transformers.AutoModelForCausalLM.from_pretrained({str(out / 'model')!r})"
         (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         say(f"\nthe result is a plain model under the base model's names:\n  {how}")
-    if hd_pissa.world_size() > 1:
-        dist.barrier()
+
+    everywhere(write)
 
 
 def main(argv=None) -> dict:
@@ -526,6 +520,11 @@ def main(argv=None) -> dict:
         return run(args)
     except (ValueError, OSError) as e:
         parser.error(" ".join(str(e).split()))
+    except RuntimeError as e:
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        parser.error(f"a collective failed: {' '.join(str(e).split())}. Another process has died or the "
+                     "network is cut; the same command continues from the last checkpoint")
 
 
 if __name__ == "__main__":

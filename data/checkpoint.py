@@ -168,6 +168,36 @@ def digest(path: Path) -> list:
     return [path.stat().st_size, h.hexdigest()]
 
 
+@contextlib.contextmanager
+def alone(out: Path):
+    """Process 0 makes and holds the folder; ValueError on all processes if another run has it.
+
+    Workers may outlive a torchrun that was killed; a second run would mix its files with theirs.
+    """
+    def lock():
+        if rank() > 0:
+            return None
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out, os.O_RDONLY)
+        try:
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ValueError(f"another run is writing to {out}; wait for it, or end it (pgrep -f train.py), "
+                             "or give another --out") from None
+        except (ImportError, OSError):
+            pass                        # no such locks on this system, or on this network disk
+        return handle
+
+    handle = everywhere(lock)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)            # and the kernel does so when a process is killed
+
+
 def clean(folder: Path) -> None:
     """Remove what a killed save has left."""
     for stale in folder.glob("step_*.tmp") if folder.is_dir() else ():
@@ -196,7 +226,10 @@ def save(folder: Path, step: int, model, adapters, optimizer, config: dict, extr
             with quiet():
                 dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary), no_dist=world_size() == 1)
         except CheckpointException as e:
-            raise OSError("; ".join(f"process {i}: {error}" for i, (error, _) in e.failures.items())) from e
+            why = "; ".join(f"process {i}: {error}" for i, (error, _) in e.failures.items())
+            # torch's file writer may hide the reason: "unexpected pos 64 vs 0"
+            full = shutil.disk_usage(temporary).free < 2**20 and "No space left" not in why
+            raise OSError(f"No space left on device ({why})" if full else why) from e
 
     def digests():
         own = [*temporary.glob(f"__{rank()}_*")] + ([temporary / ".metadata"] if rank() == 0 else [])

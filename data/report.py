@@ -38,6 +38,27 @@ def heartbeat(seconds: float, timeout: float):
         over.set()
 
 
+def cut_log(path: Path, step: int) -> None:
+    """Drop the lines after `step`, and one that a kill has cut: those steps are done again."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            kept += [line] if json.loads(line)["step"] <= step else []
+    path.write_text("".join(kept))
+
+
+def append_log(path: Path, record: dict) -> OSError | None:
+    """Process 0 adds a line; an error is returned, for all processes to raise together."""
+    if hd_pissa.rank() > 0:
+        return None
+    line = {k: v if math.isfinite(v) else None for k, v in record.items()}
+    try:
+        with open(path, "a") as log:
+            log.write(json.dumps(line) + "\n")
+    except OSError as e:
+        return e
+
+
 def report_layers(args, adapters, names) -> None:
     kinds: dict[str, int] = {}
     for name in names:
