@@ -1,10 +1,12 @@
-"""What a run prints: what is trained, losses, the rank of dW, and that a process still waits."""
+"""What a run prints and logs: what is trained, losses, the rank of dW, and that a process still waits."""
 
 import contextlib
+import json
 import math
 import sys
 import threading
 import time
+from pathlib import Path
 
 import torch
 
