@@ -128,7 +128,14 @@ def components(W: torch.Tensor, k: int, name: str = "W") -> tuple[torch.Tensor, 
     wide = M if M.shape[0] <= M.shape[1] else M.T                               # (d, max(m, n))
     for gram in (torch.float32, torch.float64)[:2 * (M.dtype == torch.float32)]:
         wide = wide.to(gram)
-        E = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -k:].flip(1)       # (d, k), descending
+        G = wide @ wide.T                                                       # (d, d)
+        # diag(R) of G times a random (d, k) follows the k largest eigenvalues: does float32 reach them?
+        probe = torch.randn((len(G), k), generator=torch.Generator().manual_seed(0)).to(G)
+        R = torch.linalg.qr(G @ probe).R.diagonal().abs()
+        if gram == torch.float32 and R.min() < 1e-3 * R.max():
+            tqdm.write(f"{name}: squared singular values fall by {R.min() / R.max():.0e}: float64 Gram matrix")
+            continue
+        E = torch.linalg.eigh(G).eigenvectors[:, -k:].flip(1)                   # (d, k), descending
         if gram == torch.float32:
             E = torch.linalg.qr(E).Q
             R, S, Vt = torch.linalg.svd(E.T @ wide, full_matrices=False)        # (k, k), (k,), (k, max(m, n))
@@ -347,7 +354,7 @@ class Adapters:
     A row of a flat buffer is one shard, all layers side by side: one collective then moves many layers.
     """
 
-    def __init__(self, model, found, config, exchange, basis, device, seed, bucket_mb):
+    def __init__(self, model, found, config, exchange, basis, device, seed, bucket_mb, accumulate):
         self.model, self.config, self.K, self.r = model, config, config["shards"], config["rank"]
         self.S, K = self.K // world_size(), self.K                      # shards of this process
         self.first = rank() * self.S                                    # global index of local shard 0
@@ -372,6 +379,7 @@ class Adapters:
         self.own = slice(self.first - self.kept.start, self.first - self.kept.start + self.S)
         self.basis = torch.zeros((self.kept.stop - self.kept.start, width), dtype=dtype, device=device)
         self.increments = torch.zeros((self.S, width), dtype=dtype, device=device)
+        self.sums = torch.zeros_like(self.increments) if accumulate else None   # of all merged increments
         self.touched: set[int] = set()                                  # local shards with a gradient
         self.queue: list[Slot] = []                                     # whole-batch gradients still to send
         for slot in self.slots:
@@ -519,7 +527,6 @@ class Adapters:
         self._refuse()
         for module in self.fsdp():
             module.reshard()                    # else an evaluation's gathered copy would get the update
-        share = self.s / self.mean_over if self.aggregate == "mean" else self.s
         gather = gather_shards if self.exchange == "all_gather" else lambda local: local
         for slots in self.buckets:
             a, b = slots[0].start, slots[-1].start + slots[-1].size     # the bucket's columns
@@ -532,8 +539,14 @@ class Adapters:
                 Pt, Q = update_factors(*slot.views(basis, a), *slot.views(increments, a))
                 # sum_i dU_i = P Q, in the layout W is stored in: Conv1D (m, n), Linear (n, m)
                 left, right = (Pt.T, Q) if slot.conv1d else (Q.T, Pt)
-                self._fold(slot, left, right, share)
+                self._fold(slot, left, right, self.share())
+        if self.sums is not None:
+            self.sums += self.increments
         self.next_step()
+
+    def share(self) -> float:
+        """What sum_i dU_i is multiplied by on its way into W."""
+        return self.s / self.mean_over if self.aggregate == "mean" else self.s
 
     @torch.no_grad()
     def next_step(self) -> None:
@@ -567,11 +580,12 @@ class Adapters:
         return [module for module in self.model.modules() if hasattr(module, "reshard")]
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """A_i, B_i of this process's shards, "<module path>.shard<i>.A", and low halves: the state itself."""
+        """The state: "<module path>.shard<i>.A" and ".B" of this process's shards, low halves, sums."""
         own = {slot.name + ".low": slot.own_low() for slot in self.slots if slot.low is not None}
-        for slot in self.slots:
-            for i, At, B in zip(range(self.first, self.K), *slot.views(self.basis[self.own])):
-                own[f"{slot.name}.shard{i}.A"], own[f"{slot.name}.shard{i}.B"] = At.T, B
+        for flat, a, b in ((self.basis[self.own], "A", "B"), (self.sums, "dA.sum", "dB.sum")):
+            for slot in self.slots if flat is not None else ():
+                for i, At, B in zip(range(self.first, self.K), *slot.views(flat)):
+                    own[f"{slot.name}.shard{i}.{a}"], own[f"{slot.name}.shard{i}.{b}"] = At.T, B
         return own
 
     def state_dict(self) -> dict:
@@ -646,7 +660,7 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
            init: str = "hd_pissa", alpha: float | None = None, dropout: float = 0.0, aggregate: str = "mean",
            exchange: str = "auto", basis: str = "cached", gradients: str = "local", seed: int = 0,
            dtype: torch.dtype | None = None, device=None, bucket_mb: int = 256, decompose=components,
-           progress: bool = False) -> Adapters:
+           accumulate: bool = False, progress: bool = False) -> Adapters:
     """Cut the targeted weights of `model` into K shards of `rank` components, mute them, freeze all else.
 
     rank        r, components per shard and weight                                             (section 4.1)
@@ -668,6 +682,7 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
     bucket_mb   MiB of gathered factors per collective
     decompose   `components`, or a function with its arguments and result, for instance a cache on disk;
                 None: A_i, B_i will come from load_state_dict
+    accumulate  keep the sums of all merged dA_i, dB_i, as large as the increments, for `export_lora`
 
     Module classes change, names and state_dict keys do not. Call it after moving the model to its device and
     before fully_shard. Raises ValueError, on every process alike, for what cannot be trained.
@@ -693,7 +708,7 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
                              f"...{there[a:a + 80]}...; start all with the same command and model")
     exchange = "all_gather" if exchange == "auto" else exchange
     device = torch.device(device or found[0][1].weight.device)
-    adapters = Adapters(model, found, config, exchange, basis, device, seed, bucket_mb)
+    adapters = Adapters(model, found, config, exchange, basis, device, seed, bucket_mb, accumulate)
     adapters.skipped = skipped
     _deal(adapters, init, decompose, progress)
     model.requires_grad_(False)
@@ -791,6 +806,69 @@ def update_spectrum(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
 def effective_rank(S: torch.Tensor, tolerance: float = 1e-2) -> int:
     """#{ sigma > tolerance * sigma_1 }. Counting nonzero singular values would count the rounding of W."""
     return int((S > tolerance * S[0]).sum()) if S[0] > 0 else 0
+
+
+@torch.no_grad()
+def lora_factors(adapters, slot, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """P (m, 2Kr) and Q (2Kr, n), float64, of all that was merged into a layer, but for second-order terms.
+
+        P Q = s/K sum_i [(sum_t dA_i) B_i + A_i (sum_t dB_i)],  since A_i and B_i are fixed
+
+    `rank`: fewer components, the best ones, by an SVD of the product. Collective: every process calls it.
+    """
+    if adapters.sums is None:
+        raise ValueError("no sums of the increments were kept; attach with accumulate=True (--export_lora)")
+    columns = slice(slot.start, slot.start + slot.size)
+    factors = adapters.basis[adapters.own, columns], adapters.sums[:, columns]
+    (At, B), (dAt, dB) = (slot.views(gather_shards(flat).double(), slot.start) for flat in factors)
+    P = adapters.share() * torch.cat((dAt, At)).flatten(0, 1).T         # (2K, r, m) -> (m, 2Kr)
+    Q = torch.cat((B, dB)).flatten(0, 1)                                # (2K, r, n) -> (2Kr, n)
+    if rank is not None:
+        (P, left), (Q, right) = torch.linalg.qr(P), torch.linalg.qr(Q.T)
+        U, S, Vt = torch.linalg.svd(left @ right.T)
+        P, Q = P @ (U[:, :rank] * S[:rank]), Vt[:rank] @ Q.T            # (m, rank), (rank, n), at most
+        P, Q = F.pad(P, (0, rank - len(Q))), F.pad(Q, (0, 0, 0, rank - len(Q)))
+    return P, Q
+
+
+@torch.no_grad()
+def export_lora(adapters: Adapters, folder: str, base: dict, base_name: str = "", rank=None) -> float:
+    """Write the run as a PEFT LoRA adapter of `rank` (None: 2Kr); its error |P Q - dW| / |dW|.
+
+    base        state_dict of the weights that the run began with, base_name where PEFT finds them
+    The adapter loads with PeftModel.from_pretrained(base_model, folder). Needs peft and safetensors.
+    Raises ValueError on every process without attach(accumulate=True), or where base is another model's.
+    """
+    tensors, squares = {}, torch.zeros((1, 2), dtype=torch.float64, device=adapters.device)
+    for slot in adapters.slots:
+        P, Q = lora_factors(adapters, slot, rank)
+        tensors[f"base_model.model.{slot.name}.lora_A.weight"] = P.T.float().contiguous()
+        tensors[f"base_model.model.{slot.name}.lora_B.weight"] = Q.T.float().contiguous()
+        (local, rows), W0 = own_rows(slot.module.weight), base.get(slot.name + ".weight")
+        if W0 is None or W0.shape != slot.module.weight.shape:
+            raise ValueError(f"base has no {slot.name}.weight of {tuple(slot.module.weight.shape)}; give the "
+                             "state_dict that the run began with")
+        dW = (local if slot.low is None else join(local, slot.own_low())).double() - W0[rows].to(P)
+        left, right = (P, Q) if slot.conv1d else (Q.T, P.T)
+        squares += torch.stack((left[rows] @ right - dW, dW)).square().sum((1, 2))
+    rank = 2 * adapters.K * adapters.r if rank is None else rank
+
+    def write():
+        try:
+            from peft import LoraConfig
+            from safetensors.torch import save_file
+        except ImportError:
+            raise ValueError("a LoRA export needs peft: pip install -r requirements-extra.txt") from None
+        if adapters.first == 0:
+            task = "CAUSAL_LM" if hasattr(adapters.model, "generate") else None
+            LoraConfig(r=rank, lora_alpha=rank, base_model_name_or_path=base_name, task_type=task,
+                       fan_in_fan_out=adapters.slots[0].conv1d, inference_mode=True,
+                       target_modules=[slot.name for slot in adapters.slots]).save_pretrained(folder)
+            save_file(tensors, os.path.join(folder, "adapter_model.safetensors"))
+
+    everywhere(write)
+    wrong, whole = gather_shards(squares).sum(0).tolist()       # over slices of W, or over equal replicas
+    return math.sqrt(wrong / whole)
 
 
 # ---- The loop ----------------------------------------------------------------------------------------------

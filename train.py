@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import datetime
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -235,6 +236,8 @@ FLAGS = {
         ("exchange", ("auto", "all_gather", "all_reduce"), "auto", "factors (all_gather) or dense dU"),
         ("basis", ("cached", "resend"), "cached", "A_i, B_i of all shards kept, or sent at every merge"),
         ("gradients", ("local", "global"), "local", "of a shard, from its mini-batch or the whole batch"),
+        ("export_lora", bool, False, "write OUT/lora too, a PEFT adapter of the run (Hugging Face models)"),
+        ("lora_rank", int, None, "its rank; None: 2 K r, which leaves out second-order terms alone"),
     ),
     "optimization": (
         ("lr", float, None, f"peak learning rate, of this --method and --aggregate; embedded model: {LR}"),
@@ -288,7 +291,7 @@ def parse(argv) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
             group.add_argument(f"--{name}", help=text, **how)
     args = p.parse_args(argv)
     for name in ("rank", "shards", "batch_size", "micro_batch_size", "eval_rows", "max_steps", "epochs",
-                 "block_size", "threads", "timeout", "lr", *ZERO):
+                 "block_size", "lora_rank", "threads", "timeout", "lr", *ZERO):
         value, zero = getattr(args, name), name in ZERO
         if value is not None and not (0 <= value if zero else 0 < value) or value in (math.inf, math.nan):
             p.error(f"--{name} {value}: must be a finite number, " + ("0 or more" if zero else "above 0"))
@@ -298,6 +301,14 @@ def parse(argv) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     if args.method != "hd_pissa" and (args.shard_weights or args.dtype == "bfloat16"):
         p.error(f"--method {args.method} with --shard_weights or --dtype bfloat16: only hd_pissa adds its "
                 "updates to sharded or halved weights; leave the flag out")
+    if args.export_lora and (args.method != "hd_pissa" or args.model.endswith((".pt", "scratch"))):
+        p.error(f"--export_lora with --method {args.method} --model {args.model}: it writes what hd_pissa "
+                "did to a Hugging Face model; leave it out")
+    if args.export_lora and not importlib.util.find_spec("peft"):
+        p.error("--export_lora needs peft: pip install -r requirements-extra.txt")
+    if args.lora_rank and args.lora_rank > 2 * args.shards * args.rank:
+        p.error(f"--lora_rank {args.lora_rank}: dW has rank 2 K r = {2 * args.shards * args.rank} but for "
+                "its second-order terms; use that or less")
     if args.lr is None and args.model != str(DATA / "base.pt"):
         p.error("--lr: give the peak learning rate for this --model (the paper, with mean: 2e-5 for LLaMA)")
     if args.lr is None:
@@ -350,7 +361,7 @@ def whole(weight: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor
                               stride=weight.stride()).full_tensor()
 
 
-def fit(args, config, model, adapters, optimizer, rows, start, before, device) -> None:
+def fit(args, config, model, adapters, optimizer, rows, start, extra, device) -> None:
     """Train from step `start` with a log line a step and checkpoints; a signal ends it after a step's end."""
     out, caught, saved = Path(args.out), [], time.monotonic()
 
@@ -390,8 +401,8 @@ def fit(args, config, model, adapters, optimizer, rows, start, before, device) -
                 due = (step == args.max_steps or args.save_every and step % args.save_every == 0
                        or args.save_minutes and waited[0] >= 60 * args.save_minutes)
                 if due or any(signals):
-                    checkpoint.save(out / "checkpoint", step, model, adapters, optimizer, config,
-                                    {"before": before}, device)
+                    checkpoint.save(out / "checkpoint", step, model, adapters, optimizer, config, extra,
+                                    device)
                     saved = time.monotonic()
                 if any(signals) and step < args.max_steps:
                     number = int(max(signals))
@@ -445,6 +456,9 @@ def run(args) -> dict:
     # Rank of dW: a copy of up to 8 weights, evenly spaced over the model, taken before anything moves.
     watched = {name: model.get_parameter(name + ".weight").detach().to(device, copy=True)
                for name in names[::max(1, len(names) // 8)][:8]}
+    base = {}
+    if args.export_lora:
+        base = {name: checkpoint.weight_sum(model.get_parameter(name + ".weight").detach()) for name in names}
     if args.method == "hd_pissa":
         decompose = cached_components(args.svd_cache) if args.svd_cache else hd_pissa.components
         adapters = hd_pissa.attach(
@@ -452,7 +466,7 @@ def run(args) -> dict:
             dropout=args.dropout, aggregate=args.aggregate, exchange=args.exchange, basis=args.basis,
             gradients=args.gradients, seed=args.seed, bucket_mb=args.bucket_mb, device=device,
             dtype=torch.bfloat16 if args.dtype == "bfloat16" else None, progress=True,
-            decompose=None if resumed else decompose)
+            decompose=None if resumed else decompose, accumulate=args.export_lora)
     else:
         adapters = Baseline(model, args.method, args.rank, args.shards, args.targets, args.alpha, args.seed)
     model = model.bfloat16() if args.dtype == "bfloat16" else model
@@ -463,7 +477,7 @@ def run(args) -> dict:
     start = 0
     if resumed:
         start = checkpoint.load(resumed, manifest, model, adapters, optimizer, config, device)
-        before = manifest["extra"]["before"]
+        extra = manifest["extra"]
         was = {key: manifest["config"][key] for key in ("exchange", "device", "shards", "processes")}
         say(f"going on after step {start} of {resumed}" + "".join(
             f"; {key} was {value}, is {config[key]}" for key, value in was.items() if value != config[key]))
@@ -475,22 +489,38 @@ def run(args) -> dict:
             if not same:
                 raise RuntimeError("step-0 logits differ from the base model's: the forward is not X W")
             say(f"step-0 loss {before['all']['loss']:.6f}: logits equal the base model's bit for bit")
+        extra = {"before": before, "base": base}
 
     belongs = f" (for aggregate={args.aggregate})" if args.method == "hd_pissa" else ""
     say(f"{args.method}: {args.max_steps} steps of {args.batch_size} rows, peak lr {args.lr:g}{belongs}")
     with checkpoint.alone(out):
-        fit(args, config, model, adapters, optimizer, rows, start, before, device)
+        fit(args, config, model, adapters, optimizer, rows, start, extra, device)
     lows = {slot.name: slot.low for slot in adapters.slots}
     adapters.detach_()
     after = evaluate(model, held, device, max(8, args.micro_batch_size), "evaluate result")
     if args.shard_weights:
         model.reshard()
-    report_losses(before, after)
+    report_losses(extra["before"], after)
     after_training = {name: whole(model.get_parameter(name + ".weight"), lows.get(name)) for name in watched}
     spectra = report_rank(args, watched, after_training)
-    result = {"before": before, "after": after, "effective_rank": spectra}
+    result = {"before": extra["before"], "after": after, "effective_rank": spectra}
+    if args.export_lora:
+        result["lora_error"] = export(args, adapters, extra["base"], out / "lora")
     save(out, model, tokenizer, result)
     return result
+
+
+def export(args, adapters, sums: dict, folder: Path) -> float:
+    """Write the run as a PEFT adapter beside the model; its relative error."""
+    base = everywhere(lambda: load_model(args.model, args.seed))[0].state_dict()
+    for name, there in sums.items():
+        if checkpoint.weight_sum(base[name + ".weight"]) != there:
+            raise ValueError(f"--model {args.model} is not what this run began with: {name}.weight differs. "
+                             "A LoRA adapter belongs to one base; put that back and start the command again")
+    error = hd_pissa.export_lora(adapters, str(folder), base, args.model, args.lora_rank)
+    say(f"\nLoRA of rank {args.lora_rank or 2 * args.shards * args.rank} in {folder}: relative error "
+        f"{error:.1e} of dW")
+    return error
 
 
 def save(out: Path, model, tokenizer, result) -> None:

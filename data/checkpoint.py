@@ -329,7 +329,8 @@ def same_run(manifest: dict, config: dict, path: Path) -> None:
     config = json.loads(json.dumps(config))
     other = {key for key in config.keys() | there.keys() if config.get(key) != there.get(key)} - MAY_CHANGE
     product = [c.get("shards", 0) * c.get("rank", 0) for c in (config, there)]
-    if config.get("method") == config.get("init") == "hd_pissa" and product[0] == product[1]:
+    plain = config.get("method") == config.get("init") == "hd_pissa" and config.get("alpha") is None
+    if plain and product[0] == product[1]:
         other -= {"shards", "rank"}         # the same K r components, dealt anew
     if other:
         pairs = "; ".join(f"--{k} is {config.get(k)} here, {there.get(k)} there" for k in sorted(other))

@@ -1,0 +1,219 @@
+"""The LoRA export: equal to dW but for second-order terms, loaded by PEFT, and tied to its base."""
+
+import json
+
+import pytest
+import torch
+from spawned import spawn
+from toy import K, R, problem, run
+
+import hd_pissa
+import train
+from data import checkpoint
+
+LLAMA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, vocab_size=64, max_position_embeddings=64)  # fmt: skip
+
+
+def second_order(adapters, record):
+    """sum_t sum_i dA_i dB_i of each layer, from the increments that `record` has kept before every merge."""
+    return [sum((dA.T @ dB) for step in record for dA, dB in zip(*step[j])) for j in range(len(adapters.slots))]
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """Increments before each merge, copied where the optimizer left them."""
+    record, merge_ = [], hd_pissa.Adapters.merge_
+
+    def copying(self):
+        record.append([[x.clone() for x in slot.views(self.increments)] for slot in self.slots])
+        merge_(self)
+
+    monkeypatch.setattr(hd_pissa.Adapters, "merge_", copying)
+    return record
+
+
+@pytest.mark.parametrize("aggregate, alpha", [("mean", None), ("sum", None), ("mean", 2.0 * R)])
+def test_float64_identity(aggregate, alpha, recorded):
+    """W - W0 = P Q + s/K sum_t sum_i dA_i dB_i, to rounding in float64."""
+    weights, bias, data = problem()
+    after, adapters = run(weights, bias, data, aggregate=aggregate, alpha=alpha, accumulate=True)
+    s = 1.0 if alpha is None else alpha / R
+    share = s / K if aggregate == "mean" else s
+    rest = second_order(adapters, recorded)
+    for W0, W, slot, extra in zip(weights, after, adapters.slots, rest):
+        P, Q = hd_pissa.lora_factors(adapters, slot)
+        assert P.shape == (slot.m, 2 * K * R) and Q.shape == (2 * K * R, slot.n)
+        dW = W - W0
+        torch.testing.assert_close(P @ Q + share * extra, dW, rtol=0, atol=1e-13)
+        assert (P @ Q - dW).abs().max() > 1e-9, "without second-order terms nothing was tested"
+
+
+def test_smaller_rank_is_the_best_one():
+    """Rank 3 of a layer's factors leaves what the singular values beyond the third say (Eckart-Young)."""
+    weights, bias, data = problem()
+    _, adapters = run(weights, bias, data, accumulate=True)
+    for slot in adapters.slots:
+        P, Q = hd_pissa.lora_factors(adapters, slot)
+        P3, Q3 = hd_pissa.lora_factors(adapters, slot, 3)
+        S = torch.linalg.svdvals(P @ Q)
+        assert P3.shape == (slot.m, 3) and Q3.shape == (3, slot.n)
+        torch.testing.assert_close((P @ Q - P3 @ Q3).norm(), S[3:].norm(), rtol=1e-9, atol=1e-12)
+
+
+def train_model(make, batches=4, **attach):
+    """(model, adapters, base state_dict) of a small transformers model after a few AdamW steps, K = 2."""
+    torch.manual_seed(0)
+    model = make()
+    base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.config.pad_token_id = 0
+    adapters = hd_pissa.attach(model, 2, shards=2, accumulate=True, **attach)
+    optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(batches):
+        for s in range(adapters.S):
+            x = torch.randint(64, (2, 12), generator=generator)
+            with adapters.shard(s):
+                model(input_ids=x, labels=x).loss.backward()
+        optimizer.step()
+        adapters.merge_()
+        optimizer.zero_grad()
+    adapters.detach_()
+    return model.eval(), adapters, base
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    return LlamaForCausalLM(LlamaConfig(**LLAMA))
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64))
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_peft_loads_it(make, tmp_path):
+    """PeftModel.from_pretrained on the base gives the trained logits, as near as the printed error says."""
+    peft = pytest.importorskip("peft")
+    model, adapters, base = train_model(make)
+    error = hd_pissa.export_lora(adapters, str(tmp_path / "lora"), base)
+    plain = make()
+    plain.load_state_dict(base)
+    x = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        trained, before = model(x).logits, plain.eval()(x).logits
+        loaded = peft.PeftModel.from_pretrained(plain, tmp_path / "lora").eval()(x).logits
+    assert 0 < error < 0.05
+    assert (loaded - trained).norm() <= 10 * error * (trained - before).norm()
+    assert (trained - before).norm() > 1e-3 * before.norm(), "the model has not moved, nothing was compared"
+
+
+def test_error_is_that_of_the_update(tmp_path):
+    """The returned error is |LoRA - dW| / |dW| over all layers, from the file's own tensors."""
+    pytest.importorskip("peft")
+    from safetensors.torch import load_file
+    model, adapters, base = train_model(llama)
+    for rank in (None, 3):
+        error = hd_pissa.export_lora(adapters, str(tmp_path), base, rank=rank)
+        file, wrong, whole = load_file(tmp_path / "adapter_model.safetensors"), 0.0, 0.0
+        for slot in adapters.slots:
+            lora_A, lora_B = (file[f"base_model.model.{slot.name}.lora_{x}.weight"].double() for x in "AB")
+            dW = slot.module.weight.double() - base[slot.name + ".weight"].double()
+            wrong += float((lora_B @ lora_A - dW).square().sum())
+            whole += float(dW.square().sum())
+        assert error == pytest.approx((wrong / whole) ** 0.5, rel=1e-2)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == (rank or 8)
+
+
+def export_there(out, exchange, dtype):
+    """On two processes: {name: tensor} of the exported file and the error."""
+    _, adapters, base = train_model(llama, exchange=exchange, dtype=dtype)
+    error = hd_pissa.export_lora(adapters, out, base)
+    return error
+
+
+@pytest.mark.parametrize("exchange, dtype", [("all_gather", None), ("all_reduce", None),
+                                             ("all_gather", torch.bfloat16)])  # fmt: skip
+def test_two_processes(exchange, dtype, tmp_path):
+    """Sums and factors of both processes' shards are in the one file that process 0 writes."""
+    pytest.importorskip("peft")
+    errors = spawn(2, export_there, tmp_path, str(tmp_path / "lora"), exchange, dtype)
+    assert errors[0] == errors[1] and 0 < errors[0] < 0.05
+    assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
+
+
+def test_refusals(tmp_path):
+    weights, bias, data = problem()
+    _, adapters = run(weights, bias, data)
+    with pytest.raises(ValueError, match="accumulate=True"):
+        hd_pissa.lora_factors(adapters, adapters.slots[0])
+    _, adapters = run(weights, bias, data, accumulate=True)
+    with pytest.raises(ValueError, match="base has no 0.weight"):
+        hd_pissa.export_lora(adapters, str(tmp_path), {})
+    assert not list(tmp_path.iterdir())
+
+
+def small_llama(folder):
+    """A Llama of random weights in `folder`, with SmolLM2-like files and a tokenizer of single words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    words = ["<unk>", "<eos>", *(str(i) for i in range(50)), *"instruction response Write a that below".split()]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    hf = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
+    hf.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    torch.manual_seed(0)
+    llama().save_pretrained(folder)
+    hf.save_pretrained(folder)
+    rows = [{"instruction": f"{i % 7} {i % 11}", "response": f"{i % 7 + i % 11} {i % 3}"} for i in range(64)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--model", str(folder), "--data", str(folder / "rows.jsonl"), "--lr", "1e-3", "--batch_size", "8",
+            "--rank", "2", "--shards", "4", "--threads", "1", "--export_lora", "--max_steps"]  # fmt: skip
+
+
+def test_command_line_resume_and_changed_base(tmp_path, capsys):
+    """--export_lora of a resumed run equals that of a whole one; a base that has changed is refused."""
+    pytest.importorskip("peft")
+    from safetensors.torch import load_file, save_file
+    flags = small_llama(tmp_path)
+    whole = train.main([*flags, "4", "--out", str(tmp_path / "whole")])
+    out, fit, steps = tmp_path / "parts", hd_pissa.train, []
+
+    def stopping(*args, **kwargs):
+        for record in fit(*args, **kwargs):
+            yield record
+            if record["step"] == 2 and not steps:
+                steps.append(record)
+                raise ValueError("stopped here")
+
+    hd_pissa.train = stopping
+    try:
+        with pytest.raises(SystemExit):
+            train.main([*flags, "4", "--out", str(out), "--save_every", "2"])
+    finally:
+        hd_pissa.train = fit
+    parts = train.main([*flags, "4", "--out", str(out)])
+    assert whole["lora_error"] == parts["lora_error"] < 0.05
+    a, b = (load_file(tmp_path / name / "lora" / "adapter_model.safetensors") for name in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert checkpoint.steps(out / "checkpoint")
+
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    state["model.layers.0.mlp.up_proj.weight"][0, 0] += 1e-3
+    calls = []
+
+    def spoil(*args):
+        calls.append(args)
+        save_file(state, file, metadata={"format": "pt"})
+
+    report_losses, train.report_losses = train.report_losses, spoil
+    try:
+        with pytest.raises(SystemExit):
+            train.main([*flags, "2", "--out", str(tmp_path / "spoilt")])
+    finally:
+        train.report_losses = report_losses
+    message = capsys.readouterr().err
+    assert calls and "mlp.up_proj.weight differs" in message and "Traceback" not in message
+    assert not (tmp_path / "spoilt" / "lora").exists() and not (tmp_path / "spoilt" / "model").exists()
