@@ -34,9 +34,10 @@ import torch.nn.functional as F
 import hd_pissa
 from data import checkpoint
 from data.evaluate import evaluate
-from data.prepare import GPTTokenizer, HFTokenizer, encode, hold_out, read_rows, step_batches
+from data.prepare import encode, hold_out, read_rows, step_batches
 from data.report import append_log, cut_log, heartbeat, report_layers, report_losses, report_rank
 from data.svd_cache import cached_components
+from data.tokenizer import GPTTokenizer, HFTokenizer
 from hd_pissa import everywhere, say
 
 DATA = Path(__file__).resolve().parent / "data"
