@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 import hd_pissa
 
+
 def read_rows(path: str) -> list[dict]:
     """Rows of a JSONL file; ValueError with file and line for one that cannot be trained on."""
     if not os.path.isfile(path):
