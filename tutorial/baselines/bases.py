@@ -1,0 +1,58 @@
+"""Other fixed bases and another optimizer for the direct weight update, as arguments of hd_pissa.attach.
+
+`decompose=` takes a function with the arguments of hd_pissa.components; shard i gets components ir .. (i+1)r - 1
+of whatever it returns, and A_i = U S^1/2, B_i = S^1/2 Vt.
+"""
+
+import torch
+
+import hd_pissa
+
+
+def orthonormal(W, k, name="W"):
+    """The SVD basis without its scale: A_i, B_i have orthonormal columns and rows."""
+    U, S, Vt = hd_pissa.components(W, k, name)
+    return U, torch.ones_like(S), Vt
+
+
+def random_orthonormal(W, k, name="W"):
+    """A random orthonormal basis: no SVD, and a seed is all that another process needs to know of it."""
+    generator = torch.Generator().manual_seed(hd_pissa.seed_of("basis", name))
+    m, n = W.shape
+    U = torch.linalg.qr(torch.randn((m, k), generator=generator, dtype=torch.float64)).Q
+    V = torch.linalg.qr(torch.randn((n, k), generator=generator, dtype=torch.float64)).Q
+    return U.to(W), torch.ones(k).to(W), V.T.to(W)
+
+
+def interleaved(K: int):
+    """Shard i gets components i, i + K, i + 2K, ... instead of a block: shards of nearly equal size."""
+    def decompose(W, k, name="W"):
+        U, S, Vt = hd_pissa.components(W, k, name)
+        order = torch.arange(k).view(-1, K).T.flatten()
+        return U[:, order], S[order], Vt[order]
+    return decompose
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrix is orthogonalised: one moment instead of AdamW's two.
+
+        M <- beta M + (1 - beta) g,  step = lr sqrt(max(m, r)) U V^T of the look-ahead (1 - beta) g + beta M
+
+    U V^T is computed exactly by SVD: the matrices are thin. sqrt(max(m, r)) makes an entry about lr in size, as
+    Adam's is, so learning rates are comparable.
+    """
+
+    def __init__(self, params, lr: float, beta: float = 0.95):
+        super().__init__(params, dict(lr=lr, beta=beta, weight_decay=0.0))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            beta = group["beta"]
+            for p in group["params"]:
+                moment = self.state[p].setdefault("moment", torch.zeros_like(p))
+                moment.lerp_(p.grad, 1 - beta)
+                look = p.grad.lerp(moment, beta)                            # Nesterov's look-ahead
+                U, S, Vt = torch.linalg.svd(look, full_matrices=False)
+                keep = (S > 1e-6 * S[0]).to(S)
+                p.sub_((U * keep) @ Vt, alpha=group["lr"] * max(p.shape) ** 0.5)

@@ -1,0 +1,94 @@
+"""Baselines behind the interface that hd_pissa.train expects, in one process: whole-batch training of tensors.
+
+PEFT's LoRA, PiSSA, DoRA and HiRA run in their own modules; `Plain` only tells the loop what is trained.
+"""
+
+import contextlib
+
+import torch
+import torch.nn as nn
+
+import hd_pissa
+
+
+class Plain:
+    """Named tensors trained on the whole step batch with any optimizer; nothing to merge during the run.
+
+    model     the model that holds them
+    tensors   {name: tensor that requires grad}
+    K         mini-batches that the loop cuts a step batch into; their gradients add up to the whole batch's
+    finish    called by `detach_`: folds what was trained into plain weights, or None
+    """
+
+    whole_batch, applied, aggregate, skipped = True, 1.0, "mean", {}
+
+    def __init__(self, model, tensors: dict, K: int, seed: int = 0, finish=None):
+        self.model, self.tensors, self.K, self.S, self.first = model, tensors, K, K, 0
+        self.seed, self.step, self.finish, self.slots = seed, 0, finish, []
+
+    def named_parameters(self, first: int = 0):
+        return self.tensors.items()
+
+    def parameters(self):
+        return list(self.tensors.values())
+
+    def shard(self, i: int):
+        return contextlib.nullcontext()
+
+    def check(self, optimizer):
+        """Any optimizer works on plain tensors."""
+
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
+        if norm.isfinite():
+            nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
+        return norm
+
+    def merge_(self):
+        self.next_step()
+
+    def next_step(self):
+        self.step += 1
+
+    def result(self):
+        """Context in which the model computes what the run would give if it ended now."""
+        return contextlib.nullcontext()
+
+    def detach_(self):
+        if self.finish:
+            self.finish()
+
+
+def full(model: nn.Module, K: int, seed: int = 0) -> Plain:
+    """Every weight of the model, embeddings and norms included."""
+    model.requires_grad_(True)
+    return Plain(model, dict(model.named_parameters()), K, seed)
+
+
+def with_peft(model: nn.Module, method: str, r: int, K: int, seed: int = 0) -> Plain:
+    """PEFT's "lora", "pissa", "dora" or "hira" of rank r on every linear layer but the head, scale 1."""
+    try:
+        from peft import HiraConfig, LoraConfig, inject_adapter_in_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+    except ImportError:
+        raise ValueError(f"{method} is PEFT's; pip install -r requirements-extra.txt") from None
+    names = [name for name, _ in hd_pissa.find_layers(model, "all-linear")[0]]
+    torch.manual_seed(hd_pissa.seed_of(seed, "init"))           # PEFT draws from torch's own generator
+    if method == "hira":
+        config = HiraConfig(r=r, target_modules=names)
+    else:
+        config = LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=names,
+                            use_dora=method == "dora",
+                            init_lora_weights="pissa" if method == "pissa" else True)
+    inject_adapter_in_model(config, model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    def finish():
+        for name in names:
+            parent, _, leaf = name.rpartition(".")
+            module = model.get_submodule(name)
+            assert isinstance(module, BaseTunerLayer), name
+            module.merge()
+            setattr(model.get_submodule(parent), leaf, module.get_base_layer())
+
+    return Plain(model, trained, K, seed, finish)

@@ -1,0 +1,156 @@
+"""One training run: a configuration in, one JSON record out.
+
+The loop is hd_pissa.train, data, tokenizer and model are train.py's; a run differs from `python train.py` in that
+it measures the held-out loss on the way and knows more methods (tutorial/baselines).
+"""
+
+import contextlib
+import functools
+import hashlib
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import torch
+
+import hd_pissa
+import train
+from data.evaluate import evaluate
+from data.prepare import encode, hold_out, read_rows, step_batches
+from tutorial.baselines import bases, intermediate, mora, plain
+
+SOURCES = ("hd_pissa.py", "train.py", "data/prepare.py", "data/evaluate.py", "data/base.pt", "data/multi_domain.jsonl",
+           "data/tokenizer.tiktoken")
+RUNNER = ("tutorial/experiments/job.py", "tutorial/baselines/plain.py", "tutorial/baselines/mora.py",
+          "tutorial/baselines/intermediate.py", "tutorial/baselines/bases.py")
+
+# What a configuration may hold, with the value that is meant when it is left out.
+COMMON = {"method": None, "r": None, "lr": None, "seed": 0, "steps": 400, "batch": 64, "domain": "all",
+          "schedule": "cosine", "dtype": "float32", "rows": 400}
+SHARDED = {"K": 8, "init": "hd_pissa", "aggregate": "mean", "gradients": "local", "basis": "svd",
+           "optimizer": "adamw"}
+EVALUATIONS = 8         # on the way, the last one at the end
+
+
+def complete(config: dict) -> dict:
+    """`config` with every default written out: the key of a run."""
+    known = COMMON | (SHARDED if config["method"] == "hd_pissa" else
+                      {"K": 8} if config["method"] == "intermediate" else {})
+    if unknown := set(config) - set(known):
+        raise ValueError(f"{unknown} mean nothing to method {config['method']!r}; it knows {sorted(known)}")
+    return known | config
+
+
+def file_hash(names) -> str:
+    h = hashlib.blake2b(digest_size=8)
+    for name in names:
+        h.update(name.encode() + b"\0" + (ROOT / name).read_bytes())
+    return h.hexdigest()
+
+
+@functools.cache
+def provenance() -> dict:
+    """Versions, commit and hashes that a record carries."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    with contextlib.suppress(ImportError):
+        import peft
+        versions["peft"] = peft.__version__
+    return {"commit": git.stdout.strip()[:12] or None, "source": file_hash(SOURCES), "runner": file_hash(RUNNER),
+            **versions}
+
+
+@functools.cache
+def data(domain: str, rows: int):
+    """(training rows of `domain`, held-out rows of all domains), encoded."""
+    with contextlib.redirect_stdout(open(os.devnull, "w")):
+        tokenizer = train.GPTTokenizer()
+        all_rows, held = hold_out(read_rows(str(train.DATA / "multi_domain.jsonl")))
+        mine = [row for row in all_rows if domain in ("all", row["domain"])]
+        return encode(mine, tokenizer, 128, "train"), encode(held[:rows], tokenizer, 128, "held out")
+
+
+def attach(model, c: dict):
+    """(adapters, optimizer, numbers kept constant per device) of a configuration."""
+    method, r = c["method"], c["r"]
+    if method == "hd_pissa":
+        decompose = {"svd": hd_pissa.components, "orthonormal": bases.orthonormal,
+                     "random": bases.random_orthonormal, "interleaved": bases.interleaved(c["K"])}[c["basis"]]
+        adapters = hd_pissa.attach(model, r, shards=c["K"], init=c["init"], aggregate=c["aggregate"],
+                                   gradients=c["gradients"], seed=c["seed"], decompose=decompose)
+    elif method == "full":
+        adapters = plain.full(model, 8, c["seed"])
+    elif method == "mora":
+        adapters = mora.attach(model, r, 8, c["seed"])
+    elif method == "intermediate":
+        adapters = intermediate.Intermediate(model, r, c["K"], c["seed"])
+    else:
+        adapters = plain.with_peft(model, method, r, 8, c["seed"])
+    if c.get("optimizer") == "muon":
+        return adapters, bases.Muon(adapters.parameters(), c["lr"])
+    return adapters, torch.optim.AdamW(adapters.parameters(), c["lr"], weight_decay=0.0, foreach=True)
+
+
+def rounded(values, digits: int = 4) -> list:
+    return [float(f"{float(v):.{digits}g}") for v in values]
+
+
+def run(config: dict) -> dict:
+    """Train `config` and return its record; a run whose loss is not finite has "final": None."""
+    c = complete(config)
+    torch.set_num_threads(1)
+    rows, held = data(c["domain"], c["rows"])
+    model, _, _ = train.load_model(str(train.DATA / "base.pt"), 0)
+    model = model.double() if c["dtype"] == "float64" else model
+    names = [name for name, _ in hd_pissa.find_layers(model, "all-linear")[0]]
+    start = {name: model.get_parameter(name + ".weight").detach().clone() for name in names}
+    adapters, optimizer = attach(model, c)
+    trained = sum(p.numel() for p in adapters.parameters())
+    devices = c["K"] if c["method"] in ("hd_pissa", "intermediate") else 1
+    every, curve, train_losses, seconds, began = max(1, c["steps"] // EVALUATIONS), [], [], 0.0, time.perf_counter()
+    record = {"config": c, **provenance(), "trained": trained // devices, "final": None}
+    tokens = 0
+    try:
+        batches = step_batches(rows, c["batch"], c["seed"])
+        for step in hd_pissa.train(model, adapters, batches, lr=c["lr"], max_steps=c["steps"],
+                                   schedule=c["schedule"], micro_batch_size=32, optimizer=optimizer, progress=False):
+            seconds += time.perf_counter() - began
+            train_losses.append(step["loss"])
+            if not math.isfinite(step["loss"]) or step["loss"] > 50:
+                raise ValueError(f"not finite or far above the base model's: loss {step['loss']} at {step['step']}")
+            if step["step"] % every == 0 and step["step"] < c["steps"]:
+                with getattr(adapters, "result", contextlib.nullcontext)():
+                    now = evaluate(model, held, "cpu", 32)["all"]
+                curve.append([step["step"], *rounded((now["loss"], now["exact_match"]), 6)])
+            began = time.perf_counter()
+    except ValueError as e:
+        if "not finite" not in str(e) and "NaN" not in str(e):
+            raise
+        return record | {"diverged": " ".join(str(e).split())[:120]}
+    # numbers of optimizer state that one device holds, and constants beside W
+    moments = sum(t.numel() for state in optimizer.state.values() for t in state.values()
+                  if isinstance(t, torch.Tensor) and t.numel() > 1) // devices
+    constants = adapters.basis.numel() if c["method"] == "hd_pissa" else 0
+    for p in adapters.parameters():
+        p.grad = None
+    adapters.detach_()
+    table = evaluate(model, held, "cpu", 32)
+    record["final"] = {name: rounded((row["loss"], row["exact_match"]), 6) for name, row in table.items()}
+    curve.append([c["steps"], *record["final"]["all"]])
+    k = max(1, len(train_losses) // EVALUATIONS)
+    record |= {"curve": curve, "train_loss": rounded([sum(train_losses[a:a + k]) / len(train_losses[a:a + k])
+                                                      for a in range(0, len(train_losses), k)], 5),
+               "moments": moments, "constants": constants, "seconds_per_step": round(seconds / c["steps"], 4)}
+    spectra = {name: hd_pissa.update_spectrum(start[name], model.get_parameter(name + ".weight")) for name in names}
+    record["effective_rank"] = [hd_pissa.effective_rank(S) for S in spectra.values()]
+    last = [name for name in names if name.endswith("c_fc")][-1]
+    record["spectrum"] = {"layer": last, "sigma": rounded(spectra[last])}
+    return record

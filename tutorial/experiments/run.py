@@ -1,0 +1,242 @@
+"""Experiments on the embedded model and data: learning-rate sweeps, seeds, results as JSON lines.
+
+    python tutorial/experiments/run.py                     # everything that is not in tutorial/results yet
+    python tutorial/experiments/run.py methods ablations   # some experiments
+    python tutorial/experiments/run.py --list              # what there is, and what is missing
+    python tutorial/experiments/run.py --quick --out DIR   # every experiment at toy size
+
+Every arm is swept: learning rates on one grid of factor 2, from two below the guess to two above, seed 0, and on
+until the best one has a worse neighbour on either side; then seeds 1 and 2 at the best. A run is one line in
+runs.jsonl, its key is the full configuration, and a run that is there is not made again: the command can be
+stopped at any time (SIGTERM, ctrl-c) and continues.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
+
+RESULTS = ROOT / "tutorial" / "results"
+SEEDS = (0, 1, 2)
+
+
+def grid(index: int) -> float:
+    """Learning rate number `index`: 1e-3 times a power of two. All arms share the grid."""
+    return float(f"{1e-3 * 2.0 ** index:.6g}")
+
+
+def hd(**kw) -> dict:
+    return {"method": "hd_pissa", "r": 2, **kw}
+
+
+GLOBAL = dict(gradients="global", aggregate="sum")
+
+# An arm: name, configuration without lr and seed, index of the first guess in the grid, learning rates at least.
+# The guesses for hd_pissa, pissa, lora and full are the sweep in data/README.md; others were guessed by size.
+ARMS = {
+    "full": ({"method": "full"}, 2),
+    "lora": ({"method": "lora", "r": 2}, 5),
+    "pissa": ({"method": "pissa", "r": 2}, 4),
+    "hd": (hd(), 4),
+    "hd global": (hd(**GLOBAL), 3),
+    "pissa r=16": ({"method": "pissa", "r": 16}, 3),
+    "lora r=16": ({"method": "lora", "r": 16}, 4),
+    "dora": ({"method": "dora", "r": 2}, 5),
+    "hira": ({"method": "hira", "r": 2}, 6),
+    "mora": ({"method": "mora", "r": 2}, 3),
+    "hd lora init": (hd(init="lora"), 5),
+    "hd top": (hd(init="top"), 4),
+    "intermediate": ({"method": "intermediate", "r": 2}, 4),
+    "hd sum": (hd(aggregate="sum"), 1),
+    "hd global mean": (hd(gradients="global"), 6),
+    "global orthonormal": (hd(basis="orthonormal", **GLOBAL), 3),
+    "global orthonormal muon": (hd(basis="orthonormal", optimizer="muon", **GLOBAL), 2),
+    "global random": (hd(basis="random", **GLOBAL), 3),
+    "hd interleaved": (hd(basis="interleaved"), 4),
+    **{f"hd K={K}": (hd(K=K), 4) for K in (1, 2, 4, 16)},
+    **{f"hd r={r}": (hd(r=r), 4) for r in (1, 4, 8, 16)},
+    **{f"lora r={r}": ({"method": "lora", "r": r}, 5 if r < 8 else 4) for r in (1, 4, 8, 32, 64)},
+    **{f"pissa r={r}": ({"method": "pissa", "r": r}, 4 if r < 8 else 3) for r in (1, 4, 8, 32, 64)},
+    **{f"{name}, long": (config | {"steps": 1200}, guess, 3) for name, config, guess in (
+        ("hd", hd(), 4), ("lora", {"method": "lora", "r": 2}, 5), ("pissa", {"method": "pissa", "r": 2}, 4),
+        ("hd global", hd(**GLOBAL), 3), ("full", {"method": "full"}, 2),
+        ("pissa r=16", {"method": "pissa", "r": 16}, 3))},
+}
+
+DOMAINS = ("math", "code", "commonsense", "conversation")
+# Runs without a sweep: Fig. 1 per domain, Fig. 7's tail against lr and steps in both precisions.
+FIXED = {
+    "domains": [{"method": "full", "domain": d, "steps": 200, "lr": grid(i)} for d in DOMAINS for i in (2, 0)],
+    "tail": [hd(lr=lr, steps=steps, schedule="constant", dtype=dtype, rows=32)
+             for lr in (2e-5, 2e-4, 2e-3, 2e-2) for steps in (25, 100) for dtype in ("float32", "float64")],
+}
+
+# Experiments in order of importance.
+EXPERIMENTS = {
+    "methods": ["hd", "lora", "pissa", "full", "hd global"],
+    "equal parameters": ["pissa r=16"],
+    "long": ["hd, long", "lora, long", "pissa, long"],
+    "ablations": ["hd lora init", "hd top", "intermediate"],
+    "tail": ["tail"],
+    "more methods": ["dora", "hira", "mora"],
+    "K": ["hd K=1", "hd K=2", "hd K=4", "hd K=16"],
+    "domains": ["domains"],
+    "aggregate": ["hd sum"],
+    "beyond": ["global orthonormal", "global orthonormal muon", "global random", "hd interleaved"],
+    "long global": ["hd global, long", "pissa r=16, long", "full, long"],
+    "r": ["hd r=1", "hd r=4", "hd r=8", "hd r=16", "lora r=1", "lora r=4", "lora r=8", "lora r=16", "lora r=32",
+          "lora r=64", "pissa r=1", "pissa r=4", "pissa r=8", "pissa r=32", "pissa r=64"],
+    "global mean": ["hd global mean"],
+}
+
+
+def key(config: dict) -> str:
+    return json.dumps(config, sort_keys=True)
+
+
+def loss_of(record: dict) -> float:
+    """Held-out loss at the end, infinite for a run that diverged."""
+    return record["final"]["all"][0] if record.get("final") else math.inf
+
+
+def read(path: Path) -> dict:
+    """{key: record} of a file of results; a last line cut short by a kill is dropped."""
+    records = {}
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            records[key(record["config"])] = record
+    return records
+
+
+def missing(name: str, done: dict, quick: bool) -> tuple[list[dict], int | None]:
+    """(configurations that the arm needs next, grid index of its best rate when the sweep is complete)."""
+    from tutorial.experiments.job import complete
+
+    def small(config):
+        return config | ({"steps": 2, "batch": 16, "rows": 16} if quick else {})
+
+    if name in FIXED:
+        runs = [complete(small(config)) for config in FIXED[name]]
+        return [c for c in (runs[:1] if quick else runs) if key(c) not in done], None
+    base, guess, *points = ARMS[name]
+    config = lambda i, seed: complete(small(base) | {"lr": grid(i), "seed": seed})      # noqa: E731
+    if quick:
+        return [c for c in [config(guess, 0)] if key(c) not in done], guess
+    half = (points[0] if points else 5) // 2
+    tried = range(guess - half, guess + half + 1)
+    while True:
+        need = [config(i, 0) for i in tried if key(config(i, 0)) not in done]
+        if need:
+            need.sort(key=lambda c: abs(math.log(c["lr"] / grid(guess))))
+            return need, None
+        best = min(tried, key=lambda i: loss_of(done[key(config(i, 0))]))
+        if tried[0] < best < tried[-1]:
+            break
+        tried = range(min(tried[0], best - 1), max(tried[-1], best + 1) + 1)
+    return [c for c in (config(best, seed) for seed in SEEDS) if key(c) not in done], best
+
+
+def start_worker():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TQDM_DISABLE"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def one(config: dict) -> dict:
+    os.environ["TQDM_DISABLE"] = "1"
+    from tutorial.experiments import job
+    try:
+        return job.run(config)
+    except Exception as e:      # one broken arm must not stop the others; it is reported and not stored
+        return {"config": config, "error": f"{type(e).__name__}: {e}"}
+
+
+def stop(number, frame):
+    raise KeyboardInterrupt
+
+
+def main(argv=None) -> dict:
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)}; none: all, in this order")
+    p.add_argument("--out", type=Path, default=RESULTS, help="folder of runs.jsonl")
+    p.add_argument("--workers", type=int, default=2, help="processes of one thread; 0: in this process")
+    p.add_argument("--quick", action="store_true", help="two steps, one rate, one seed of every arm")
+    p.add_argument("--list", action="store_true", help="print what is missing and stop")
+    args = p.parse_args(argv)
+    if unknown := [name for name in args.experiments if name not in EXPERIMENTS]:
+        p.error(f"no experiment {unknown[0]!r}; there are {', '.join(EXPERIMENTS)}")
+    arms = list(dict.fromkeys(a for e in args.experiments or EXPERIMENTS for a in EXPERIMENTS[e]))
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "runs.jsonl"
+    done = read(path)
+    if args.list:
+        for arm in arms:
+            need, best = missing(arm, done, args.quick)
+            print(f"{arm:26} {len(need)} runs to do now" + ("" if best is None else f", best lr {grid(best):g}"))
+        return done
+
+    failed, running = {}, {}
+
+    def take(record):
+        running.pop(key(record["config"]), None)
+        if "error" in record:
+            failed[key(record["config"])] = record
+            print(f"FAILED {record['config']}: {record['error']}", flush=True)
+            return
+        done[key(record["config"])] = record
+        with open(path, "a") as f:
+            f.write(json.dumps(record) + "\n")
+        print(f"{time.strftime('%H:%M:%S')} {loss_of(record):.4f} {record.get('seconds_per_step', 0):.2f} s/step "
+              + " ".join(f"{k}={v}" for k, v in record["config"].items()), flush=True)
+
+    def next_run():
+        for arm in arms:
+            for c in missing(arm, done | failed_as_diverged(failed), args.quick)[0]:
+                if key(c) not in running and key(c) not in failed:
+                    return c
+        return None
+
+    if args.workers == 0:
+        while c := next_run():
+            take(one(c))
+        return done
+    signal.signal(signal.SIGTERM, stop)
+    os.nice(15)
+    pool = multiprocessing.get_context("spawn").Pool(args.workers, start_worker, maxtasksperchild=20)
+    try:
+        while True:
+            while len(running) < args.workers and (c := next_run()):
+                running[key(c)] = pool.apply_async(one, (c,))
+            if not running:
+                break
+            for k, result in list(running.items()):
+                if result.ready():
+                    take(result.get())
+            time.sleep(0.2)
+        pool.close()
+    except KeyboardInterrupt:
+        print(f"stopped; {len(running)} runs under way are dropped, the same command continues", flush=True)
+        pool.terminate()
+    pool.join()
+    return done
+
+
+def failed_as_diverged(failed: dict) -> dict:
+    """A run that raised counts as infinitely bad while this command runs, so that its sweep can go on."""
+    return {k: {"config": r["config"], "final": None} for k, r in failed.items()}
+
+
+if __name__ == "__main__":
+    main()
