@@ -1,7 +1,7 @@
 """Other fixed bases and another optimizer for the direct weight update, as arguments of hd_pissa.attach.
 
-`decompose=` takes a function with the arguments of hd_pissa.components; shard i gets components ir .. (i+1)r - 1
-of whatever it returns, and A_i = U S^1/2, B_i = S^1/2 Vt.
+`decompose=` takes a function with the arguments of hd_pissa.components; shard i gets components
+ir .. (i+1)r - 1 of whatever it returns, and A_i = U S^1/2, B_i = S^1/2 Vt.
 """
 
 import torch
@@ -38,8 +38,8 @@ class Muon(torch.optim.Optimizer):
 
         M <- beta M + (1 - beta) g,  step = lr sqrt(max(m, r)) U V^T of the look-ahead (1 - beta) g + beta M
 
-    U V^T is computed exactly by SVD: the matrices are thin. sqrt(max(m, r)) makes an entry about lr in size, as
-    Adam's is, so learning rates are comparable.
+    U V^T is computed exactly by SVD: the matrices are thin. sqrt(max(m, r)) makes an entry about lr in size,
+    as Adam's is, so learning rates are comparable.
     """
 
     def __init__(self, params, lr: float, beta: float = 0.95):

@@ -4,8 +4,8 @@ Device i trains its own slice A_i, B_i (components ir .. (i+1)r - 1) against its
 
     Y = X (W_res,i + A_i B_i),  W_res,i = W - A_i B_i at the start,
 
-on its own mini-batches with its own AdamW state, and never hears of the others. The paper leaves open how the
-devices become one model; here, as in one round of federated averaging, by the mean of the K fine-tuned weights:
+on its own mini-batches with its own AdamW state, and never hears of the others. The paper leaves open how
+the devices become one model; here, as in one round of federated averaging, by the mean of the K weights:
 
     W <- 1/K sum_i (W_res,i + A_i B_i)
 

@@ -1,7 +1,7 @@
 """MoRA (Jiang et al. 2024, arXiv 2405.12130), which PEFT lacks: one square matrix M instead of A and B.
 
     q = floor(sqrt((m + n) r)), made even      M (q, q) has as many numbers as LoRA's A and B together
-    X (T, m) -> (T, g, q)                       g = ceil(m / q) groups, the last filled from the first features
+    X (T, m) -> (T, g, q)                       g = ceil(m / q) groups, the last filled up from the first
     group j is rotated by the angles j theta_k, theta_k = 10000^(-2k / q), as rotary embeddings are
     Y = X W + cut(concatenate_j(rotated group j  M))    repeated or cut to n outputs
 

@@ -1,4 +1,4 @@
-"""Baselines behind the interface that hd_pissa.train expects, in one process: whole-batch training of tensors.
+"""Baselines behind the interface that hd_pissa.train expects, in one process, on the whole batch.
 
 PEFT's LoRA, PiSSA, DoRA and HiRA run in their own modules; `Plain` only tells the loop what is trained.
 """

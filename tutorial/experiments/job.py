@@ -1,7 +1,7 @@
 """One training run: a configuration in, one JSON record out.
 
-The loop is hd_pissa.train, data, tokenizer and model are train.py's; a run differs from `python train.py` in that
-it measures the held-out loss on the way and knows more methods (tutorial/baselines).
+The loop is hd_pissa.train; data, tokenizer and model are train.py's. A run differs from `python train.py` in
+that it measures the held-out loss on the way and knows more methods (tutorial/baselines).
 """
 
 import contextlib
@@ -19,16 +19,16 @@ ROOT = Path(__file__).resolve().parents[2]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-import torch
+import torch  # noqa: E402
 
-import hd_pissa
-import train
-from data.evaluate import evaluate
-from data.prepare import encode, hold_out, read_rows, step_batches
-from tutorial.baselines import bases, intermediate, mora, plain
+import hd_pissa  # noqa: E402
+import train  # noqa: E402
+from data.evaluate import evaluate  # noqa: E402
+from data.prepare import encode, hold_out, read_rows, step_batches  # noqa: E402
+from tutorial.baselines import bases, intermediate, mora, plain  # noqa: E402
 
-SOURCES = ("hd_pissa.py", "train.py", "data/prepare.py", "data/evaluate.py", "data/base.pt", "data/multi_domain.jsonl",
-           "data/tokenizer.tiktoken")
+SOURCES = ("hd_pissa.py", "train.py", "data/prepare.py", "data/evaluate.py", "data/base.pt",
+           "data/multi_domain.jsonl", "data/tokenizer.tiktoken")
 RUNNER = ("tutorial/experiments/job.py", "tutorial/baselines/plain.py", "tutorial/baselines/mora.py",
           "tutorial/baselines/intermediate.py", "tutorial/baselines/bases.py")
 
@@ -64,14 +64,14 @@ def provenance() -> dict:
     with contextlib.suppress(ImportError):
         import peft
         versions["peft"] = peft.__version__
-    return {"commit": git.stdout.strip()[:12] or None, "source": file_hash(SOURCES), "runner": file_hash(RUNNER),
-            **versions}
+    return {"commit": git.stdout.strip()[:12] or None, "source": file_hash(SOURCES),
+            "runner": file_hash(RUNNER), **versions}
 
 
 @functools.cache
 def data(domain: str, rows: int):
     """(training rows of `domain`, held-out rows of all domains), encoded."""
-    with contextlib.redirect_stdout(open(os.devnull, "w")):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         tokenizer = train.GPTTokenizer()
         all_rows, held = hold_out(read_rows(str(train.DATA / "multi_domain.jsonl")))
         mine = [row for row in all_rows if domain in ("all", row["domain"])]
@@ -115,17 +115,18 @@ def run(config: dict) -> dict:
     adapters, optimizer = attach(model, c)
     trained = sum(p.numel() for p in adapters.parameters())
     devices = c["K"] if c["method"] in ("hd_pissa", "intermediate") else 1
-    every, curve, train_losses, seconds, began = max(1, c["steps"] // EVALUATIONS), [], [], 0.0, time.perf_counter()
+    every, curve, train_losses = max(1, c["steps"] // EVALUATIONS), [], []
+    seconds, began = 0.0, time.perf_counter()
     record = {"config": c, **provenance(), "trained": trained // devices, "final": None}
-    tokens = 0
     try:
         batches = step_batches(rows, c["batch"], c["seed"])
         for step in hd_pissa.train(model, adapters, batches, lr=c["lr"], max_steps=c["steps"],
-                                   schedule=c["schedule"], micro_batch_size=32, optimizer=optimizer, progress=False):
+                                   schedule=c["schedule"], micro_batch_size=32, optimizer=optimizer,
+                                   progress=False):
             seconds += time.perf_counter() - began
             train_losses.append(step["loss"])
             if not math.isfinite(step["loss"]) or step["loss"] > 50:
-                raise ValueError(f"not finite or far above the base model's: loss {step['loss']} at {step['step']}")
+                raise ValueError(f"not finite or far too high: loss {step['loss']} at {step['step']}")
             if step["step"] % every == 0 and step["step"] < c["steps"]:
                 with getattr(adapters, "result", contextlib.nullcontext)():
                     now = evaluate(model, held, "cpu", 32)["all"]
@@ -149,7 +150,8 @@ def run(config: dict) -> dict:
     record |= {"curve": curve, "train_loss": rounded([sum(train_losses[a:a + k]) / len(train_losses[a:a + k])
                                                       for a in range(0, len(train_losses), k)], 5),
                "moments": moments, "constants": constants, "seconds_per_step": round(seconds / c["steps"], 4)}
-    spectra = {name: hd_pissa.update_spectrum(start[name], model.get_parameter(name + ".weight")) for name in names}
+    spectra = {name: hd_pissa.update_spectrum(start[name], model.get_parameter(name + ".weight"))
+               for name in names}
     record["effective_rank"] = [hd_pissa.effective_rank(S) for S in spectra.values()]
     last = [name for name in names if name.endswith("c_fc")][-1]
     record["spectrum"] = {"layer": last, "sigma": rounded(spectra[last])}

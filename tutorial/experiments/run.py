@@ -5,10 +5,10 @@
     python tutorial/experiments/run.py --list              # what there is, and what is missing
     python tutorial/experiments/run.py --quick --out DIR   # every experiment at toy size
 
-Every arm is swept: learning rates on one grid of factor 2, from two below the guess to two above, seed 0, and on
-until the best one has a worse neighbour on either side; then seeds 1 and 2 at the best. A run is one line in
-runs.jsonl, its key is the full configuration, and a run that is there is not made again: the command can be
-stopped at any time (SIGTERM, ctrl-c) and continues.
+Every arm is swept: learning rates on one grid of factor 2, from two below the guess to two above, seed 0, and
+on until the best one has a worse neighbour on either side; then seeds 1 and 2 at the best. A run is one line
+in runs.jsonl, its key is the full configuration, and a run that is there is not made again: the command can
+be stopped at any time (SIGTERM, ctrl-c) and continues.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def hd(**kw) -> dict:
 
 GLOBAL = dict(gradients="global", aggregate="sum")
 
-# An arm: name, configuration without lr and seed, index of the first guess in the grid, learning rates at least.
+# An arm: configuration without lr and seed, index of the first guess in the grid, number of rates (5).
 # The guesses for hd_pissa, pissa, lora and full are the sweep in data/README.md; others were guessed by size.
 ARMS = {
     "full": ({"method": "full"}, 2),
@@ -74,7 +74,8 @@ ARMS = {
 DOMAINS = ("math", "code", "commonsense", "conversation")
 # Runs without a sweep: Fig. 1 per domain, Fig. 7's tail against lr and steps in both precisions.
 FIXED = {
-    "domains": [{"method": "full", "domain": d, "steps": 200, "lr": grid(i)} for d in DOMAINS for i in (2, 0)],
+    "domains": [{"method": "full", "domain": d, "steps": 200, "lr": grid(i)}
+                for d in DOMAINS for i in (2, 0)],
     "tail": [hd(lr=lr, steps=steps, schedule="constant", dtype=dtype, rows=32)
              for lr in (2e-5, 2e-4, 2e-3, 2e-2) for steps in (25, 100) for dtype in ("float32", "float64")],
 }
@@ -92,8 +93,8 @@ EXPERIMENTS = {
     "aggregate": ["hd sum"],
     "beyond": ["global orthonormal", "global orthonormal muon", "global random", "hd interleaved"],
     "long global": ["hd global, long", "pissa r=16, long", "full, long"],
-    "r": ["hd r=1", "hd r=4", "hd r=8", "hd r=16", "lora r=1", "lora r=4", "lora r=8", "lora r=16", "lora r=32",
-          "lora r=64", "pissa r=1", "pissa r=4", "pissa r=8", "pissa r=32", "pissa r=64"],
+    "r": ["hd r=1", "hd r=4", "hd r=8", "hd r=16", "lora r=1", "lora r=4", "lora r=8", "lora r=16",
+          "lora r=32", "lora r=64", "pissa r=1", "pissa r=4", "pissa r=8", "pissa r=32", "pissa r=64"],
     "global mean": ["hd global mean"],
 }
 
@@ -150,12 +151,10 @@ def missing(name: str, done: dict, quick: bool) -> tuple[list[dict], int | None]
 
 def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["TQDM_DISABLE"] = "1"
-    os.environ["OMP_NUM_THREADS"] = "1"
+    sys.stderr = open(os.devnull, "w")          # progress bars; an exception travels as a record
 
 
 def one(config: dict) -> dict:
-    os.environ["TQDM_DISABLE"] = "1"
     from tutorial.experiments import job
     try:
         return job.run(config)
@@ -184,7 +183,8 @@ def main(argv=None) -> dict:
     if args.list:
         for arm in arms:
             need, best = missing(arm, done, args.quick)
-            print(f"{arm:26} {len(need)} runs to do now" + ("" if best is None else f", best lr {grid(best):g}"))
+            known = "" if best is None else f", best lr {grid(best):g}"
+            print(f"{arm:26} {len(need)} runs to do now{known}")
         return done
 
     failed, running = {}, {}
@@ -198,8 +198,8 @@ def main(argv=None) -> dict:
         done[key(record["config"])] = record
         with open(path, "a") as f:
             f.write(json.dumps(record) + "\n")
-        print(f"{time.strftime('%H:%M:%S')} {loss_of(record):.4f} {record.get('seconds_per_step', 0):.2f} s/step "
-              + " ".join(f"{k}={v}" for k, v in record["config"].items()), flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {loss_of(record):.4f}, {record.get('seconds_per_step', 0):.2f}",
+              "s/step", *(f"{k}={v}" for k, v in record["config"].items()), flush=True)
 
     def next_run():
         for arm in arms:
@@ -221,7 +221,7 @@ def main(argv=None) -> dict:
                 running[key(c)] = pool.apply_async(one, (c,))
             if not running:
                 break
-            for k, result in list(running.items()):
+            for result in list(running.values()):
                 if result.ready():
                     take(result.get())
             time.sleep(0.2)
