@@ -32,12 +32,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import hd_pissa
-from data import checkpoint
+from data import checkpoint, models
 from data.evaluate import evaluate
 from data.prepare import encode, hold_out, read_rows, step_batches
 from data.report import append_log, cut_log, heartbeat, report_layers, report_losses, report_rank
 from data.svd_cache import cached_components
-from data.tokenizer import GPTTokenizer, HFTokenizer
+from data.tokenizer import GPTTokenizer
 from hd_pissa import everywhere, say
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -97,30 +97,17 @@ class GPT(nn.Module):
 # ---- Models ------------------------------------------------------------------------------------------------
 
 
-def load_model(name: str, seed: int, weights: bool = True) -> tuple[nn.Module, object, int]:
+def load_model(name: str, seed: int, weights: bool = True, tokenizer: str | None = None):
     """(float32 model, tokenizer, context length) of "scratch", a .pt file or a Hugging Face name."""
-    if name == "scratch" or name.endswith(".pt"):
-        tokenizer = GPTTokenizer()
-        if name == "scratch":
-            model = GPT(tokenizer.vocabulary, seed=seed)
-        else:
-            if not os.path.isfile(name):
-                raise ValueError(f"--model {name}: no such file")
-            model = GPT.from_state_dict(torch.load(name, map_location="cpu", weights_only=True))
-        return model, tokenizer, model.wpe.weight.shape[0]
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError:
-        raise ValueError(f"--model {name} is not a .pt file, and Hugging Face models need transformers: "
-                         "pip install -r requirements-extra.txt") from None
-    if not os.path.isdir(name) and (name.startswith((".", "/")) or name.count("/") > 1):
-        raise ValueError(f"--model {name}: no such directory")
-    tokenizer = HFTokenizer(name)
-    if weights:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    else:
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=torch.float32)
-    return model, tokenizer, getattr(model.config, "max_position_embeddings", 1 << 20)
+    if name != "scratch" and not name.endswith(".pt"):
+        return models.hugging_face(name, weights)
+    tokenizer = GPTTokenizer(tokenizer)
+    model = (GPT(tokenizer.vocabulary, seed=seed) if name == "scratch"
+             else GPT.from_state_dict(models.read_state(name)))
+    if model.wte.weight.shape[0] != tokenizer.vocabulary:
+        raise ValueError(f"--model {name} has {model.wte.weight.shape[0]} embeddings, the tokenizer "
+                         f"{tokenizer.vocabulary} tokens; give the --tokenizer that its config.json names")
+    return model, tokenizer, model.wpe.weight.shape[0]
 
 
 # ---- Baselines: data-parallel LoRA, PiSSA and full fine-tuning, with the interface of hd_pissa.Adapters ----
@@ -219,6 +206,7 @@ STEPS = 400
 FLAGS = {
     "what to train": (
         ("model", str, str(DATA / "base.pt"), '.pt file of the small GPT, "scratch", or a Hugging Face name'),
+        ("tokenizer", str, None, "of the small GPT: a tiktoken name or file of ranks; None: data/'s"),
         ("data", str, str(DATA / "multi_domain.jsonl"), "JSONL file, one row a line"),
         ("eval_data", str, None, "JSONL file; None: 5 percent of the rows of --data, at most 500, by hash"),
         ("eval_rows", int, 500, "held-out rows that are evaluated at most"),
@@ -420,7 +408,7 @@ def run(args) -> dict:
     if args.dry_run:
         from data.dry_run import dry_run
         return dry_run(args, load_model, STEPS)
-    model, tokenizer, context = everywhere(lambda: load_model(args.model, args.seed))
+    model, tokenizer, context = everywhere(lambda: load_model(args.model, args.seed, True, args.tokenizer))
     model = model.double() if args.dtype == "float64" else model
     model = model if args.shard_weights else model.to(device)
     block_size = min(args.block_size or min(context, 1024), context)

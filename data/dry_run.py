@@ -45,7 +45,7 @@ def dry_run(args, load_model, default_steps: int) -> dict:
     S, width = K // processes, 4 if args.dtype != "float64" else 8
     hd_pissa.check_arguments(r, K, args.alpha, args.dropout)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model, tokenizer, context = load_model(args.model, args.seed, weights=False)
+        model, tokenizer, context = load_model(args.model, args.seed, False, args.tokenizer)
         layers, skipped = hd_pissa.find_layers(model, args.targets)
         shapes = [tuple(module.weight.shape) for _, module in layers]
         if not layers:

@@ -232,7 +232,7 @@ def test_real_model_and_data(real_dir, smollm2, tmp_path):
     assert result["after"]["all"]["loss"] < result["before"]["all"]["loss"] - 0.02
     model = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
     rows = train.hold_out(train.read_rows(str(real_dir / "gsm8k_train.jsonl")))[1][:8]
-    rows = train.encode(rows, train.HFTokenizer(str(out / "model")), 128, "held out")
+    rows = train.encode(rows, train.models.HFTokenizer(str(out / "model")), 128, "held out")
     assert train.evaluate(model, rows, "cpu", 8)["all"]["loss"] == pytest.approx(
         result["after"]["all"]["loss"], 1e-6
     )

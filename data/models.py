@@ -1,0 +1,91 @@
+"""Hugging Face models from a folder or the hub, and saved files of the small GPT, each checked before use."""
+
+import contextlib
+import os
+import pickle
+
+import torch
+import torch.nn as nn
+
+from data.tokenizer import HFTokenizer
+
+
+@contextlib.contextmanager
+def one_line(what: str, remedy: str):
+    """Errors in the block as ValueError(what: their first sentence; remedy)."""
+    try:
+        yield
+    except Exception as e:      # a damaged folder makes transformers raise anything, KeyError included
+        text = " ".join(str(e).split()) or repr(e)
+        raise ValueError(f"{what}: {text.split('. ')[0][:300].rstrip('.')}; {remedy}") from e
+
+
+def reachable() -> bool:
+    """Whether the hub answers, asked once: transformers itself tries each of its files for 23 s."""
+    from huggingface_hub import constants, get_session
+    try:
+        get_session().head(constants.ENDPOINT, timeout=10)
+    except Exception:           # of requests or httpx, by the hub's version, or HF_HUB_OFFLINE=1
+        return False
+    return True
+
+
+def hugging_face(name: str, weights: bool = True) -> tuple[nn.Module, HFTokenizer, int]:
+    """(float32 model, its tokenizer, context length) of a local folder or a hub id.
+
+    weights     False: of the shapes in its config alone, randomly drawn
+    Raises ValueError, one line with the remedy, for what cannot be loaded whole. No code of the
+    folder's is run.
+    """
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    except ImportError:
+        raise ValueError(f"--model {name} is not a .pt file, and Hugging Face models need transformers: "
+                         "pip install -r requirements-extra.txt") from None
+    how, what = {"trust_remote_code": False}, f"--model {name}"
+    if os.path.isdir(name):
+        if not os.path.isfile(os.path.join(name, "config.json")):
+            raise ValueError(f"{what} has no config.json; give the folder of a whole model (an adapter "
+                             "must be merged into its model first)")
+        remedy = "download that folder again"
+    elif os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ValueError(f"{what}: no such directory; give a folder with config.json, or a hub id")
+    elif reachable():
+        remedy = "give a local folder or a hub id that exists and that you may read (hf auth login)"
+    else:
+        how["local_files_only"] = True
+        remedy = (f"it is no directory, and the hub cannot be reached: run `hf download {name} --local-dir "
+                  "DIR` where there is a network, copy DIR here and give --model DIR")
+    with one_line(what, remedy):
+        config = AutoConfig.from_pretrained(name, **how)
+    with one_line(f"{what}: its tokenizer", remedy):
+        tokenizer = AutoTokenizer.from_pretrained(name, **how)
+    tokenizer = HFTokenizer(name, tokenizer)
+    with one_line(what, f"its weights cannot be used as they are; {remedy}" if weights else remedy):
+        if weights:
+            model, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, config=config,
+                                                               output_loading_info=True, **how)
+            if missing := sorted(info["missing_keys"]):     # transformers draws them at random
+                raise ValueError(f"{len(missing)} weights are not in its files, {missing[0]} the first")
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer.hf) > rows:
+        raise ValueError(f"{what}: its tokenizer has {len(tokenizer.hf)} tokens, the model {rows} "
+                         "embeddings; put the tokenizer files of this very model into the folder")
+    return model, tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+
+
+def read_state(path: str) -> dict:
+    """The state_dict in a .pt file; ValueError for anything else."""
+    if not os.path.isfile(path):
+        raise ValueError(f"--model {path}: no such file; give a model.pt that train.py has written")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        raise ValueError(f"--model {path}: not a file of tensors alone, or damaged "
+                         f"({str(e).split('.')[0][:100]}); give a model.pt that train.py has written") from e
+    if not isinstance(state, dict) or not {"wte.weight", "wpe.weight", "blocks.0.c_fc.weight"} <= set(state):
+        raise ValueError(f"--model {path}: not a state_dict of the small GPT; a Hugging Face model is "
+                         "a folder")
+    return state
