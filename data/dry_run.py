@@ -1,6 +1,8 @@
 """What a train.py command would need, computed without its weights: memory, traffic, work, steps."""
 
+import os
 import time
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -34,6 +36,18 @@ def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool) -> in
         nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="sum")
     # The backward begins with the logits and their gradient alive beside what was saved.
     return sum(seen.values()) + 2 * logits.numel() * logits.element_size()
+
+
+def available(device: str) -> tuple[int, str]:
+    """Bytes that a process has here, and of what: its GPU's memory, or its share of this machine's."""
+    if device != "cpu" and torch.cuda.is_available():
+        device = int(os.environ.get("LOCAL_RANK", 0))
+        return torch.cuda.get_device_properties(device).total_memory, "a GPU here"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")       # a container's
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        memory = min(memory, int(text))
+    return memory // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "a process on this machine"
 
 
 def dry_run(args, load_model, default_steps: int) -> dict:
@@ -104,5 +118,12 @@ def dry_run(args, load_model, default_steps: int) -> dict:
     hd_pissa.say("bytes received by each process a step")
     for name, size in traffic.items():
         hd_pissa.say(f"  {name:70} {size / 2**20:12.1f} MiB")
+    needed, (there, where) = sum(memory.values()), available(args.device)
+    hd_pissa.say(f"{'fits' if needed <= there else 'does not fit'}: the sum against {there / 2**20:.1f} MiB of "
+                 f"{where}")
+    if needed > there:
+        hd_pissa.say("  less: more processes with --shard_weights, a lower --rank, --micro_batch_size or "
+                     "--block_size, --exchange all_reduce")
     hd_pissa.say(f"decomposition: about {init:.0f} s on this CPU\nsteps: {steps}, about {tokens:,.0f} tokens")
-    return {"memory": memory, "traffic": traffic, "init_seconds": init, "steps": steps, "tokens": tokens}
+    return {"memory": memory, "fits": needed <= there, "traffic": traffic, "init_seconds": init,
+            "steps": steps, "tokens": tokens}
