@@ -100,7 +100,7 @@ class GPT(nn.Module):
 def load_model(name: str, seed: int, weights: bool = True, tokenizer: str | None = None):
     """(float32 model, tokenizer, context length) of "scratch", a .pt file or a Hugging Face name."""
     if name != "scratch" and not name.endswith(".pt"):
-        return models.hugging_face(name, weights)
+        return models.hugging_face(name, weights, tokenizer)
     tokenizer = GPTTokenizer(tokenizer)
     model = (GPT(tokenizer.vocabulary, seed=seed) if name == "scratch"
              else GPT.from_state_dict(models.read_state(name)))

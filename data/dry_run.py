@@ -119,8 +119,8 @@ def dry_run(args, load_model, default_steps: int) -> dict:
     for name, size in traffic.items():
         hd_pissa.say(f"  {name:70} {size / 2**20:12.1f} MiB")
     needed, (there, where) = sum(memory.values()), available(args.device)
-    hd_pissa.say(f"{'fits' if needed <= there else 'does not fit'}: the sum against {there / 2**20:.1f} MiB of "
-                 f"{where}")
+    hd_pissa.say(f"{'fits' if needed <= there else 'does not fit'}: the sum against {there / 2**20:.1f} MiB "
+                 f"of {where}")
     if needed > there:
         hd_pissa.say("  less: more processes with --shard_weights, a lower --rank, --micro_batch_size or "
                      "--block_size, --exchange all_reduce")

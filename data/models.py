@@ -5,7 +5,6 @@ import os
 import pickle
 
 import torch
-import torch.nn as nn
 
 from data.tokenizer import HFTokenizer
 
@@ -30,7 +29,7 @@ def reachable() -> bool:
     return True
 
 
-def hugging_face(name: str, weights: bool = True) -> tuple[nn.Module, HFTokenizer, int]:
+def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
     """(float32 model, its tokenizer, context length) of a local folder or a hub id.
 
     weights     False: of the shapes in its config alone, randomly drawn
@@ -43,6 +42,8 @@ def hugging_face(name: str, weights: bool = True) -> tuple[nn.Module, HFTokenize
         raise ValueError(f"--model {name} is not a .pt file, and Hugging Face models need transformers: "
                          "pip install -r requirements-extra.txt") from None
     how, what = {"trust_remote_code": False}, f"--model {name}"
+    if tokenizer is not None:
+        raise ValueError(f"--tokenizer {tokenizer}: {what} comes with its own; leave the flag out")
     if os.path.isdir(name):
         if not os.path.isfile(os.path.join(name, "config.json")):
             raise ValueError(f"{what} has no config.json; give the folder of a whole model (an adapter "
