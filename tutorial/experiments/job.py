@@ -99,6 +99,14 @@ def attach(model, c: dict):
     return adapters, torch.optim.AdamW(adapters.parameters(), c["lr"], weight_decay=0.0, foreach=True)
 
 
+def batches(rows, c: dict, whole_batch: bool):
+    """train.py's step batches. A gradient of the whole batch does not depend on the order of its rows, so they
+    are sorted by length there: less padding, the same rows. Shards with mini-batches of their own keep order.
+    """
+    for batch in step_batches(rows, c["batch"], c["seed"]):
+        yield sorted(batch, key=lambda row: len(row[0])) if whole_batch else batch
+
+
 def rounded(values, digits: int = 4) -> list:
     return [float(f"{float(v):.{digits}g}") for v in values]
 
@@ -119,10 +127,9 @@ def run(config: dict) -> dict:
     seconds, began = 0.0, time.perf_counter()
     record = {"config": c, **provenance(), "trained": trained // devices, "final": None}
     try:
-        batches = step_batches(rows, c["batch"], c["seed"])
-        for step in hd_pissa.train(model, adapters, batches, lr=c["lr"], max_steps=c["steps"],
-                                   schedule=c["schedule"], micro_batch_size=32, optimizer=optimizer,
-                                   progress=False):
+        for step in hd_pissa.train(model, adapters, batches(rows, c, adapters.whole_batch), lr=c["lr"],
+                                   max_steps=c["steps"], schedule=c["schedule"], micro_batch_size=32,
+                                   optimizer=optimizer, progress=False):
             seconds += time.perf_counter() - began
             train_losses.append(step["loss"])
             if not math.isfinite(step["loss"]) or step["loss"] > 50:

@@ -84,9 +84,10 @@ FIXED = {
 EXPERIMENTS = {
     "methods": ["hd", "lora", "pissa", "full", "hd global"],
     "equal parameters": ["pissa r=16"],
-    "long": ["hd, long", "lora, long", "pissa, long"],
-    "ablations": ["hd lora init", "hd top", "intermediate"],
     "tail": ["tail"],
+    "long, sweep": ["hd, long:sweep", "lora, long:sweep", "pissa, long:sweep"],
+    "ablations": ["hd top", "hd lora init", "intermediate"],
+    "long": ["hd, long", "lora, long", "pissa, long"],
     "more methods": ["dora", "hira", "mora"],
     "K": ["hd K=1", "hd K=2", "hd K=4", "hd K=16"],
     "domains": ["domains"],
@@ -128,6 +129,7 @@ def missing(name: str, done: dict, quick: bool) -> tuple[list[dict], int | None]
     def small(config):
         return config | ({"steps": 2, "batch": 16, "rows": 16} if quick else {})
 
+    name, _, stage = name.partition(":")
     if name in FIXED:
         runs = [complete(small(config)) for config in FIXED[name]]
         return [c for c in (runs[:1] if quick else runs) if key(c) not in done], None
@@ -146,7 +148,8 @@ def missing(name: str, done: dict, quick: bool) -> tuple[list[dict], int | None]
         if tried[0] < best < tried[-1]:
             break
         tried = range(min(tried[0], best - 1), max(tried[-1], best + 1) + 1)
-    return [c for c in (config(best, seed) for seed in SEEDS) if key(c) not in done], best
+    seeds = () if stage == "sweep" else SEEDS
+    return [c for c in (config(best, seed) for seed in seeds) if key(c) not in done], best
 
 
 def start_worker():
