@@ -100,7 +100,7 @@ def attach(model, c: dict):
 
 
 def batches(rows, c: dict, whole_batch: bool):
-    """train.py's step batches. A gradient of the whole batch does not depend on the order of its rows, so they
+    """train.py's step batches. A gradient of the whole batch does not depend on the order of rows, so they
     are sorted by length there: less padding, the same rows. Shards with mini-batches of their own keep order.
     """
     for batch in step_batches(rows, c["batch"], c["seed"]):
