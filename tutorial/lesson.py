@@ -23,7 +23,7 @@ def check(what: str, got, expected, rtol: float = 0.0, atol: float = 0.0) -> Non
     got, expected: tensors, or anything `torch.as_tensor` takes. The default, no tolerance, asks for equality.
     The line says the limit and not the error, whose last digits differ between processors.
     """
-    got, expected = torch.as_tensor(got), torch.as_tensor(expected)
+    got, expected = torch.as_tensor(got).detach(), torch.as_tensor(expected).detach()
     if got.shape != expected.shape:
         sys.exit(f"FAILED  {what}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}")
     got, expected = got.double(), expected.double()

@@ -1,0 +1,304 @@
+"""The tutorial keeps its promises: programs, outputs, excerpts, exercises, equations, links and counts.
+
+Chapters are found by their names, so a new one is covered when its files are there. Fast tests read; the slow
+ones run every program and every cell of every notebook.
+"""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TUTORIAL = ROOT / "tutorial"
+sys.path[:0] = [str(TUTORIAL), str(TUTORIAL / "exercises")]
+
+import build  # noqa: E402
+import grade  # noqa: E402
+
+CHAPTERS = build.chapters()
+each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+PAGES = [p for p in sorted(ROOT.rglob("*.md"))
+         if not any(part.startswith(".") or part in ("html", "notebooks") or part.startswith("out")
+                    for part in p.relative_to(ROOT).parts)]
+
+
+def module_of(chapter, folder):
+    return grade.load(TUTORIAL / folder / f"{chapter.stem}.py")
+
+
+FENCES = re.compile(r"^```.*?^```", re.S | re.M)
+
+
+def without_code(text: str) -> str:
+    """Markdown without its fenced blocks and inline code."""
+    return re.sub(r"`[^`\n]*`", "", FENCES.sub("", text))
+
+
+# ---- Shape of a chapter ------------------------------------------------------------------------------------
+
+
+@each_chapter
+def test_files_of_a_chapter(chapter):
+    """Prose with program, output, figure and three exercises; a program of at most 80 lines."""
+    text, program = chapter.read_text(), chapter.with_suffix(".py")
+    assert len(program.read_text().splitlines()) <= 80, f"{program.name} has more than 80 lines"
+    for wanted in (f"<!-- program: {program.name} -->", f"<!-- output: {program.name} -->",
+                   f"](figures/{chapter.stem}.svg)", "## Exercises"):
+        assert wanted in text, f"{chapter.name} lacks {wanted}"
+    assert f"# {int(chapter.stem[:2])}. " in text
+    exercises, solutions = module_of(chapter, "exercises"), module_of(chapter, "solutions")
+    for n in (1, 2, 3):
+        assert callable(getattr(exercises, f"check_{n}")) and callable(getattr(solutions, f"answer_{n}"))
+
+
+@each_chapter
+def test_figures_do_not_depend_on_the_day(chapter):
+    """An SVG with a date or random ids would change at every build."""
+    figure = (TUTORIAL / "figures" / f"{chapter.stem}.svg").read_text()
+    assert "dc:date" not in figure and "<svg" in figure
+
+
+def test_generated_text_is_current():
+    """Excerpts, programs, line counts and the table of contents; outputs and figures in the slow test."""
+    stale = [path.name for path, text in build.generated(CHAPTERS, quick=True).items()
+             if not path.is_file() or path.read_text() != text]
+    assert not stale, f"{stale} differ from their sources; run python tutorial/build.py"
+
+
+@pytest.mark.slow
+@each_chapter
+def test_program_passes_prints_and_draws_what_the_chapter_shows(chapter):
+    """Exit code 0 in under 30 s on one thread; output and figure equal the committed ones."""
+    pytest.importorskip("matplotlib")
+    began = time.perf_counter()
+    files = build.generated([chapter], quick=False)
+    assert time.perf_counter() - began < 30
+    assert TUTORIAL / "figures" / f"{chapter.stem}.svg" in files
+    stale = [path.name for path, text in files.items() if not path.is_file() or path.read_text() != text]
+    assert not stale, f"{stale} differ from what the program gives; run python tutorial/build.py"
+
+
+@each_chapter
+def test_program_ends_in_a_check(chapter):
+    """What it prints, as committed, ends in a line that says what agreed."""
+    shown = re.search(rf"<!-- output: {chapter.stem}.py -->\s*```text\n(.*?)\n```", chapter.read_text(), re.S)
+    assert shown and re.search(r"\b(ok|passed|agree|equal)\b", shown[1].splitlines()[-1], re.I)
+
+
+# ---- The build itself --------------------------------------------------------------------------------------
+
+
+def test_excerpt_against_hand_made_source(tmp_path, monkeypatch):
+    """By hand: decorators come along, docstrings go on request, markers cut, a wrong name is refused."""
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    (tmp_path / "a.py").write_text(
+        'class C:\n    """Doc."""\n\n    @staticmethod\n    def f(x):\n        """Doc\n        of f."""\n'
+        "        y = x  # y: first\n        return y\n")
+    head, doc = "@staticmethod\ndef f(x):\n", '    """Doc\n    of f."""\n'
+    body = "    y = x  # y: first\n    return y"
+    assert build.excerpt("a.py:C.f") == (head + doc + body, "a.py", 4, 9)
+    assert build.excerpt("a.py:C.f nodoc")[0] == head + body
+    assert build.excerpt("a.py:C.f [y = x:return]") == ("y = x  # y: first\nreturn y", "a.py", 8, 9)
+    assert build.excerpt("a.py:C.f [y: first : y: first]")[2:] == (8, 8)
+    for wrong in ("a.py:C.g", "a.py:C.f [nowhere:]"):
+        with pytest.raises(ValueError, match="fix the excerpt's marker"):
+            build.excerpt(wrong)
+
+
+def test_refresh_replaces_blocks_alone(tmp_path, monkeypatch):
+    """Text around stays; a drifted excerpt and a wrong count are put right; unknown outputs stay."""
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    (tmp_path / "a.py").write_text("def f():\n    return 1\n")
+    page = ("Before <!-- lines: a.py -->7<!-- end --> lines.\n<!-- excerpt: a.py:f -->\nold\n<!-- end -->\n"
+            "After\n<!-- output: p.py -->\nkept\n<!-- end -->\n")
+    new = build.refresh(page, {})
+    assert "Before <!-- lines: a.py -->2<!-- end --> lines." in new and "kept" in new and "old" not in new
+    assert "```python\ndef f():\n    return 1\n```" in new and "(../a.py#L1-L2)" in new and "After" in new
+    assert build.refresh(new, {}) == new
+    assert "```text\nprinted\n```" in build.refresh(page, {"p.py": "printed"})
+
+
+def test_same_figure_sees_what_moves():
+    """Half a point is rounding; a point, or another text, is a change."""
+    figure = '<svg><use href="#m0123456789" x="12.25"/><text>loss</text></svg>'
+    assert build.same_figure(figure, figure.replace("12.25", "12.4").replace("m0123456789", "mabcdef0123"))
+    assert not build.same_figure(figure, figure.replace("12.25", "13.25"))
+    assert not build.same_figure(figure, figure.replace("loss", "rank"))
+
+
+def test_a_failing_program_stops_the_build(tmp_path):
+    """Its exit code and what it said."""
+    (tmp_path / "p.py").write_text("import sys\nprint('before')\nsys.exit('FAILED  x')\n")
+    with pytest.raises(ValueError, match="p.py exits with 1:\nbefore\nFAILED  x"):
+        build.run(tmp_path / "p.py", tmp_path)
+
+
+def test_check_of_programs():
+    """Exits for a difference above its limit, for another shape and for NaN; prints a line otherwise."""
+    import lesson
+    lesson.check("same", [1.0, 2.0], [1.0, 2.0])
+    lesson.check("close", [1.0, 2.0 + 1e-9], [1.0, 2.0], rtol=1e-8)
+    nan = [float("nan")]
+    for got, expected, options in (([1.0], [1.1], {"atol": 0.05}), ([1.0], [1.0, 1.0], {}),
+                                   ([1e-9], [0.0], {}), (nan, [1.0], {"atol": 10.0})):
+        with pytest.raises(SystemExit, match="FAILED  x"):
+            lesson.check("x", got, expected, **options)
+
+
+# ---- Exercises ---------------------------------------------------------------------------------------------
+
+
+def spoilt(value):
+    """Answers that are wrong in one place: half as much again, one more, the opposite, or one part spoilt."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, int):
+        return [value + 1]
+    if isinstance(value, float):
+        return [1.5 * value + 1e-3]
+    if isinstance(value, torch.Tensor):
+        if value.dtype == torch.bool:
+            return [~value]
+        if not value.is_floating_point():
+            return [value + 1]
+        return [1.5 * value + 1e-3 * (value == 0), torch.zeros_like(value) if value.any() else value + 1]
+    if isinstance(value, tuple | list):
+        return [type(value)([*value[:i], part, *value[i + 1:]])
+                for i in range(len(value)) for part in spoilt(value[i])]
+    return []
+
+
+def wrong_answers(answer):
+    """Functions that do what `answer` does and spoil its result in one way each."""
+    tried = []
+    index = 0
+    while index == 0 or index < len(tried):
+        def wrong(*args, index=index, **kwargs):
+            choices = spoilt(answer(*args, **kwargs))
+            tried.extend([None] * (len(choices) - len(tried)))
+            return choices[index] if index < len(choices) else None
+        yield wrong
+        index += 1
+
+
+@each_chapter
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_solution_passes_its_check_and_wrong_answers_fail(chapter, n):
+    """Each check accepts the solution in a second, and refuses it with one part of its result spoilt.
+
+    An exercise may plant mistakes of its own in WRONG_n; one whose answer returns nothing has to.
+    """
+    check = getattr(module_of(chapter, "exercises"), f"check_{n}")
+    answer = getattr(module_of(chapter, "solutions"), f"answer_{n}")
+    planted = getattr(module_of(chapter, "exercises"), f"WRONG_{n}", [])
+    began = time.perf_counter()
+    check(answer)
+    assert time.perf_counter() - began < 2, "make the exercise smaller"
+    refused = 0
+    for wrong in [*wrong_answers(answer), *planted]:
+        with pytest.raises(AssertionError) as error:
+            check(wrong)
+        assert len(str(error.value).split()) > 3, "say what is wrong in a sentence"
+        refused += 1
+    assert refused >= 1
+
+
+def test_exercises_run_as_programs(tmp_path):
+    """The solutions score 3 and exit with 0; a wrong or missing answer is named and exits with 1."""
+    chapter = CHAPTERS[0]
+    command = [sys.executable, TUTORIAL / "exercises" / f"{chapter.stem}.py"]
+    done = subprocess.run([*command, TUTORIAL / "solutions" / f"{chapter.stem}.py"],
+                          capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count(": right") == 3, done.stderr
+    (tmp_path / "mine.py").write_text("def answer_1(*args):\n    return None\n")
+    done = subprocess.run([*command, tmp_path / "mine.py"], capture_output=True, text=True)
+    assert done.returncode == 1 and "exercise 2: no answer_2" in done.stdout and ": right" not in done.stdout
+
+
+# ---- Equations, links, numbers -----------------------------------------------------------------------------
+
+
+@each_chapter
+def test_displayed_equations_name_their_check(chapter):
+    """The check is a line that the program prints, a text it passes to `check`, or a test that exists."""
+    text, program = chapter.read_text(), chapter.with_suffix(".py")
+    strings = {node.value for node in ast.walk(ast.parse(program.read_text()))
+               if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    for equation, following in re.findall(r"^```equation\n(.*?)^```\n+(.*?)$", text, re.M | re.S):
+        named = re.match(r"<!-- (?:check: (.+?)|definition) -->", following)
+        assert named, f"no check named below\n{equation}"
+        if named[1] and "::" in named[1]:
+            file, test = named[1].split("::")
+            assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.M), f"no test {named[1]}"
+        elif named[1]:
+            assert any(named[1] in string for string in strings), f"{program.name} has no check {named[1]!r}"
+
+
+def slug(heading: str) -> str:
+    """The anchor that code hosts give a heading."""
+    heading = re.sub(r"\[(.+?)\]\(.*?\)", r"\1", heading).replace("`", "")
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_anchors_resolve(page):
+    """Relative links name files in the repository; anchors name headings, or lines that exist."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        path = (page.parent / name).resolve() if name else page
+        assert path.exists() and path.is_relative_to(ROOT), f"{page.name} links to {target}"
+        if lines := re.fullmatch(r"L(\d+)(?:-L(\d+))?", anchor):
+            assert int(lines[2] or lines[1]) <= len(path.read_text().splitlines()), target
+        elif anchor:
+            headings = re.findall(r"^#+ (.+)$", FENCES.sub("", path.read_text()), re.M)
+            assert anchor in map(slug, headings), f"{page.name}: {path.name} has no heading #{anchor}"
+
+
+# ---- Notebooks ---------------------------------------------------------------------------------------------
+
+
+@each_chapter
+def test_notebook_is_valid(chapter):
+    """nbformat 4.5 by its required fields (and by nbformat if it is there); code cells compile."""
+    book = json.loads(json.dumps(build.notebook(chapter)))
+    assert (book["nbformat"], book["nbformat_minor"]) == (4, 5) and book["metadata"]["kernelspec"]["name"]
+    assert len({cell["id"] for cell in book["cells"]}) == len(book["cells"])
+    for cell in book["cells"]:
+        source = "".join(cell["source"])
+        wanted = {"cell_type", "id", "metadata", "source"}
+        if cell["cell_type"] == "code":
+            wanted |= {"execution_count", "outputs"}
+            compile(source, "cell", "exec")
+        else:
+            for target in re.findall(r"\]\(([^)\s#]+)", without_code(source)):
+                here = TUTORIAL / "notebooks" / target
+                assert ":" in target or here.resolve().exists(), f"link to {target}"
+        assert set(cell) == wanted
+    try:
+        import nbformat
+    except ImportError:
+        return
+    nbformat.validate(book)
+
+
+@pytest.mark.slow
+@each_chapter
+def test_notebook_runs(chapter, tmp_path):
+    """All code cells, one after another in one namespace and in the notebooks' folder, as Jupyter would."""
+    book = build.notebook(chapter)
+    cells = ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == "code"]
+    script = f"namespace = {{'__name__': '__main__'}}\nfor cell in {cells!r}:\n    exec(cell, namespace)\n"
+    (TUTORIAL / "notebooks").mkdir(exist_ok=True)
+    done = subprocess.run([sys.executable, "-c", script], cwd=TUTORIAL / "notebooks", text=True,
+                          capture_output=True, env={**os.environ, "TUTORIAL_FIGURES": str(tmp_path)})
+    assert done.returncode == 0, done.stdout + done.stderr
