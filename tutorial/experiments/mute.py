@@ -2,12 +2,12 @@
 
     python tutorial/experiments/mute.py [--quick] [--out DIR]
 
-The paper's forward Y = X (W + gamma A B) and its rescaled gradients, in float32 and in its two readings: the
-dense product A B added to W, as in the published code, or gamma (X A) B beside X W. Errors are against float64
-on the same weights: one batch of the embedded data, shard 0 of K = 8, r = 2, the base model. Where gamma becomes
-too small depends on the size of the gradients and on subnormal numbers, so the second reading is measured also
-with the loss divided by 1e4 and with subnormals flushed to zero. Writes mute.jsonl: per gamma and setting the
-error of the logits and of the gradients, relative to their norms.
+The paper's forward Y = X (W + gamma A B) and its rescaled gradients, in float32 and in its two readings:
+the dense product A B added to W, as in the published code, or gamma (X A) B beside X W. Errors are against
+float64 on the same weights: one batch of the embedded data, shard 0 of K = 8, r = 2, the base model. Where
+gamma becomes too small depends on the size of the gradients and on subnormal numbers, so the second reading
+is measured also with the loss divided by 1e4 and with subnormals flushed to zero. Writes mute.jsonl: per
+gamma and setting the error of the logits and of the gradients, relative to their norms.
 """
 
 import argparse
