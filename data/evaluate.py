@@ -1,4 +1,9 @@
-"""Held-out loss and exact match of a language model, per domain."""
+"""Held-out loss and exact match of a language model, and the answers that it generates."""
+
+import contextlib
+import json
+import shutil
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -6,9 +11,34 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import hd_pissa
+from data.answers import is_right, kind_of
+from data.rows import read_rows
 
 
-@torch.no_grad()
+def dealt(lengths: list[int], batch_size: int, desc: str):
+    """Yield (row indices, is it new) of the batches of this process, rows of like length together.
+
+    Sharded weights are gathered in every forward, so each process gets as many batches: some repeat the last.
+    The batches are the same for any number of processes.
+    """
+    order = sorted(range(len(lengths)), key=lambda j: (lengths[j], j))
+    starts, world = range(0, len(lengths), batch_size), hd_pissa.world_size()
+    rounds = range(hd_pissa.rank(), -(-len(starts) // world) * world, world)
+    for j in tqdm(rounds, desc=desc, unit="batch", leave=False, disable=hd_pissa.rank() > 0):
+        a = starts[min(j, len(starts) - 1)]
+        yield order[a:a + batch_size], j < len(starts)
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """The enclosed forwards are in eval mode and keep nothing for a backward."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(was_training)
+
+
 def evaluate(model, rows, device, batch_size: int = 32, desc: str = "evaluate") -> dict[str, dict]:
     """Per domain and in "all": loss in nats per response token, exact match in percent, rows.
 
@@ -16,30 +46,184 @@ def evaluate(model, rows, device, batch_size: int = 32, desc: str = "evaluate") 
     does if and only if the reference token has the largest logit at every position of one forward over the
     reference: greedy decoding departs from it at the first position where that fails.
     """
-    was_training = model.training
-    model.eval()
-    order = sorted(range(len(rows)), key=lambda j: (len(rows[j][0]), j))
     result = torch.zeros((len(rows), 3), dtype=torch.float64, device=device)        # loss sum, tokens, hit
-    starts, world = range(0, len(rows), batch_size), hd_pissa.world_size()
-    rounds = range(hd_pissa.rank(), -(-len(starts) // world) * world, world)
-    for j in tqdm(rounds, desc=desc, unit="batch", leave=False, disable=hd_pissa.rank() > 0):
-        # Sharded weights are gathered in every forward, so each process runs as many: some repeat the last.
-        a = starts[min(j, len(starts) - 1)]
-        chosen = order[a:a + batch_size]
-        x, y = hd_pissa.pad([rows[j][:2] for j in chosen], device)
-        logits = hd_pissa.logits_of(model, x)                           # (b, t, vocabulary)
-        loss = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")         # (b, t), 0 where y = -100
-        if j >= len(starts):
-            continue
-        result[chosen, 0] = loss.double().sum(1)
-        result[chosen, 1] = (y >= 0).double().sum(1)
-        result[chosen, 2] = ((logits.argmax(-1) == y) | (y < 0)).all(1).double()
+    with evaluating(model):
+        for chosen, new in dealt([len(row[0]) for row in rows], batch_size, desc):
+            x, y = hd_pissa.pad([rows[j][:2] for j in chosen], device)
+            logits = hd_pissa.logits_of(model, x)                       # (b, t, vocabulary)
+            loss = F.cross_entropy(logits.transpose(1, 2), y, reduction="none")     # (b, t), 0 where y = -100
+            if new:
+                result[chosen, 0] = loss.double().sum(1)
+                result[chosen, 1] = (y >= 0).double().sum(1)
+                result[chosen, 2] = ((logits.argmax(-1) == y) | (y < 0)).all(1).double()
     if hd_pissa.world_size() > 1:
         dist.all_reduce(result)             # one process has a row, the others add zeros: exact in any order
-    model.train(was_training)
     table = {}
     for domain in sorted({row[2] for row in rows} - {"all"}) + ["all"]:
         part = result[[j for j, row in enumerate(rows) if domain in ("all", row[2])]]
         loss, tokens, hits = part.sum(0).tolist()
         table[domain] = {"loss": loss / tokens, "exact_match": 100 * hits / len(part), "rows": len(part)}
     return table
+
+
+# ---- Generated answers -------------------------------------------------------------------------------------
+
+
+def read_sets(paths: str | None, limit: int, run_code: bool) -> dict[str, list[dict]]:
+    """{file's stem: its first `limit` rows} of comma-separated JSONL files with an `answer` in every row."""
+    sets = {}
+    for path in paths.split(",") if paths else ():
+        rows, name = read_rows(path)[:limit], Path(path).stem
+        for i, row in enumerate(rows, 1):
+            if not isinstance(row.get("answer"), str) or not row["answer"].strip():
+                raise ValueError(f"{path}: row {i} has no text in 'answer', which generated text is compared "
+                                 "with; use --eval_data for rows without")
+            if kind_of(row["answer"]) == "code" and not run_code:
+                raise ValueError(f"{path}: row {i} is answered by a program that would have to be run; leave "
+                                 "the file out of --eval, or, on a machine where that does no harm, give "
+                                 "--execute_generated_code")
+        if name in sets:
+            raise ValueError(f"--eval {paths}: two files are called {name}; rename one")
+        sets[name] = rows
+    return sets
+
+
+def generate(model, prompts: list[list[int]], ends: list[int], new_tokens: int, device) -> list[list[int]]:
+    """Greedy continuations of at most `new_tokens` tokens, each up to and with its first token of `ends`.
+
+    A transformers model runs its own `generate`: prompts padded on the left, keys and values cached. A plain
+    module that maps (b, t) to logits has no cache: one forward over everything for each token, padded on the
+    right. Other than by rounding of near ties a continuation does not depend on the rest of the batch.
+    Collective where weights are sharded: every process then runs as many forwards as the slowest needs.
+    """
+    sharded = hd_pissa.world_size() > 1 and any(hasattr(p, "to_local") for p in model.parameters())
+    b, lengths = len(prompts), torch.tensor([len(p) for p in prompts], device=device)
+    width = int(lengths.max())
+    x = torch.full((b, width + new_tokens), ends[0], device=device)
+    if hasattr(model, "generate"):
+        from transformers import GenerationConfig
+        for i, p in enumerate(prompts):
+            x[i, width - len(p):width] = torch.tensor(p)
+        mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()      # (b, width)
+        # The model's own configuration may sample or penalise repetition: greedy is neither.
+        own, model.generation_config = model.generation_config, GenerationConfig(
+            max_new_tokens=new_tokens, do_sample=False, use_cache=True, eos_token_id=ends,
+            pad_token_id=ends[0])
+        try:
+            x = model.generate(input_ids=x[:, :width], attention_mask=mask, synced_gpus=sharded)
+        finally:
+            model.generation_config = own
+        said = [row[width:] for row in x.tolist()]
+    else:
+        for i, p in enumerate(prompts):
+            x[i, :len(p)] = torch.tensor(p)
+        at, rows, stop = lengths.clone(), torch.arange(b, device=device), torch.tensor(ends, device=device)
+        done = torch.zeros(b, dtype=torch.bool, device=device)
+        for _ in range(new_tokens):
+            logits = hd_pissa.logits_of(model, x[:, :int(at.max())])    # (b, t, vocabulary)
+            token = logits[rows, at - 1].argmax(-1)                     # (b,)
+            x[rows, at] = torch.where(done, x[rows, at], token)
+            at += ~done
+            done |= torch.isin(token, stop)
+            left = (~done).sum()
+            if sharded:
+                dist.all_reduce(left)
+            if not left:
+                break
+        said = [x[i, len(p):int(at[i])].tolist() for i, p in enumerate(prompts)]
+    cut = [next((k + 1 for k, token in enumerate(row) if token in ends), len(row)) for row in said]
+    return [row[:k] for row, k in zip(said, cut)]
+
+
+def ask(model, tokenizer, rows, device, context: int, new_tokens: int, batch_size: int, desc="answers",
+        beat=lambda: None) -> list[dict]:
+    """Per row what the model generates: {"text", "right", "ended"}; collective, the same on every process.
+
+    A row whose prompt and `new_tokens` exceed `context` is not asked: its text is None, and it is not right.
+    """
+    if hasattr(model, "generate"):
+        own = model.generation_config.eos_token_id                      # instruction models may have several
+        own = own if isinstance(own, list) else [] if own is None else [own]
+        ends = list(dict.fromkeys([tokenizer.hf.eos_token_id, *own]))
+    else:
+        ends = [tokenizer.eot]
+    prompts = [tokenizer.prompt(row["instruction"]) for row in rows]
+    fit = [j for j, prompt in enumerate(prompts) if len(prompt) + new_tokens <= context]
+    said = {}
+    with evaluating(model):
+        for chosen, new in dealt([len(prompts[j]) for j in fit], batch_size, desc):
+            batch = [fit[j] for j in chosen]
+            tokens = generate(model, [prompts[j] for j in batch], ends, new_tokens, device)
+            for j, row in zip(batch, tokens) if new else ():
+                ended = bool(row) and row[-1] in ends
+                text = (tokenizer.hf.decode(row, skip_special_tokens=True) if hasattr(tokenizer, "hf") else
+                        tokenizer.encoding.decode(row[:-1] if ended else row))
+                beat()                                                  # running a program may take seconds
+                said[j] = {"text": text, "right": is_right(text, rows[j]), "ended": ended}
+    for part in hd_pissa.gather_text(json.dumps(said)):
+        said |= {int(j): answer for j, answer in json.loads(part).items()}
+    return [said.get(j, {"text": None, "right": False, "ended": False}) for j in range(len(rows))]
+
+
+def examiner(args, sets, tokenizer, context: int, device):
+    """A function (model, step, beat) that asks all sets, adds to OUT/eval.jsonl, and returns all its lines.
+
+    The texts go to OUT/answers/SET.step_N.jsonl. Lines of this step and later ones are replaced: a run that
+    goes on does them again. `beat` is called between rows, as a sign of life.
+    """
+    out, size, encoded = Path(args.out), max(8, args.micro_batch_size), {}
+    new_tokens = min(args.eval_tokens, context // 2)
+    for name, rows in sets.items():
+        pairs = [(tokenizer.prompt(row["instruction"]), tokenizer.response(row["response"])) for row in rows]
+        encoded[name] = [((p + r)[:context], len(p), "all") for p, r in pairs if len(p) < context]
+        if not encoded[name]:
+            raise ValueError(f"--eval: no prompt of {name} fits the model's context of {context} tokens")
+
+    def examine(model, step: int, beat=lambda: None) -> list[dict]:
+        lines, texts = [], {}
+        for name, rows in sets.items():
+            loss = evaluate(model, encoded[name], device, size, f"{name}: loss")["all"]["loss"]
+            beat()
+            texts[name] = said = ask(model, tokenizer, rows, device, context, new_tokens, size, name, beat)
+            lines.append({"step": step, "set": name, "loss": loss,
+                          "exact_match": 100 * sum(answer["right"] for answer in said) / len(rows),
+                          "rows": len(rows), "unended": sum(not answer["ended"] for answer in said),
+                          "not_asked": sum(answer["text"] is None for answer in said)})
+            if hd_pissa.rank() == 0:
+                tqdm.write(describe(lines[-1], new_tokens, context))        # above the bar of the training
+
+        def write():
+            path, kept = out / "eval.jsonl", []
+            if hd_pissa.rank() > 0:
+                return []
+            if step and path.exists():
+                kept = [json.loads(line) for line in path.read_text().splitlines()]
+                kept = [line for line in kept if line["step"] < step]
+            if not step:        # a new run in the folder of an older one
+                path.unlink(missing_ok=True)
+                shutil.rmtree(out / "answers", ignore_errors=True)
+            if not lines:
+                return kept
+            for name, said in texts.items():
+                (out / "answers").mkdir(exist_ok=True)
+                (out / "answers" / f"{name}.step_{step}.jsonl").write_text("".join(
+                    json.dumps({"answer": row["answer"], **answer}) + "\n"
+                    for row, answer in zip(sets[name], said)))
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept + lines))
+            return kept + lines
+
+        return json.loads(hd_pissa.gather_text(json.dumps(hd_pissa.everywhere(write)))[0])
+
+    return examine
+
+
+def describe(line: dict, new_tokens: int, context: int) -> str:
+    """A line of eval.jsonl in words."""
+    text = (f"step {line['step']}, {line['set']}: loss {line['loss']:.4f}, right {line['exact_match']:.1f} % "
+            f"of {line['rows']} rows")
+    if unended := line["unended"] - line["not_asked"]:
+        text += f", {unended} not ended within --eval_tokens {new_tokens}"
+    if line["not_asked"]:
+        text += (f", {line['not_asked']} not asked (prompt and --eval_tokens {new_tokens} exceed the context "
+                 f"of {context})")
+    return text

@@ -93,14 +93,15 @@ def rounding_floor(W: torch.Tensor, steps: int) -> float:
 
 
 def report_rank(args, watched, after_training) -> dict:
-    """Print and return the rank of dW; both arguments: {name: W}."""
-    K, r, table = args.shards, args.rank, {}
+    """Print and return the rank of dW; both arguments: {name: W}. The spectra go to OUT/spectra.json."""
+    K, r, table, spectra = args.shards, args.rank, {}, {}
     edge = {"lora": r, "pissa": 2 * r, "hd_pissa": 2 * K * r}.get(args.method)
     say("\neffective rank of dW: singular values above 1 % of the largest "
         f"(LoRA {r}, PiSSA {2 * r}, HD-PiSSA about 2Kr = {2 * K * r})")
     for name, W in watched.items():
         after = after_training[name]
         S = hd_pissa.update_spectrum(W, after)
+        spectra[name] = [float(f"{sigma:.6g}") for sigma in S.tolist()]
         floor = rounding_floor(after, args.max_steps) / float(S[0] or 1)
         table[name] = {"effective_rank": hd_pissa.effective_rank(S), "of": len(S), "rounding_floor": floor}
         text = f"  {name:34} {table[name]['effective_rank']:4} of {len(S)}"
@@ -108,4 +109,6 @@ def report_rank(args, watched, after_training) -> dict:
             table[name]["beyond_edge"] = float(S[edge] / S[0])
             text += f", sigma_{edge + 1}/sigma_1 = {float(S[edge] / S[0]):.1e} (rounding alone: {floor:.0e})"
         say(text)
+    file = Path(args.out) / "spectra.json"
+    hd_pissa.everywhere(lambda: hd_pissa.rank() or file.write_text(json.dumps(spectra) + "\n"))
     return table
