@@ -33,7 +33,7 @@ RUNNER = ("tutorial/experiments/job.py", "tutorial/baselines/plain.py", "tutoria
           "tutorial/baselines/intermediate.py", "tutorial/baselines/bases.py")
 
 # What a configuration may hold, with the value that is meant when it is left out.
-COMMON = {"method": None, "r": None, "lr": None, "seed": 0, "steps": 400, "batch": 64, "domain": "all",
+COMMON = {"method": None, "r": None, "lr": None, "seed": 0, "steps": 200, "batch": 64, "domain": "all",
           "schedule": "cosine", "dtype": "float32", "rows": 400}
 SHARDED = {"K": 8, "init": "hd_pissa", "aggregate": "mean", "gradients": "local", "basis": "svd",
            "optimizer": "adamw"}

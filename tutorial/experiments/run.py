@@ -38,6 +38,7 @@ def hd(**kw) -> dict:
 
 
 GLOBAL = dict(gradients="global", aggregate="sum")
+SHORT, MEDIUM, LONG = 200, 400, 800       # steps of 64 rows; an epoch is 118
 
 # An arm: configuration without lr and seed, index of the first guess in the grid, number of rates (5).
 # The guesses for hd_pissa, pissa, lora and full are the sweep in data/README.md; others were guessed by size.
@@ -65,7 +66,8 @@ ARMS = {
     **{f"hd r={r}": (hd(r=r), 4) for r in (1, 4, 8, 16)},
     **{f"lora r={r}": ({"method": "lora", "r": r}, 5 if r < 8 else 4) for r in (1, 4, 8, 32, 64)},
     **{f"pissa r={r}": ({"method": "pissa", "r": r}, 4 if r < 8 else 3) for r in (1, 4, 8, 32, 64)},
-    **{f"{name}, long": (config | {"steps": 1200}, guess, 3) for name, config, guess in (
+    **{f"{name}, {length}": (config | {"steps": steps}, guess, 3 if steps == LONG else 5)
+       for length, steps in (("medium", MEDIUM), ("long", LONG)) for name, config, guess in (
         ("hd", hd(), 4), ("lora", {"method": "lora", "r": 2}, 5), ("pissa", {"method": "pissa", "r": 2}, 4),
         ("hd global", hd(**GLOBAL), 3), ("full", {"method": "full"}, 2),
         ("pissa r=16", {"method": "pissa", "r": 16}, 3))},
@@ -82,18 +84,19 @@ FIXED = {
 
 # Experiments in order of importance.
 EXPERIMENTS = {
-    "methods": ["hd", "lora", "pissa", "full", "hd global"],
+    "methods": ["hd", "lora", "pissa", "hd global", "full"],
     "equal parameters": ["pissa r=16"],
-    "tail": ["tail"],
-    "long, sweep": ["hd, long:sweep", "lora, long:sweep", "pissa, long:sweep"],
     "ablations": ["hd top", "hd lora init", "intermediate"],
+    "tail": ["tail"],
     "long": ["hd, long", "lora, long", "pissa, long"],
-    "more methods": ["dora", "hira", "mora"],
-    "K": ["hd K=1", "hd K=2", "hd K=4", "hd K=16"],
+    "K": ["hd K=4", "hd K=1", "hd K=16", "hd K=2"],
     "domains": ["domains"],
+    "more methods": ["dora", "hira", "mora"],
     "aggregate": ["hd sum"],
-    "beyond": ["global orthonormal", "global orthonormal muon", "global random", "hd interleaved"],
+    "beyond": ["global orthonormal muon", "global orthonormal", "global random", "hd interleaved"],
     "long global": ["hd global, long", "pissa r=16, long", "full, long"],
+    "medium": ["hd, medium", "lora, medium", "pissa, medium", "hd global, medium", "full, medium",
+               "pissa r=16, medium"],
     "r": ["hd r=1", "hd r=4", "hd r=8", "hd r=16", "lora r=1", "lora r=4", "lora r=8", "lora r=16",
           "lora r=32", "lora r=64", "pissa r=1", "pissa r=4", "pissa r=8", "pissa r=32", "pissa r=64"],
     "global mean": ["hd global mean"],
@@ -129,7 +132,6 @@ def missing(name: str, done: dict, quick: bool) -> tuple[list[dict], int | None]
     def small(config):
         return config | ({"steps": 2, "batch": 16, "rows": 16} if quick else {})
 
-    name, _, stage = name.partition(":")
     if name in FIXED:
         runs = [complete(small(config)) for config in FIXED[name]]
         return [c for c in (runs[:1] if quick else runs) if key(c) not in done], None
@@ -148,8 +150,7 @@ def missing(name: str, done: dict, quick: bool) -> tuple[list[dict], int | None]
         if tried[0] < best < tried[-1]:
             break
         tried = range(min(tried[0], best - 1), max(tried[-1], best + 1) + 1)
-    seeds = () if stage == "sweep" else SEEDS
-    return [c for c in (config(best, seed) for seed in seeds) if key(c) not in done], best
+    return [c for c in (config(best, seed) for seed in SEEDS) if key(c) not in done], best
 
 
 def start_worker():
