@@ -38,6 +38,7 @@ def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
     """
     try:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
     except ImportError:
         raise ValueError(f"--model {name} is not a .pt file, and Hugging Face models need transformers: "
                          "pip install -r requirements-extra.txt") from None
@@ -57,17 +58,24 @@ def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
         how["local_files_only"] = True
         remedy = (f"it is no directory, and the hub cannot be reached: run `hf download {name} --local-dir "
                   "DIR` where there is a network, copy DIR here and give --model DIR")
-    with one_line(what, remedy):
+    with one_line(what, f"code from a model's folder is not run; {remedy}"):
         config = AutoConfig.from_pretrained(name, **how)
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"{what}: its model_type {config.model_type!r} is no causal language model of "
+                         "transformers; give one that is, for example llama, mistral, qwen2 or gpt2")
     with one_line(f"{what}: its tokenizer", remedy):
         tokenizer = AutoTokenizer.from_pretrained(name, **how)
     tokenizer = HFTokenizer(name, tokenizer)
     with one_line(what, f"its weights cannot be used as they are; {remedy}" if weights else remedy):
         if weights:
-            model, info = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, config=config,
-                                                               output_loading_info=True, **how)
-            if missing := sorted(info["missing_keys"]):     # transformers draws them at random
-                raise ValueError(f"{len(missing)} weights are not in its files, {missing[0]} the first")
+            model, info = AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, config=config, output_loading_info=True,
+                ignore_mismatched_sizes=True, **how)
+            # transformers would draw these at random
+            wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+            if wrong:
+                raise ValueError(f"{len(wrong)} weights are not in its files or have other shapes than "
+                                 f"config.json says, {wrong[0]} the first")
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     rows = model.get_input_embeddings().weight.shape[0]
