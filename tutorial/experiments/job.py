@@ -26,27 +26,14 @@ import train  # noqa: E402
 from data.evaluate import evaluate  # noqa: E402
 from data.prepare import encode, hold_out, read_rows, step_batches  # noqa: E402
 from tutorial.baselines import bases, intermediate, mora, plain  # noqa: E402
+from tutorial.experiments.arms import complete  # noqa: E402
 
 SOURCES = ("hd_pissa.py", "train.py", "data/prepare.py", "data/evaluate.py", "data/base.pt",
            "data/multi_domain.jsonl", "data/tokenizer.tiktoken")
 RUNNER = ("tutorial/experiments/job.py", "tutorial/baselines/plain.py", "tutorial/baselines/mora.py",
           "tutorial/baselines/intermediate.py", "tutorial/baselines/bases.py")
 
-# What a configuration may hold, with the value that is meant when it is left out.
-COMMON = {"method": None, "r": None, "lr": None, "seed": 0, "steps": 200, "batch": 64, "domain": "all",
-          "schedule": "cosine", "dtype": "float32", "rows": 400}
-SHARDED = {"K": 8, "init": "hd_pissa", "aggregate": "mean", "gradients": "local", "basis": "svd",
-           "optimizer": "adamw"}
 EVALUATIONS = 8         # on the way, the last one at the end
-
-
-def complete(config: dict) -> dict:
-    """`config` with every default written out: the key of a run."""
-    known = COMMON | (SHARDED if config["method"] == "hd_pissa" else
-                      {"K": 8} if config["method"] == "intermediate" else {})
-    if unknown := set(config) - set(known):
-        raise ValueError(f"{unknown} mean nothing to method {config['method']!r}; it knows {sorted(known)}")
-    return known | config
 
 
 def file_hash(names) -> str:

@@ -24,83 +24,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
 
+from tutorial.experiments.arms import ARMS, EXPERIMENTS, FIXED, SEEDS, complete, grid  # noqa: E402
+
 RESULTS = ROOT / "tutorial" / "results"
-SEEDS = (0, 1, 2)
-
-
-def grid(index: int) -> float:
-    """Learning rate number `index`: 1e-3 times a power of two. All arms share the grid."""
-    return float(f"{1e-3 * 2.0 ** index:.6g}")
-
-
-def hd(**kw) -> dict:
-    return {"method": "hd_pissa", "r": 2, **kw}
-
-
-GLOBAL = dict(gradients="global", aggregate="sum")
-SHORT, MEDIUM, LONG = 200, 400, 800       # steps of 64 rows; an epoch is 118
-
-# An arm: configuration without lr and seed, index of the first guess in the grid, number of rates (5).
-# The guesses for hd_pissa, pissa, lora and full are the sweep in data/README.md; others were guessed by size.
-ARMS = {
-    "full": ({"method": "full"}, 2),
-    "lora": ({"method": "lora", "r": 2}, 5),
-    "pissa": ({"method": "pissa", "r": 2}, 4),
-    "hd": (hd(), 4),
-    "hd global": (hd(**GLOBAL), 3),
-    "pissa r=16": ({"method": "pissa", "r": 16}, 3),
-    "lora r=16": ({"method": "lora", "r": 16}, 4),
-    "dora": ({"method": "dora", "r": 2}, 5),
-    "hira": ({"method": "hira", "r": 2}, 6),
-    "mora": ({"method": "mora", "r": 2}, 3),
-    "hd lora init": (hd(init="lora"), 5),
-    "hd top": (hd(init="top"), 4),
-    "intermediate": ({"method": "intermediate", "r": 2}, 4),
-    "hd sum": (hd(aggregate="sum"), 1),
-    "hd global mean": (hd(gradients="global"), 6),
-    "global orthonormal": (hd(basis="orthonormal", **GLOBAL), 3),
-    "global orthonormal muon": (hd(basis="orthonormal", optimizer="muon", **GLOBAL), 2),
-    "global random": (hd(basis="random", **GLOBAL), 3),
-    "hd interleaved": (hd(basis="interleaved"), 4),
-    **{f"hd K={K}": (hd(K=K), 4) for K in (1, 2, 4, 16)},
-    **{f"hd r={r}": (hd(r=r), 4) for r in (1, 4, 8, 16)},
-    **{f"lora r={r}": ({"method": "lora", "r": r}, 5 if r < 8 else 4) for r in (1, 4, 8, 32, 64)},
-    **{f"pissa r={r}": ({"method": "pissa", "r": r}, 4 if r < 8 else 3) for r in (1, 4, 8, 32, 64)},
-    **{f"{name}, {length}": (config | {"steps": steps}, guess, 3 if steps == LONG else 5)
-       for length, steps in (("medium", MEDIUM), ("long", LONG)) for name, config, guess in (
-        ("hd", hd(), 4), ("lora", {"method": "lora", "r": 2}, 5), ("pissa", {"method": "pissa", "r": 2}, 4),
-        ("hd global", hd(**GLOBAL), 3), ("full", {"method": "full"}, 2),
-        ("pissa r=16", {"method": "pissa", "r": 16}, 3))},
-}
-
-DOMAINS = ("math", "code", "commonsense", "conversation")
-# Runs without a sweep: Fig. 1 per domain, Fig. 7's tail against lr and steps in both precisions.
-FIXED = {
-    "domains": [{"method": "full", "domain": d, "steps": 200, "lr": grid(i)}
-                for d in DOMAINS for i in (2, 0)],
-    "tail": [hd(lr=lr, steps=steps, schedule="constant", dtype=dtype, rows=32)
-             for lr in (2e-5, 2e-4, 2e-3, 2e-2) for steps in (25, 100) for dtype in ("float32", "float64")],
-}
-
-# Experiments in order of importance.
-EXPERIMENTS = {
-    "methods": ["hd", "lora", "pissa", "hd global", "full"],
-    "equal parameters": ["pissa r=16"],
-    "ablations": ["hd top", "hd lora init", "intermediate"],
-    "tail": ["tail"],
-    "long": ["hd, long", "lora, long", "pissa, long"],
-    "K": ["hd K=4", "hd K=1", "hd K=16", "hd K=2"],
-    "domains": ["domains"],
-    "more methods": ["dora", "hira", "mora"],
-    "aggregate": ["hd sum"],
-    "beyond": ["global orthonormal muon", "global orthonormal", "global random", "hd interleaved"],
-    "long global": ["hd global, long", "pissa r=16, long", "full, long"],
-    "medium": ["hd, medium", "lora, medium", "pissa, medium", "hd global, medium", "full, medium",
-               "pissa r=16, medium"],
-    "r": ["hd r=1", "hd r=4", "hd r=8", "hd r=16", "lora r=1", "lora r=4", "lora r=8", "lora r=16",
-          "lora r=32", "lora r=64", "pissa r=1", "pissa r=4", "pissa r=8", "pissa r=32", "pissa r=64"],
-    "global mean": ["hd global mean"],
-}
 
 
 def key(config: dict) -> str:
@@ -127,8 +53,6 @@ def read(path: Path) -> dict:
 
 def missing(name: str, done: dict, quick: bool) -> tuple[list[dict], int | None]:
     """(configurations that the arm needs next, grid index of its best rate when the sweep is complete)."""
-    from tutorial.experiments.job import complete
-
     def small(config):
         return config | ({"steps": 2, "batch": 16, "rows": 16} if quick else {})
 
