@@ -24,7 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-COLUMNS = 68            # characters a line of prose, about; decides which prose stands beside long code
+PROSE, CODE = 27, 19    # height of a line in pixels, about: decides which prose fits beside long code
 
 SOURCE = "The numbers are those of hd_pissa.py (<code>python tutorial/interactive/compute.py</code>)."
 FIGURES = {             # name: (title, what to look for)
@@ -83,69 +83,87 @@ class Libraries:
 
 
 def blocks(markdown, text: str):
-    """(kind, HTML, number of lines) of every top-level block; kind: prose, heading, code, figure."""
-    tokens, env, start, generated, depth = markdown.parse(text), {}, 0, "", 0
+    """(kind, HTML, height in pixels, about) of every top-level block; kind: prose, heading, code, figure.
+
+    What a program prints is prose here: it stands beside the program, or below it on a phone.
+    """
+    tokens, start, generated, pending = markdown.parse(text), 0, "", ""
     for i, token in enumerate(tokens):
         if token.level or token.nesting == 1:
             continue
         part, start = tokens[start:i + 1], i + 1
-        rendered = markdown.renderer.render(part, markdown.options, env)
+        rendered = markdown.renderer.render(part, markdown.options, {})
         if token.type == "html_block":
-            for marker in re.findall(r"<!-- (.*?) -->", token.content, re.DOTALL):
-                generated = {"end": ""}.get(marker, marker if ":" in marker else generated)
-                if found := re.fullmatch(r"interactive: (\w+)", marker):
-                    generated = ""
-                    yield "figure", found[1], 0
+            marker = r"<!-- (excerpt|program|interactive|end)(?:: (\w+).*?)? -->"
+            for name, value in re.findall(marker, rendered):
+                generated = "" if name == "end" else name
+                if name == "interactive":
+                    yield "figure", value, 0
             rendered = re.sub(r"<!--.*?-->\s*", "", rendered, flags=re.DOTALL)
-            depth += rendered.count("<details") - rendered.count("</details")
+        pending += rendered
+        if pending.count("<details") > pending.count("</details"):
+            continue                            # one block until the element is closed
+        rendered, pending, whole = pending, "", pending == rendered
         if not rendered.strip():
             continue
-        kind, lines = "prose", 2 + sum(len(t.content) for t in part) // COLUMNS
+        kind, height = "prose", PROSE * (2 + len(re.sub(r"<.*?>", "", rendered)) // 65)
+        if "<img" in rendered:
+            height += 11 * PROSE
         if token.type == "heading_close":
             kind = "heading"
-        elif depth == 0 and token.type == "fence":
-            lines = token.content.count("\n")
-            kind = "code" if generated or token.info == "python" else "prose"
-        elif depth == 0 and generated.startswith("excerpt"):
-            kind = "code"                       # the link below an excerpt
-        yield kind, rendered, lines
+        elif whole and token.type == "fence":
+            height = CODE * (2 + token.content.count("\n"))
+        if whole and token.type != "html_block" and generated in ("excerpt", "program") or (
+                whole and token.type == "fence" and token.info == "python"):
+            kind = "code"                       # with the link below an excerpt
+        yield kind, rendered, height
 
 
 def rows(markdown, text: str) -> str:
-    """The body of a page: rows of prose, the code after it, then as much prose as fits beside that."""
-    out, before, code, after, room = [], [], [], [], 0
+    """The body of a page: rows of prose, the code that follows it, then as much prose as fits beside that.
+
+    Of the prose before a short piece of code only the end stands beside it, so that the two meet.
+    """
+    out, before, code, after = [], [], [], []       # lists of (HTML, height)
+
+    def height(*lists):
+        return sum(block[1] for blocks in lists for block in blocks)
 
     def flush():
-        nonlocal room
-        if code:
-            parts = ("prose", before), ("code", code), ("prose after", after)
-            inner = "".join(f'<div class="{name}">{"".join(part)}</div>\n' for name, part in parts if part)
-            out.append(f'<div class="row">\n{inner}</div>\n')
-        elif before:
-            out.append(f'<div class="row"><div class="prose">{"".join(before)}</div></div>\n')
+        parts = ("prose", before), ("code", code), ("prose after", after)
+        inner = "".join(f'<div class="{name}">{"".join(block[0] for block in part)}</div>\n'
+                        for name, part in parts if part)
+        if inner:
+            out.append(f'<div class="row{" paired" if code else ""}">\n{inner}</div>\n')
         before.clear(), code.clear(), after.clear()
-        room = 0
 
-    for kind, rendered, lines in blocks(markdown, text):
+    def begin_code(needed):
+        lead = [before.pop()] if before else []
+        while before and height(lead, before[-1:]) < needed:
+            lead.insert(0, before.pop())
+        if before and before[-1][0].startswith("<h"):   # a heading stays with its text
+            lead.insert(0, before.pop())
+        flush()
+        before.extend(lead)
+
+    for kind, content, tall in blocks(markdown, text):
         if kind == "figure":
             flush()
-            out.append(figure(rendered))
+            out.append(figure(content))
         elif kind == "code":
-            if after:
-                lead = after.pop()              # "It prints:" goes beside what it announces
+            if after:                               # "From hd_pissa.py:" goes beside what it announces
+                lead = after.pop()
                 flush()
                 before.append(lead)
-            code.append(rendered)
-            room += lines
-        elif code and kind == "prose" and room - lines > -4:
-            if not after:
-                room -= sum(len(re.sub(r"<.*?>", "", part)) // COLUMNS + 2 for part in before)
-            after.append(rendered)
-            room -= lines
+            elif not code:
+                begin_code(tall)
+            code.append((content, tall))
+        elif code and kind == "prose" and height(before, after) + tall < height(code) + 3 * PROSE:
+            after.append((content, tall))
         else:
             if code or kind == "heading":
                 flush()
-            before.append(rendered)
+            before.append((content, tall))
     flush()
     return "".join(out)
 
@@ -213,9 +231,10 @@ class Edition:
     def source(self, path: Path) -> str:
         """A program as a page, each line with an anchor."""
         language = {".py": "python", ".json": "json", ".toml": "toml", ".sh": "bash"}.get(path.suffix, "text")
-        code = self.lib.highlight(path.read_text(), language, linenos="inline", linespans="L", nowrap=True)
-        name = path.relative_to(ROOT)
-        return f'<h1><code>{name}</code></h1>\n<pre class="source" tabindex="0"><code>{code}</code></pre>\n'
+        code = self.lib.highlight(path.read_text(), language, linenos="inline", linespans="L",
+                                  cssclass="source")
+        code = code.replace("<pre>", '<pre tabindex="0">', 1)
+        return f"<h1><code>{path.relative_to(ROOT)}</code></h1>\n{code}\n"
 
     def page(self, path: Path, title: str, body: str) -> str:
         entries = [(p, "Contents" if p.stem == "README" else "Map of hd_pissa.py" if p.stem == "MAP"
