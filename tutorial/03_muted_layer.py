@@ -23,6 +23,9 @@ def gradients(forward, *leaves):
 W_res = W - A @ B                                           # without muting, another one on every device
 g_A, g_B, dX = gradients(lambda A, B, X: X @ (W_res + A @ B), A, B, X)
 
+check("<P, Q R> = <Q^T P, R> = <P R^T, Q>", [((X.T @ dY) * W).sum(), ((dY @ W.T) * X).sum()],
+      [(dY * (X @ W)).sum()] * 2, rtol=1e-12)               # moving a factor; <P, Q> = sum(P * Q)
+
 # %% 2. By hand: no W_res, no product A B, nothing of the adapter in the forward
 check("g_A = X^T (dY B^T)", X.T @ (dY @ B.T), g_A, rtol=1e-12)              # (m, T) (T, r) -> (m, r)
 check("g_B = (X A)^T dY", (X @ A).T @ dY, g_B, rtol=1e-12)                  # (T, r)^T (T, n) -> (r, n)
