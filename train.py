@@ -13,9 +13,7 @@ Results: OUT/model.pt (plain state_dict) or OUT/model/ (Hugging Face files), OUT
 import argparse
 import contextlib
 import datetime
-import hashlib
 import importlib.util
-import itertools
 import json
 import math
 import os
@@ -32,13 +30,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import hd_pissa
-from data import checkpoint, models
-from data.evaluate import evaluate
-from data.prepare import encode, hold_out, read_rows, step_batches
+import hd_pissa_extra
+from data import checkpoint, models, recipes
+from data.evaluate import evaluate, examiner, read_sets
 from data.report import append_log, cut_log, heartbeat, report_layers, report_losses, report_rank
+from data.report_html import write_report
+from data.rows import load, step_batches
 from data.svd_cache import cached_components
 from data.tokenizer import GPTTokenizer
-from hd_pissa import everywhere, say
+from hd_pissa_extra import everywhere, say
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -122,7 +122,7 @@ class Baseline:
     whole_batch, applied = True, 1.0
 
     def __init__(self, model, method: str, rank: int, K: int, targets, alpha, seed: int):
-        hd_pissa.check_arguments(rank, K, alpha, 0.0)
+        hd_pissa_extra.check_arguments(rank, K, alpha, 0.0)
         self.K, self.S, self.step, self.mean_over = K, K // hd_pissa.world_size(), 0, 1
         self.seed, self._parameters = seed, {}
         self.first = hd_pissa.rank() * self.S
@@ -132,7 +132,7 @@ class Baseline:
             self._parameters = dict(model.named_parameters())
             return
         found, self.skipped = hd_pissa.find_layers(model, targets)
-        hd_pissa.check_layers(found, self.skipped, rank, 1, targets)
+        hd_pissa_extra.check_layers(found, self.skipped, rank, 1, targets)
         init = {"lora": "lora", "pissa": "top"}[method]
         for name, module in found:
             conv1d = not isinstance(module, nn.Linear)
@@ -205,11 +205,18 @@ STEPS = 400
 # flag, type or choices, default, help with the unit and the value that means "off"
 FLAGS = {
     "what to train": (
+        ("recipe", tuple(recipes.RECIPES), None, "the paper's settings; a flag given beside it wins"),
+        ("recipe", tuple(recipes.RECIPES), None, "the paper's settings; a flag given beside it wins"),
         ("model", str, str(DATA / "base.pt"), '.pt file of the small GPT, "scratch", or a Hugging Face name'),
         ("tokenizer", str, None, "of the small GPT: a tiktoken name or file of ranks; None: data/'s"),
-        ("data", str, str(DATA / "multi_domain.jsonl"), "JSONL file, one row a line"),
-        ("eval_data", str, None, "JSONL file; None: 5 percent of the rows of --data, at most 500, by hash"),
-        ("eval_rows", int, 500, "held-out rows that are evaluated at most"),
+        ("data", str, str(DATA / "multi_domain.jsonl"), "JSONL file, folder of data/prepare.py, or a "
+         "list of such: 0.7:A,0.3:B with their shares of the rows"),
+        ("eval_data", str, None, "the same; None: 5 percent of the rows of --data, at most 500, by hash"),
+        ("eval_rows", int, 500, "held-out rows, and rows of each --eval file, evaluated at most"),
+        ("eval", str, None, "JSONL files, by commas, with answers to be generated and scored; None = off"),
+        ("eval_every", int, 0, "steps between such evaluations; 0 = before and after training alone"),
+        ("eval_tokens", int, 256, "tokens of a generated answer, at most half the context"),
+        ("execute_generated_code", bool, False, "run what is generated for --eval rows answered by tests"),
         ("out", str, "out", "directory for the results"),
         ("resume", str, "auto", "auto: go on from the newest checkpoint in --out; never; or a path"),
     ),
@@ -260,7 +267,7 @@ FLAGS = {
 
 
 ZERO = ("warmup", "max_grad_norm", "seed", "bucket_mb", "save_every", "save_minutes", "check_every",
-        "heartbeat", "skip_nonfinite")          # numbers that may be 0
+        "eval_every", "heartbeat", "skip_nonfinite")          # numbers that may be 0
 
 
 class OneLineErrors(argparse.ArgumentParser):
@@ -278,9 +285,9 @@ def parse(argv) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
             how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
             how = {"action": "store_true"} if kind is bool else {"default": default, **how}
             group.add_argument(f"--{name}", help=text, **how)
-    args = p.parse_args(argv)
+    args = recipes.parse(p, argv)
     for name in ("rank", "shards", "batch_size", "micro_batch_size", "eval_rows", "max_steps", "epochs",
-                 "block_size", "lora_rank", "threads", "timeout", "lr", *ZERO):
+                 "eval_tokens", "block_size", "lora_rank", "threads", "timeout", "lr", *ZERO):
         value, zero = getattr(args, name), name in ZERO
         if value is not None and not (0 <= value if zero else 0 < value) or value in (math.inf, math.nan):
             p.error(f"--{name} {value}: must be a finite number, " + ("0 or more" if zero else "above 0"))
@@ -342,7 +349,7 @@ def whole(weight: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor
     local = weight.detach()
     if hasattr(weight, "to_local"):
         local = local.to_local()
-    local = local if low is None else hd_pissa.join(local, low)
+    local = local if low is None else hd_pissa_extra.join(local, low)
     if not hasattr(weight, "to_local"):
         return local
     from torch.distributed.tensor import DTensor
@@ -350,7 +357,7 @@ def whole(weight: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor
                               stride=weight.stride()).full_tensor()
 
 
-def fit(args, config, model, adapters, optimizer, rows, start, extra, device) -> None:
+def fit(args, config, model, adapters, optimizer, rows, start, extra, device, examine) -> None:
     """Train from step `start` with a log line a step and checkpoints; a signal ends it after a step's end."""
     out, caught, saved = Path(args.out), [], time.monotonic()
 
@@ -358,17 +365,20 @@ def fit(args, config, model, adapters, optimizer, rows, start, extra, device) ->
         if hd_pissa.rank() == 0:
             if not start:
                 shutil.rmtree(out / "checkpoint", ignore_errors=True)
-            (out / "result.json").unlink(missing_ok=True)
+            for name in ("result.json", "spectra.json", "report.html"):
+                (out / name).unlink(missing_ok=True)
             (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
             checkpoint.clean(out / "checkpoint")
             cut_log(out / "log.jsonl", start)
 
     everywhere(prepare)
+    if not start:
+        examine(model, 0)
     handlers = {}
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
             handlers[number] = signal.signal(number, lambda number, frame: caught.append(number))
-    batches = itertools.islice(step_batches(rows, args.batch_size, args.seed), start, None)
+    batches = step_batches(rows, args.batch_size, args.seed, start)
     try:
         with heartbeat(args.heartbeat, args.timeout) as beat:
             for record in hd_pissa.train(
@@ -384,9 +394,11 @@ def fit(args, config, model, adapters, optimizer, rows, start, extra, device) ->
                 own = torch.tensor([own], dtype=torch.float64, device=device)
                 signals, waited, failed = hd_pissa.gather_shards(own).T.tolist()
                 if any(failed):
-                    raise ValueError(hd_pissa.gather_text(str(unwritten or ""))[0])
+                    raise ValueError(hd_pissa_extra.gather_text(str(unwritten or ""))[0])
                 if args.check_every and step % args.check_every == 0:
                     checkpoint.check_replicas(adapters, device)
+                if args.eval_every and step % args.eval_every == 0 and step < args.max_steps:
+                    examine(model, step, lambda step=step: beat(step))
                 due = (step == args.max_steps or args.save_every and step % args.save_every == 0
                        or args.save_minutes and waited[0] >= 60 * args.save_minutes)
                 if due or any(signals):
@@ -405,17 +417,18 @@ def fit(args, config, model, adapters, optimizer, rows, start, extra, device) ->
 
 def run(args) -> dict:
     device = start_processes(args)
+    recipes.begin(args, load_model)
     if args.dry_run:
         from data.dry_run import dry_run
         return dry_run(args, load_model, STEPS)
     model, tokenizer, context = everywhere(lambda: load_model(args.model, args.seed, True, args.tokenizer))
+    sets = everywhere(lambda: read_sets(args.eval, args.eval_rows, args.execute_generated_code))
+    examine = examiner(args, sets, tokenizer, context, device)
     model = model.double() if args.dtype == "float64" else model
     model = model if args.shard_weights else model.to(device)
     block_size = min(args.block_size or min(context, 1024), context)
-    rows = everywhere(lambda: read_rows(args.data))
-    rows, held = (rows, everywhere(lambda: read_rows(args.eval_data))) if args.eval_data else hold_out(rows)
-    rows = encode(rows, tokenizer, block_size, "train")
-    held = encode(held[:args.eval_rows], tokenizer, block_size, "held out")
+    rows, held, rows_hash = everywhere(
+        lambda: load(args.data, args.eval_data, args.eval_rows, tokenizer, block_size))
     if len(rows) < args.batch_size or not held:
         raise ValueError(f"{args.data}: {len(rows)} rows to train on, {len(held)} held out: too few for "
                          f"--batch_size {args.batch_size}; give more rows or a larger --block_size")
@@ -423,7 +436,6 @@ def run(args) -> dict:
         args.max_steps = max(1, round(args.epochs * (len(rows) // args.batch_size))) if args.epochs else STEPS
 
     out = Path(args.out)
-    rows_hash = hashlib.blake2b(repr((rows, held)).encode(), digest_size=16).hexdigest()
     config = vars(args) | {"processes": hd_pissa.world_size(), "torch": torch.__version__, "rows": rows_hash}
     resumed, manifest = everywhere(lambda: checkpoint.find(args.resume, out)), None
     if resumed:
@@ -483,16 +495,17 @@ def run(args) -> dict:
     belongs = f" (for aggregate={args.aggregate})" if args.method == "hd_pissa" else ""
     say(f"{args.method}: {args.max_steps} steps of {args.batch_size} rows, peak lr {args.lr:g}{belongs}")
     with checkpoint.alone(out):
-        fit(args, config, model, adapters, optimizer, rows, start, extra, device)
+        fit(args, config, model, adapters, optimizer, rows, start, extra, device, examine)
     lows = {slot.name: slot.low for slot in adapters.slots}
     adapters.detach_()
     after = evaluate(model, held, device, max(8, args.micro_batch_size), "evaluate result")
+    exams = examine(model, args.max_steps)
     if args.shard_weights:
         model.reshard()
     report_losses(extra["before"], after)
     after_training = {name: whole(model.get_parameter(name + ".weight"), lows.get(name)) for name in watched}
     spectra = report_rank(args, watched, after_training)
-    result = {"before": extra["before"], "after": after, "effective_rank": spectra}
+    result = {"before": extra["before"], "after": after, "effective_rank": spectra, "eval": exams}
     if args.export_lora:
         result["lora_error"] = export(args, adapters, extra["base"], out / "lora")
     save(out, model, tokenizer, result)
@@ -527,6 +540,7 @@ def save(out: Path, model, tokenizer, result) -> None:
             tokenizer.hf.save_pretrained(out / "model")
             how = f"transformers.AutoModelForCausalLM.from_pretrained({str(out / 'model')!r})"
         (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        write_report(out)
         say(f"\nthe result is a plain model under the base model's names:\n  {how}")
 
     everywhere(write)

@@ -25,14 +25,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-import hd_pissa
-from hd_pissa import everywhere, gather_shards, gather_text, rank, world_size
+import hd_pissa_extra
+from hd_pissa import gather_shards, rank, world_size
+from hd_pissa_extra import everywhere, gather_text
 
 FORMAT = 1
 # What may differ when a run goes on; the last two lose bit equality. Anything else is another run.
 MAY_CHANGE = {"out", "resume", "save_every", "save_minutes", "check_every", "skip_nonfinite", "heartbeat",
               "timeout", "bucket_mb", "basis", "svd_cache", "shard_weights", "dry_run", "torch", "processes",
-              "threads", "device", "exchange"}  # fmt: skip
+              "threads", "device", "exchange", "eval", "eval_every", "eval_tokens",
+              "execute_generated_code"}  # fmt: skip
 
 
 class _Metadata(pickle.Unpickler):
@@ -97,8 +99,8 @@ def weight_sum(local: torch.Tensor, start: int = 0) -> int:
 def trained(adapters):
     """(name, tensor or tensors of one weight, first position, sharded?) of all that the run changes."""
     for slot in adapters.slots:
-        local, rows = hd_pissa.own_rows(slot.module.weight)
-        parts = [local] if slot.low is None else [local, slot.own_low()]
+        local, rows = hd_pissa_extra.own_rows(slot.module.weight)
+        parts = [local] if slot.low is None else [local, hd_pissa_extra.own_low(slot)]
         yield slot.name, parts, rows.start * local[:1].numel(), local is not slot.module.weight
     if not adapters.slots:
         yield from ((name, [p], 0, False) for name, p in adapters.named_parameters())
@@ -133,8 +135,7 @@ def check_replicas(adapters, device) -> dict[str, int]:
 
 def tensors_of(model, adapters, optimizer) -> dict[str, torch.Tensor]:
     """Everything that changes in a run, by names that do not depend on the number of processes."""
-    for module in getattr(adapters, "fsdp", list)():
-        module.reshard()
+    hd_pissa_extra.reshard(model)
     state = {f"model.{name}": tensor.detach() for name, tensor in model.state_dict().items()}
     cut = {slot.name + ".low": slot.module.weight for slot in adapters.slots
            if hasattr(slot.module.weight, "to_local")}  # fmt: skip

@@ -8,7 +8,9 @@ import torch
 import torch.nn as nn
 
 import hd_pissa
-from data.prepare import encode, hold_out, read_rows
+import hd_pissa_extra
+from data.rows import lengths, load
+from hd_pissa_extra import say
 
 
 def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool) -> int:
@@ -57,13 +59,13 @@ def dry_run(args, load_model, default_steps: int) -> dict:
         raise ValueError(f"--dry_run describes --method hd_pissa, not {args.method}")
     processes, r, K = hd_pissa.world_size(), args.rank, args.shards
     S, width = K // processes, 4 if args.dtype != "float64" else 8
-    hd_pissa.check_arguments(r, K, args.alpha, args.dropout)
+    hd_pissa_extra.check_arguments(r, K, args.alpha, args.dropout)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, tokenizer, context = load_model(args.model, args.seed, False, args.tokenizer)
         layers, skipped = hd_pissa.find_layers(model, args.targets)
         shapes = [tuple(module.weight.shape) for _, module in layers]
         if not layers:
-            hd_pissa.check_layers(layers, skipped, r, K, args.targets)
+            hd_pissa_extra.check_layers(layers, skipped, r, K, args.targets)
         if not_fitting := [f"{name} {tuple(module.weight.shape)}" for name, module in layers
                            if K * r > min(module.weight.shape) and args.init == "hd_pissa"]:
             raise ValueError(f"{K} shards x rank {r} need {K * r} components, too many for "
@@ -76,9 +78,8 @@ def dry_run(args, load_model, default_steps: int) -> dict:
             for name, p in module._parameters.items():
                 module._parameters[name] = p if p is None else cast[id(p)]
         block = min(args.block_size or min(context, 1024), context)
-        rows = read_rows(args.data)
-        rows = encode(rows if args.eval_data else hold_out(rows)[0], tokenizer, block, "train")
-        longest = max(len(tokens) for tokens, *_ in rows) - 1
+        sizes = lengths(load(args.data, args.eval_data, args.eval_rows, tokenizer, block)[0])
+        longest = int(sizes.max()) - 1
         x = torch.zeros((min(args.micro_batch_size, args.batch_size // K), longest), dtype=torch.long)
         activations = saved_bytes(model.train(), layers, x, args.dtype == "autocast")
     factors = r * sum(a + b for a, b in shapes)                         # numbers of one shard
@@ -106,24 +107,24 @@ def dry_run(args, load_model, default_steps: int) -> dict:
     torch.linalg.eigh(torch.eye(512) + torch.ones(512, 512) / 512)
     init = sum((min(s) / 512) ** 3 for s in shapes) * (time.perf_counter() - start) * 2 / processes
 
-    per_epoch = len(rows) // args.batch_size
+    per_epoch = len(sizes) // args.batch_size
     steps = args.max_steps or (max(1, round(args.epochs * per_epoch)) if args.epochs else default_steps)
-    tokens = sum(len(tokens) for tokens, *_ in rows) / len(rows) * args.batch_size * steps
+    tokens = float(sizes.mean()) * args.batch_size * steps
 
-    hd_pissa.say(f"\n{args.model}: {everything:,} weights, {adapted:,} of them in {len(layers)} adapted "
+    say(f"\n{args.model}: {everything:,} weights, {adapted:,} of them in {len(layers)} adapted "
                  f"layers; K={K} shards of rank {r} over {processes} processes, {S} each\n\n"
                  "memory of each process")
     for name, size in (memory | {"sum": sum(memory.values())}).items():
-        hd_pissa.say(f"  {name:70} {size / 2**20:12.1f} MiB")
-    hd_pissa.say("bytes received by each process a step")
+        say(f"  {name:70} {size / 2**20:12.1f} MiB")
+    say("bytes received by each process a step")
     for name, size in traffic.items():
-        hd_pissa.say(f"  {name:70} {size / 2**20:12.1f} MiB")
+        say(f"  {name:70} {size / 2**20:12.1f} MiB")
     needed, (there, where) = sum(memory.values()), available(args.device)
-    hd_pissa.say(f"{'fits' if needed <= there else 'does not fit'}: the sum against {there / 2**20:.1f} MiB "
+    say(f"{'fits' if needed <= there else 'does not fit'}: the sum against {there / 2**20:.1f} MiB "
                  f"of {where}")
     if needed > there:
-        hd_pissa.say("  less: more processes with --shard_weights, a lower --rank, --micro_batch_size or "
+        say("  less: more processes with --shard_weights, a lower --rank, --micro_batch_size or "
                      "--block_size, --exchange all_reduce")
-    hd_pissa.say(f"decomposition: about {init:.0f} s on this CPU\nsteps: {steps}, about {tokens:,.0f} tokens")
+    say(f"decomposition: about {init:.0f} s on this CPU\nsteps: {steps}, about {tokens:,.0f} tokens")
     return {"memory": memory, "fits": needed <= there, "traffic": traffic, "init_seconds": init,
             "steps": steps, "tokens": tokens}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import hd_pissa
+import hd_pissa_extra
 from data.answers import is_right, kind_of
 from data.rows import read_rows
 
@@ -160,7 +161,7 @@ def ask(model, tokenizer, rows, device, context: int, new_tokens: int, batch_siz
                         tokenizer.encoding.decode(row[:-1] if ended else row))
                 beat()                                                  # running a program may take seconds
                 said[j] = {"text": text, "right": is_right(text, rows[j]), "ended": ended}
-    for part in hd_pissa.gather_text(json.dumps(said)):
+    for part in hd_pissa_extra.gather_text(json.dumps(said)):
         said |= {int(j): answer for j, answer in json.loads(part).items()}
     return [said.get(j, {"text": None, "right": False, "ended": False}) for j in range(len(rows))]
 
@@ -212,7 +213,7 @@ def examiner(args, sets, tokenizer, context: int, device):
             path.write_text("".join(json.dumps(line) + "\n" for line in kept + lines))
             return kept + lines
 
-        return json.loads(hd_pissa.gather_text(json.dumps(hd_pissa.everywhere(write)))[0])
+        return json.loads(hd_pissa_extra.gather_text(json.dumps(hd_pissa_extra.everywhere(write)))[0])
 
     return examine
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 import hd_pissa
-from hd_pissa import say
+import hd_pissa_extra
+from hd_pissa_extra import say
 
 
 @contextlib.contextmanager
@@ -110,5 +111,5 @@ def report_rank(args, watched, after_training) -> dict:
             text += f", sigma_{edge + 1}/sigma_1 = {float(S[edge] / S[0]):.1e} (rounding alone: {floor:.0e})"
         say(text)
     file = Path(args.out) / "spectra.json"
-    hd_pissa.everywhere(lambda: hd_pissa.rank() or file.write_text(json.dumps(spectra) + "\n"))
+    hd_pissa_extra.everywhere(lambda: hd_pissa.rank() or file.write_text(json.dumps(spectra) + "\n"))
     return table

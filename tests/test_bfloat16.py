@@ -7,6 +7,7 @@ import torch
 import toy
 
 import hd_pissa
+import hd_pissa_extra
 
 
 def bits(values):
@@ -28,9 +29,9 @@ EDGES = {
 def test_split_and_join_are_inverse_and_round_half_up(kind):
     """join(split(W)) is W in every bit; high by Python integers, one number at a time."""
     W = EDGES[kind]
-    high, low = hd_pissa.split(W)
+    high, low = hd_pissa_extra.split(W)
     assert high.dtype == torch.bfloat16 and low.dtype == torch.int16
-    assert torch.equal(hd_pissa.join(high, low).view(torch.int32), W.view(torch.int32))
+    assert torch.equal(hd_pissa_extra.join(high, low).view(torch.int32), W.view(torch.int32))
     for value, got in list(zip(W.tolist(), high.view(torch.int16).tolist()))[:300]:
         (pattern,) = struct.unpack("<I", struct.pack("<f", value))
         assert got & 0xFFFF == (pattern + 0x8000) >> 16
@@ -61,7 +62,7 @@ def updates(dtype, exchange, loaded_as=torch.float32):
             leaf.data.copy_(2e-5 * torch.randn(leaf.shape, generator=g))
         adapters.merge_()
         applied.append(float(adapters.applied))
-    Ws = [s.module.weight if s.low is None else hd_pissa.join(s.module.weight, s.low) for s in adapters.slots]
+    Ws = [hd_pissa_extra.stored(slot)[0] for slot in adapters.slots]
     return [W.detach().clone() for W in Ws], applied, start, adapters, weights
 
 
@@ -97,7 +98,7 @@ def test_state_dict_carries_the_low_halves():
         slot.low.zero_()
     adapters.load_state_dict(state)
     for W, slot in zip(halves, adapters.slots):
-        assert torch.equal(hd_pissa.join(slot.module.weight, slot.low), W)
+        assert torch.equal(hd_pissa_extra.join(slot.module.weight, slot.low), W)
 
 
 def test_step_0_logits_and_gradients_in_bfloat16():

@@ -8,6 +8,7 @@ from spawned import spawn
 from toy import K, R, problem, run
 
 import hd_pissa
+import hd_pissa_extra
 import train
 from data import checkpoint
 
@@ -17,7 +18,8 @@ LLAMA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_atte
 
 def second_order(adapters, record):
     """sum_t sum_i dA_i dB_i of each layer, from the increments that `record` has kept before every merge."""
-    return [sum((dA.T @ dB) for step in record for dA, dB in zip(*step[j])) for j in range(len(adapters.slots))]
+    layers = range(len(adapters.slots))
+    return [sum((dA.T @ dB) for step in record for dA, dB in zip(*step[j])) for j in layers]
 
 
 @pytest.fixture
@@ -42,7 +44,7 @@ def test_float64_identity(aggregate, alpha, recorded):
     share = s / K if aggregate == "mean" else s
     rest = second_order(adapters, recorded)
     for W0, W, slot, extra in zip(weights, after, adapters.slots, rest):
-        P, Q = hd_pissa.lora_factors(adapters, slot)
+        P, Q = hd_pissa_extra.lora_factors(adapters, slot)
         assert P.shape == (slot.m, 2 * K * R) and Q.shape == (2 * K * R, slot.n)
         dW = W - W0
         torch.testing.assert_close(P @ Q + share * extra, dW, rtol=0, atol=1e-13)
@@ -54,8 +56,8 @@ def test_smaller_rank_is_the_best_one():
     weights, bias, data = problem()
     _, adapters = run(weights, bias, data, accumulate=True)
     for slot in adapters.slots:
-        P, Q = hd_pissa.lora_factors(adapters, slot)
-        P3, Q3 = hd_pissa.lora_factors(adapters, slot, 3)
+        P, Q = hd_pissa_extra.lora_factors(adapters, slot)
+        P3, Q3 = hd_pissa_extra.lora_factors(adapters, slot, 3)
         S = torch.linalg.svdvals(P @ Q)
         assert P3.shape == (slot.m, 3) and Q3.shape == (3, slot.n)
         torch.testing.assert_close((P @ Q - P3 @ Q3).norm(), S[3:].norm(), rtol=1e-9, atol=1e-12)
@@ -68,6 +70,7 @@ def train_model(make, batches=4, **attach):
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.config.pad_token_id = 0
     adapters = hd_pissa.attach(model, 2, shards=2, accumulate=True, **attach)
+    model = model.bfloat16() if attach.get("dtype") == torch.bfloat16 else model
     optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(1)
     for _ in range(batches):
@@ -147,7 +150,7 @@ def test_refusals(tmp_path):
     weights, bias, data = problem()
     _, adapters = run(weights, bias, data)
     with pytest.raises(ValueError, match="accumulate=True"):
-        hd_pissa.lora_factors(adapters, adapters.slots[0])
+        hd_pissa_extra.lora_factors(adapters, adapters.slots[0])
     _, adapters = run(weights, bias, data, accumulate=True)
     with pytest.raises(ValueError, match="base has no 0.weight"):
         hd_pissa.export_lora(adapters, str(tmp_path), {})
@@ -158,7 +161,7 @@ def small_llama(folder):
     """A Llama of random weights in `folder`, with SmolLM2-like files and a tokenizer of single words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    words = ["<unk>", "<eos>", *(str(i) for i in range(50)), *"instruction response Write a that below".split()]
+    words = ["<unk>", "<eos>", *(str(i) for i in range(50)), "instruction", "response", "Write", "below"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     hf = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")

@@ -6,6 +6,7 @@ import toy
 import twin
 
 import hd_pissa
+import hd_pissa_extra
 
 
 def agrees(**attach) -> bool:
@@ -120,4 +121,4 @@ def test_truncation_for_rounding_is_red():
         return bool(((high.float() - W).abs() <= W.abs() * 2**-8).all())
 
     truncated = (W.view(torch.int32) >> 16).to(torch.int16).view(torch.bfloat16)
-    assert within_half_a_unit(hd_pissa.split(W)[0]) and not within_half_a_unit(truncated)
+    assert within_half_a_unit(hd_pissa_extra.split(W)[0]) and not within_half_a_unit(truncated)

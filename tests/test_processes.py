@@ -13,7 +13,9 @@ import twin
 from spawned import received_bytes, spawn
 
 import hd_pissa
+import hd_pissa_extra
 import train
+from data.rows import read_rows
 
 CONFIGS = [
     dict(exchange=e, aggregate=a) for e, a in itertools.product(("all_gather", "all_reduce"), ("mean", "sum"))
@@ -108,7 +110,7 @@ def test_loop_does_not_depend_on_processes(tmp_path):
 
 
 def texts():
-    return hd_pissa.gather_text("\u0394A " * hd_pissa.rank()), hd_pissa.gather_text("")
+    return hd_pissa_extra.gather_text("\u0394A " * hd_pissa.rank()), hd_pissa_extra.gather_text("")
 
 
 def test_gather_text(tmp_path):
@@ -153,7 +155,7 @@ def refusals():
     out.append(
         (
             message_of(
-                lambda: train.everywhere(lambda: train.read_rows("missing.jsonl") if second else None)
+                lambda: train.everywhere(lambda: read_rows("missing.jsonl") if second else None)
             ),
             True,
         )

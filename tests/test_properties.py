@@ -8,6 +8,7 @@ import torch.nn as nn
 import twin
 
 import hd_pissa
+import hd_pissa_extra
 from data import checkpoint
 
 hypothesis = pytest.importorskip("hypothesis", reason="pip install -r requirements-extra.txt")
@@ -93,11 +94,11 @@ def test_fold_in_parts_is_fold_in_whole_bit_for_bit(rows, columns, cuts, seed):
     W, left, right = draw(seed, rows, columns).float(), draw(seed + 1, rows, 6), draw(seed + 2, 6, columns)
     left, right = left.float(), right.float()
     whole = W.clone()
-    hd_pissa.fold_(whole, slice(0, rows), left, right, 0.25)
+    hd_pissa_extra.fold_rows_(whole, slice(0, rows), left, right, 0.25)
     edges = [0, *sorted(min(c, rows) for c in cuts), rows]
     for a, b in zip(edges, edges[1:]):
         part = W[a:b].clone()
-        hd_pissa.fold_(part, slice(a, b), left, right, 0.25)
+        hd_pissa_extra.fold_rows_(part, slice(a, b), left, right, 0.25)
         assert torch.equal(part, whole[a:b])
     torch.testing.assert_close(whole, W + 0.25 * left @ right, rtol=1e-5, atol=1e-5)
 
@@ -107,7 +108,7 @@ def test_fold_in_parts_is_fold_in_whole_bit_for_bit(rows, columns, cuts, seed):
 def test_halves_join_to_every_finite_float(bits):
     W = torch.tensor(bits).to(torch.int32).view(torch.float32)
     W = W[W.isfinite() & (W.abs() < 3.3e38)]            # above, rounding would carry into infinity
-    assert torch.equal(hd_pissa.join(*hd_pissa.split(W)).view(torch.int32), W.view(torch.int32))
+    assert torch.equal(hd_pissa_extra.join(*hd_pissa_extra.split(W)).view(torch.int32), W.view(torch.int32))
 
 
 @settings(max_examples=100, **PROFILE)

@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import hd_pissa
+import hd_pissa_extra
 
 
 class Conv1D(nn.Module):
@@ -71,8 +72,7 @@ def run(sizes, sharded, dtype=None, **options):
 
 
 def adapters_weights(adapters):
-    for module in adapters.fsdp():
-        module.reshard()
+    hd_pissa_extra.reshard(adapters.model)
     return [slot.module.weight for slot in adapters.slots]
 
 
