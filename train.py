@@ -206,7 +206,6 @@ STEPS = 400
 FLAGS = {
     "what to train": (
         ("recipe", tuple(recipes.RECIPES), None, "the paper's settings; a flag given beside it wins"),
-        ("recipe", tuple(recipes.RECIPES), None, "the paper's settings; a flag given beside it wins"),
         ("model", str, str(DATA / "base.pt"), '.pt file of the small GPT, "scratch", or a Hugging Face name'),
         ("tokenizer", str, None, "of the small GPT: a tiktoken name or file of ranks; None: data/'s"),
         ("data", str, str(DATA / "multi_domain.jsonl"), "JSONL file, folder of data/prepare.py, or a "

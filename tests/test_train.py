@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import hd_pissa
 import train
+from data.rows import encode, hold_out, read_rows, step_batches
 
 ROOT = Path(train.__file__).resolve().parent
 
@@ -130,12 +131,12 @@ def test_baselines_minimise_the_whole_batch():
 def test_hold_out_keeps_equal_rows_together():
     """5 %, at most 500, independent of the order of the rows; no row on both sides."""
     rows = [{"instruction": str(i % 1000), "response": "x"} for i in range(2000)]
-    rest, held = train.hold_out(rows)
+    rest, held = hold_out(rows)
     assert len(held) == 100 and len(rest) == 1900
     assert not {r["instruction"] for r in rest} & {r["instruction"] for r in held}
-    assert {r["instruction"] for r in train.hold_out(rows[::-1])[1]} == {r["instruction"] for r in held}
+    assert {r["instruction"] for r in hold_out(rows[::-1])[1]} == {r["instruction"] for r in held}
     many = [{"instruction": str(i), "response": "x"} for i in range(20_000)]
-    assert len(train.hold_out(many)[1]) == 500 and len(train.hold_out(many[:3])[1]) == 1
+    assert len(hold_out(many)[1]) == 500 and len(hold_out(many[:3])[1]) == 1
 
 
 def test_step_batches_depend_on_the_seed_alone():
@@ -143,7 +144,7 @@ def test_step_batches_depend_on_the_seed_alone():
     rows = [([i], 1, "all") for i in range(10)]
 
     def first(seed, n=6):
-        return [[r[0][0] for r in batch] for batch, _ in zip(train.step_batches(rows, 4, seed), range(n))]
+        return [[r[0][0] for r in batch] for batch, _ in zip(step_batches(rows, 4, seed), range(n))]
 
     assert first(0) == first(0) != first(1)
     batches = first(0)
@@ -159,7 +160,7 @@ def test_encode_cuts_and_drops(capsys):
         {"instruction": "one", "response": "two three four five"},
         {"instruction": "word " * 40, "response": "x"},
     ]
-    (tokens, prompt, domain), = train.encode(rows, tokenizer, 12, "train")  # fmt: skip
+    (tokens, prompt, domain), = encode(rows, tokenizer, 12, "train")  # fmt: skip
     full = tokenizer.prompt("one") + tokenizer.response("two three four five")
     assert tokens == full[:12] and prompt == len(tokenizer.prompt("one")) and domain == "all"
     assert "1 rows, 1 cut at --block_size 12, 1 dropped because no response" in capsys.readouterr().out
@@ -215,7 +216,7 @@ def test_the_embedded_job_leaves_room_above_2Kr():
     model, tokenizer, context = train.load_model(flags["model"], 0)
     found, _ = hd_pissa.find_layers(model, "all-linear")
     assert 2 * flags["shards"] * flags["rank"] < min(min(m.weight.shape) for _, m in found) / 2
-    held = train.encode(train.hold_out(train.read_rows(flags["data"]))[1], tokenizer, context, "held out")
+    held = encode(hold_out(read_rows(flags["data"]))[1], tokenizer, context, "held out")
     assert all(row["exact_match"] <= 10 for row in train.evaluate(model, held[::4], "cpu").values())
 
 
@@ -231,8 +232,8 @@ def test_real_model_and_data(real_dir, smollm2, tmp_path):
     ])  # fmt: skip
     assert result["after"]["all"]["loss"] < result["before"]["all"]["loss"] - 0.02
     model = transformers.AutoModelForCausalLM.from_pretrained(out / "model")
-    rows = train.hold_out(train.read_rows(str(real_dir / "gsm8k_train.jsonl")))[1][:8]
-    rows = train.encode(rows, train.models.HFTokenizer(str(out / "model")), 128, "held out")
+    rows = hold_out(read_rows(str(real_dir / "gsm8k_train.jsonl")))[1][:8]
+    rows = encode(rows, train.models.HFTokenizer(str(out / "model")), 128, "held out")
     assert train.evaluate(model, rows, "cpu", 8)["all"]["loss"] == pytest.approx(
         result["after"]["all"]["loss"], 1e-6
     )
