@@ -71,11 +71,14 @@ def load(folder: Path = RESULTS) -> dict:
 
 
 def compare(a: Arm, b: Arm) -> str:
-    """"ahead", "behind" or "level": a's loss against b's, level within the sum of their deviations.
+    """"ahead", "behind", "level" or "undecided": a's loss against b's.
 
-    One seed has no deviation; the comparison then is "level" whatever the means say.
+    Level: the means differ by no more than the sum of the two deviations. Undecided: one of them has a single
+    seed, so there is no deviation.
     """
     gap, spread = b.mean() - a.mean(), a.sd() + b.sd()
-    if math.isnan(spread) or abs(gap) <= spread:
+    if math.isnan(spread):
+        return "undecided"
+    if abs(gap) <= spread:
         return "level"
     return "ahead" if gap > 0 else "behind"

@@ -1,0 +1,510 @@
+"""The results page as text: numbers are formatted from the runs, words are chosen by comparisons of them."""
+
+import math
+import statistics
+
+from tutorial.experiments.arms import ARMS, COMMON, FIXED, LONG, MEDIUM, SHORT, complete
+from tutorial.experiments.table import Arm, compare
+
+NAMES = {
+    "full": "full fine-tuning", "lora": "LoRA r=2", "pissa": "PiSSA r=2", "hd": "HD-PiSSA K=8 r=2",
+    "hd global": "HD-PiSSA, whole-batch gradients",
+    "dora": "DoRA r=2", "hira": "HiRA r=2", "mora": "MoRA, budget of r=2", "hd top": "top r on every shard",
+    "hd lora init": "LoRA init, direct update", "intermediate": "Intermediate Method",
+    "hd sum": "HD-PiSSA, sum", "hd global mean": "whole-batch gradients, mean",
+    "global orthonormal": "whole batch, orthonormal U, V", "global orthonormal muon": "... with Muon",
+    "global random": "whole batch, random basis", "hd interleaved": "HD-PiSSA, interleaved",
+}
+METHODS = ("full", "lora", "pissa", "dora", "hira", "mora", "hd", "hd global", "pissa r=16")
+DEVICES = ((1, "hd K=1"), (2, "hd K=2"), (4, "hd K=4"), (8, "hd"), (16, "hd K=16"))
+BEYOND = ("hd interleaved", "hd global mean", "global orthonormal", "global orthonormal muon", "global "
+                                                                                               "random")
+
+
+# ---- Numbers -----------------------------------------------------------------------------------------------
+
+
+def pm(arm: Arm, what: int = 0, domain: str = "all", digits: int = 3) -> str:
+    """mean ± standard deviation over the seeds at the best learning rate."""
+    sd = arm.sd(what, domain)
+    spread = " (one seed)" if math.isnan(sd) else f" ± {sd:.{digits}f}"
+    return f"{arm.mean(what, domain):.{digits}f}{spread}"
+
+
+def bytes_(numbers: int) -> str:
+    return f"{4 * numbers / 1024:.1f} KiB"
+
+
+def median_rank(arm: Arm) -> float:
+    return statistics.median(arm.first["effective_rank"])
+
+
+def by_rank(data, family: str) -> list:
+    base = {"hd": 2, "lora": 2, "pissa": 2}
+    arms = [(r, data[family] if r == base[family] else data.get(f"{family} r={r}")) for r in
+            (1, 2, 4, 8, 16, 32, 64)]
+    return [(r, arm) for r, arm in arms if arm and arm.there]
+
+
+def tails(data) -> dict:
+    """{(lr, steps, dtype): sigma_{2Kr+1} / sigma_1 of one layer's dW} of the fixed runs."""
+    wanted = [complete(config) for config in FIXED["tail"]]
+    edge = 2 * wanted[0]["K"] * wanted[0]["r"]
+    return {(c["lr"], c["steps"], c["dtype"]): r["spectrum"]["sigma"][edge] / r["spectrum"]["sigma"][0]
+            for r in data["records"] if (c := r["config"]) in wanted and r["final"]}
+
+
+def domain_ranks(data) -> dict:
+    """{(domain, lr): effective ranks of all layers} of full fine-tuning on one domain."""
+    wanted = [complete(config) for config in FIXED["domains"]]
+    return {(c["domain"], c["lr"]): r["effective_rank"] for r in data["records"]
+            if (c := r["config"]) in wanted and r["final"]}
+
+
+def versus(a: Arm, b: Arm) -> str:
+    """"behind LoRA r=2 (1.2 ± 0.1 against 1.1 ± 0.1)"."""
+    word = {"ahead": "ahead of", "behind": "behind", "level": "level with",
+            "undecided": "undecided against"}[compare(a, b)]
+    return f"{word} {name_of(b)} ({pm(a)} against {pm(b)})"
+
+
+def label(name: str) -> str:
+    """What the page calls an arm."""
+    family, _, number = name.split(",")[0].partition(" r=")
+    if number:
+        return NAMES[family].replace("r=2", f"r={number}")
+    _, _, K = name.partition(" K=")
+    return NAMES["hd"].replace("K=8", f"K={K}") if K else NAMES[family]
+
+
+def name_of(arm: Arm) -> str:
+    return label(arm.name)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> list[str]:
+    return ["| " + " | ".join(head) + " |", "| " + " | ".join("---" for _ in head) + " |",
+            *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+def joined(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+# ---- Claims of the paper -----------------------------------------------------------------------------------
+
+
+def verdict(outcomes: list[str], wanted: str = "ahead", on: str = "") -> str:
+    """holds / does not hold / depends, from the outcomes of the comparisons that the claim rests on."""
+    if "undecided" in outcomes:
+        return "undecided, seeds are missing"
+    if all(o == wanted for o in outcomes):
+        return "holds here"
+    if any(o == wanted for o in outcomes):
+        return f"depends on {on}"
+    return "does not hold here"
+
+
+def at_lengths(data, name: str, others) -> list[tuple[int, Arm, list[Arm]]]:
+    """(steps, arm, baselines) at every length of run where the arm and a baseline are there."""
+    found = []
+    for steps, suffix in ((SHORT, ""), (MEDIUM, ", medium"), (LONG, ", long")):
+        arm = data.get(name + suffix)
+        there = [data[other + suffix] for other in others if data.get(other + suffix)
+                 and data[other + suffix].there]
+        if arm and arm.there and there:
+            found.append((steps, arm, there))
+    return found
+
+
+def claim_methods(data):
+    claim = "HD-PiSSA beats LoRA and PiSSA of the same r (tables 1, 2; figure 4)"
+    found = at_lengths(data, "hd", ("lora", "pissa"))
+    if not found:
+        return claim, None, ""
+    outcomes = [compare(arm, other) for _, arm, others in found for other in others]
+    text = " ".join(f"{steps} steps: {joined([versus(arm, other) for other in others])}."
+                    for steps, arm, others in found)
+    return claim, verdict(outcomes, on="the baseline and the length of the run"), text
+
+
+def claim_recent(data):
+    claim = "HD-PiSSA beats DoRA, MoRA and HiRA (table 2)"
+    found = at_lengths(data, "hd", ("dora", "mora", "hira"))
+    if not found:
+        return claim, None, ""
+    outcomes = [compare(arm, other) for _, arm, others in found for other in others]
+    text = " ".join(f"{steps} steps: {joined([versus(arm, other) for other in others])}."
+                    for steps, arm, others in found)
+    return claim, verdict(outcomes, on="the baseline"), text
+
+
+def claim_full(data):
+    claim = "HD-PiSSA comes close to full fine-tuning (sections 1, 7)"
+    found = at_lengths(data, "hd", ("full",))
+    if not found:
+        return claim, None, ""
+    text = []
+    for steps, arm, (full,) in found:
+        low = [o for s, _, o in at_lengths(data, "lora", ("full",)) if s == steps]
+        lora, closed = data[arm.name.replace("hd", "lora", 1)], ""
+        if low and lora.there:
+            share = (lora.mean() - arm.mean()) / (lora.mean() - full.mean())
+            closed = f"; that is {100 * share:.0f} % of the way from LoRA to it"
+        text.append(f"{steps} steps: {versus(arm, full)}{closed}.")
+    outcomes = [compare(arm, full) for _, arm, (full,) in found]
+    return claim, verdict(outcomes, "level", "the length"), " ".join(text)
+
+
+def claim_rank(data):
+    claim = "one device's memory of rank r gives updates of rank far above r (figure 3, section 6)"
+    arms = [data[name] for name in ("lora", "pissa", "hd", "full") if data[name].there]
+    if data["hd"] not in arms or len(arms) < 2:
+        return claim, None, ""
+    K, r = data["hd"].config["K"], data["hd"].config["r"]
+    ranks = joined([f"{NAMES[arm.name]} {median_rank(arm):g}" for arm in arms])
+    text = ("Effective rank of ΔW (singular values above 1 % of the largest; median of the layers, of 128): "
+            f"{ranks}. 2Kr is {2 * K * r}.")
+    return claim, "holds here" if median_rank(data["hd"]) > 2 * r else "does not hold here", text
+
+
+def claim_beyond_edge(data):
+    claim = "the singular values beyond 2Kr stay one to two orders above LoRA's and PiSSA's (figure 7)"
+    found = tails(data)
+    lrs = sorted({lr for lr, _, _ in found})
+    steps = max((s for _, s, _ in found), default=0)
+    if len(lrs) < 2 or any((lr, steps, d) not in found for lr in lrs for d in ("float32", "float64")):
+        return claim, None, ""
+    low, high = lrs[0], lrs[-1]
+    ratio = found[low, steps, "float32"] / found[low, steps, "float64"]
+    at = {(lr, d): f"{found[lr, steps, d]:.0e}" for lr in (low, high) for d in ("float32", "float64")}
+    large = found[high, steps, "float32"] / found[high, steps, "float64"]
+    text = (f"The largest value beyond 2Kr, relative to σ₁, after {steps} steps: in float64, where it is the "
+            f"second-order term ΔA ΔB alone, {at[low, 'float64']} at lr {low:g} and {at[high, 'float64']} "
+            f"at lr "
+            f"{high:g}; in float32 {at[low, 'float32']} and {at[high, 'float32']}. The ratio of the two is "
+            f"{ratio:.1f} at the small rate and {large:.1f} at the large one; what exceeds 1 is rounding "
+            f"of W.")
+    return claim, "depends on the learning rate" if ratio > 2 * large else "holds here", text
+
+
+def claim_devices(data):
+    claim = "more devices are better at the same total batch (figure 5)"
+    arms = [(K, data[name]) for K, name in DEVICES if data[name].there]
+    if len(arms) < 3:
+        return claim, None, ""
+    text = "Tuned held-out loss at " + joined([f"K={K} {pm(arm)}" for K, arm in arms]) + "."
+    outcomes = [compare(b, a) for (_, a), (_, b) in zip(arms, arms[1:])]
+    best = min(arms, key=lambda pair: pair[1].mean())[0]
+    return claim, verdict(outcomes, on="K"), f"{text} The best is K={best}."
+
+
+def claim_ranks(data):
+    claim = "HD-PiSSA is ahead at every r (figure 6)"
+    both = [(r, arm, other) for r, arm in by_rank(data, "hd") for family in ("lora", "pissa")
+            for s, other in by_rank(data, family) if s == r]
+    if len({r for r, _, _ in both}) < 3:
+        return claim, None, ""
+    text = "; ".join(versus(arm, other) for _, arm, other in both)
+    outcomes = [compare(arm, other) for _, arm, other in both]
+    return claim, verdict(outcomes, on="r and the baseline"), f"HD-PiSSA, K=8: {text}."
+
+
+def claim_ablations(data):
+    claim = "orthogonal slices and direct update are both needed (table 7, figure 2b)"
+    others = [data[name] for name in ("hd top", "hd lora init", "intermediate") if data[name].there]
+    if not data["hd"].there or not others:
+        return claim, None, ""
+    text = f"Full method {joined([versus(data['hd'], other) for other in others])}."
+    return claim, verdict([compare(data["hd"], other) for other in others], on="the ablation"), text
+
+
+def claim_mute(data):
+    claim = "any γ from 1e-4 to 1e-16 works, 1e-2 and 1e-32 do not (figure 8)"
+    found = {(r["gamma"], r["reading"]): r for r in data["mute"]}
+    if not found:
+        return claim, None, ""
+    at = lambda gamma, what="gradients", s="skinny": found[gamma, s][what]      # noqa: E731
+    inside = max(at(g) for g in (1e-4, 1e-8, 1e-16))
+    text = (f"Relative error of the gradients: {at(1e-2):.0e} at 1e-2 ({at(1e-2, 'logits'):.0e} of the "
+            f"logits), at most {inside:.0e} from 1e-4 to 1e-16, "
+            f"{found[0.0, 'exact mute']['gradients']:.0e} for "
+            f"the exact mute. At 1e-32 it is {at(1e-32):.0e} where subnormal numbers are kept, "
+            f"{at(1e-32, s='skinny, loss / 1e4'):.0e} there for gradients 10⁴ times smaller, and "
+            f"{at(1e-32, s='skinny, flushed'):.0e} where subnormals are flushed. Too large a γ errs in the "
+            "forward, too small a one in the gradients. No training was run for this claim.")
+    small = max(at(1e-32), at(1e-32, s="skinny, flushed"))
+    if inside >= at(1e-2):
+        return claim, "does not hold here", text
+    return claim, "holds here" if at(1e-32) > 2 * inside else "depends on subnormal numbers" \
+        if small > 2 * inside else "does not hold here", text
+
+
+def claim_domains(data):
+    claim = "complex tasks need higher-rank updates (figure 1)"
+    found = domain_ranks(data)
+    lrs = sorted({lr for _, lr in found})
+    if len(found) < len(FIXED["domains"]):
+        return claim, None, ""
+    text, outcomes = [], []
+    for lr in lrs:
+        mean = {d: statistics.mean(ranks) for (d, rate), ranks in found.items() if rate == lr}
+        text.append(f"lr {lr:g}: " + ", ".join(f"{d} {value:.0f}" for d, value in mean.items()))
+        outcomes += ["ahead" if mean[hard] > mean[easy] else "behind" for hard in ("math", "code")
+                     for easy in ("commonsense", "conversation")]
+    text = ("Mean effective rank of ΔW over the layers, of 128, full fine-tuning on one domain: "
+            f"{'; '.join(text)}. One seed, and synthetic domains.")
+    return claim, verdict(outcomes, on="the learning rate and the pair of domains"), text
+
+
+CLAIMS = (claim_methods, claim_recent, claim_full, claim_rank, claim_beyond_edge, claim_devices, claim_ranks,
+          claim_ablations, claim_mute, claim_domains)
+
+
+# ---- Sections ----------------------------------------------------------------------------------------------
+
+
+def shown(data, names, suffix: str = "") -> list[Arm]:
+    return [data[name + suffix] for name in names if name + suffix in data and data[name + suffix].there]
+
+
+def method_table(data, names, suffix: str = "") -> list[str]:
+    full = data["full"].first["moments"] if data["full"].tuned else None
+    speed, rows = {row["arm"]: row["seconds_per_step"] for row in data["speed"]}, []
+    for arm in shown(data, names, suffix):
+        first, name = arm.first, arm.name.split(",")[0]
+        share = f" ({100 * first['moments'] / full:.1f} %)" if full else ""
+        rows.append([name_of(arm), f"{arm.best:g}", pm(arm), pm(arm, 1, digits=1), str(len(arm.tuned)),
+                     f"{first['trained']:,}", bytes_(first["moments"]) + share, f"{first['constants']:,}",
+                     f"{speed[name]:.3f}" if name in speed else "", str(len(arm.sweep))])
+    if not rows:
+        return ["Not run yet.", ""]
+    return markdown(["method", "best lr", "held-out loss", "exact match, %", "seeds", "trained numbers",
+                     "optimizer memory (of full's)", "constants", "s a step", "rates tried"], rows)
+
+
+def domain_table(data, names, suffix: str = "") -> list[str]:
+    arms = shown(data, names, suffix)
+    if not arms:
+        return []
+    domains = [d for d in arms[0].first["final"] if d != "all"]
+    return markdown(["held-out loss; exact match, %", *domains],
+                    [[name_of(arm), *(f"{arm.mean(0, d):.3f}; {arm.mean(1, d):.1f}" for d in domains)]
+                     for arm in arms])
+
+
+def one_rate_table(data, names) -> list[str]:
+    arms = shown(data, names)
+    lrs = sorted({lr for arm in arms for lr in arm.sweep})
+    if not arms:
+        return []
+
+    def cell(arm, lr):
+        if lr not in arm.sweep:
+            return ""
+        text = "diverged" if math.isinf(arm.sweep[lr]) else f"{arm.sweep[lr]:.3f}"
+        return f"**{text}**" if lr == arm.best else text
+
+    return markdown(["held-out loss at lr", *(f"{lr:g}" for lr in lrs)],
+                    [[name_of(arm), *(cell(arm, lr) for lr in lrs)] for arm in arms])
+
+
+def one_rate_text(data) -> str:
+    """What the paper's protocol, one learning rate for all, would have concluded at each rate."""
+    arms = shown(data, ("lora", "pissa", "hd"))
+    if len(arms) < 3:
+        return ""
+    common = [lr for lr in arms[0].sweep if all(lr in arm.sweep for arm in arms)]
+    if not common:
+        return "No learning rate was run for all three methods of rank 2."
+    winners = joined([f"{name_of(min(arms, key=lambda arm: arm.sweep[lr]))} at {lr:g}"     # noqa: B023
+                      for lr in common])
+    return ("Were one learning rate given to LoRA, PiSSA and HD-PiSSA alike (the paper's protocol; seed "
+            "0), the "
+            f"best of the three would be {winners}.")
+
+
+def aggregation_text(data) -> list[str]:
+    mean, total = data["hd"], data["hd sum"]
+    if not (mean.there and total.there):
+        return ["Not run yet.", ""]
+    K, rows = mean.config["K"], []
+    for lr, loss in mean.sweep.items():
+        rows += [[f"{lr:g}", f"{small:g}", f"{loss:.4f}", f"{other:.4f}"]
+                 for small, other in total.sweep.items() if abs(small * K / lr - 1) < 1e-6]
+    text = (f"Tuned: mean {pm(mean)} at {mean.best:g}, sum {pm(total)} at {total.best:g} ({K} devices). "
+            f"At matched "
+            "rates, sum at lr / K, the two differ in the second-order term alone:")
+    return [text, "", *markdown(["lr, mean", "lr, sum", "loss, mean", "loss, sum"], rows)]
+
+
+def global_text(data) -> str:
+    found = at_lengths(data, "hd global", ("pissa r=16", "full", "lora", "pissa", "hd"))
+    if not found:
+        return "Not run yet."
+    first = data["hd global"].first if data["hd global"].there else found[0][1].first
+    text = [f"{steps} steps: whole-batch gradients are {joined([versus(arm, o) for o in others])}."
+            for steps, arm, others in found]
+    text.append(f"Each device keeps {first['moments']:,} numbers of optimizer state, and beside them "
+                f"{first['constants']:,} numbers of A_i, B_i of all shards that never change.")
+    if data["full"].there:
+        share = 100 * first["moments"] / data["full"].first["moments"]
+        text.append(f"The optimizer state is {share:.1f} % of full fine-tuning's, which trains every weight, "
+                    "embeddings included.")
+    text.append("With `gradients=\"global\"` and the sum, the run is the fixed basis of rank 16 with all "
+                "data: K "
+                "devices give the update of one device with rank K·r (tests/test_experiments.py).")
+    return " ".join(text)
+
+
+def beyond_rows(data) -> list[str]:
+    rows, word = [], {"ahead": "wins by more than the spread: kept", "behind": "loses: dropped",
+                      "level": "no difference beyond the spread", "undecided": "seeds are missing"}
+    for arm in shown(data, BEYOND):
+        base = data["hd"] if arm.name == "hd interleaved" else data["hd global"]
+        if base.there:
+            rows.append([name_of(arm), f"{arm.best:g}", pm(arm), pm(base), bytes_(arm.first["moments"]),
+                         word[compare(arm, base)]])
+    if not rows:
+        return ["Not run yet.", ""]
+    head = ["candidate", "best lr", "held-out loss", "without it", "optimizer memory", "outcome"]
+    return markdown(head, rows)
+
+
+def recommendation(data) -> list[str]:
+    out = []
+    hd, lora, glob, wide = data["hd"], data["lora"], data["hd global"], data["pissa r=16"]
+    if glob.there and hd.there:
+        word = compare(glob, hd)
+        text = (f"whole-batch gradients (`gradients=\"global\"`, `aggregate=\"sum\"`, lr {glob.best:g} "
+                f"here) reach "
+                f"{pm(glob)}, the published local gradients {pm(hd)}, at the same optimizer memory.")
+        out.append({"ahead": "- When several devices share a batch, use whole-batch gradients: ",
+                    "level": "- Whole-batch gradients make no difference beyond the spread: ",
+                    "behind": "- Keep the local gradients: ",
+                    "undecided": "- One seed so far: "}[word] + text + " They cost a backward of rank K·r "
+                                                                       "on every "
+                   "device and the constants in the table.")
+    if hd.there and lora.there:
+        text = [f"{steps} steps, {versus(arm, other)}"
+                for steps, arm, (other,) in at_lengths(data, "hd", ("lora",))]
+        out.append(f"- The published method (local gradients, mean): {'; '.join(text)}. Give it a "
+                   f"learning rate of "
+                   f"its own: {hd.best:g} here for the mean over {hd.config['K']}, {lora.best:g} for LoRA.")
+    if wide.there and glob.there:
+        out.append(f"- If one device has the memory for the optimizer state of rank K·r "
+                   f"({bytes_(wide.first['moments'])}, {bytes_(glob.first['moments'])} for rank r), plain "
+                   f"PiSSA of "
+                   f"that rank reaches {pm(wide)}: {compare(wide, glob)}, compared with whole-batch "
+                   f"HD-PiSSA.")
+    devices = shown(data, [name for _, name in DEVICES])
+    if len(devices) >= 3:
+        best = min(devices, key=Arm.mean)
+        out.append(f"- With local gradients and a fixed total batch, K={best.config['K']} is best here "
+                   f"({pm(best)}).")
+    if data["hd sum"].there:
+        out.append("- Mean or sum is a choice of learning rate: sum at lr / K is mean at lr.")
+    out.append("- Do not choose it for its rank. A high rank of ΔW is easy to have and does not tell the "
+               "held-out "
+               "loss; compare on your own data, each method with its own learning rate.")
+    return [*out, ""]
+
+
+def tuning_table(data) -> list[str]:
+    arms = [data[name] for name in ARMS if data[name].runs]
+    rows = [[arm.name, ", ".join(f"{lr:g}" for lr in arm.sweep), f"{arm.best:g}" if arm.best else "",
+             str(len(arm.tuned)), "yes" if arm.interior else "not finished"] for arm in arms]
+    return markdown(["arm", "learning rates, seed 0", "best", "seeds there", "best is interior"], rows)
+
+
+def introduction(data) -> list[str]:
+    records = data["records"]
+    versions = sorted({f"Python {r['python']}, torch {r['torch']}, PEFT {r.get('peft', 'none')}"
+                       for r in records})
+    sources = sorted({f"commit {r['commit']}, sources {r['source']}, runner {r['runner']}" for r in records})
+    there = [data[name] for name in ARMS if data[name].there]
+    seeds = sum(len(arm.tuned) >= 3 for arm in there)
+    return [
+        "# Results", "",
+        "Written by `python tutorial/experiments/figures.py` from the `*.jsonl` files of this folder, which "
+        "`python tutorial/experiments/run.py` fills. Nothing here is typed by hand: a test writes the "
+        "page again "
+        "and compares.", "",
+        f"The embedded GPT ({model_size(data)} parameters) and data, {len(records)} runs: {SHORT} steps of "
+        f"{COMMON['batch']} rows where nothing else is said, {MEDIUM} and {LONG} for the main methods; "
+        f"{COMMON['rows']} held-out rows; cosine schedule, warm-up of 3 %, AdamW without weight decay. "
+        f"All methods "
+        "see the same rows in the same order. Learning rates lie on one grid of factor 2, at least five "
+        "an arm "
+        f"(three at {LONG} steps), more until the best has a worse neighbour on either side, on seed 0; "
+        f"then seeds "
+        "1 and 2 at the best. An arm is shown once its best rate is inside. ± is the standard deviation over "
+        "seeds. \"Ahead\" and \"behind\": the means differ by more than both deviations together; else "
+        "\"level\". "
+        "The best rate was chosen on the held-out rows that are reported, for every method alike. The "
+        "model is "
+        "small and the data synthetic: this page says what happens here.", "",
+        *(f"- {text}" for text in (*versions, *sources)),
+        f"- {seeds} of the {len(there)} arms shown have three seeds", "",
+    ]
+
+
+def page(data, figures: set) -> str:
+    """README.md of the results; `figures`: names of the SVG files that exist."""
+
+    def picture(name, text):
+        return [f"![{text}]({name}.svg)", ""] if f"{name}.svg" in figures else []
+
+    claims = []
+    for claim in CLAIMS:
+        title, word, text = claim(data)
+        claims.append([title, f"**{word or 'not run yet'}**", text])
+    medium = method_table(data, METHODS, ", medium")
+    ranks = [arm.name for family in ("hd", "lora", "pissa") for _, arm in by_rank(data, family)]
+    lines = [
+        *introduction(data),
+        "## Claims of the paper", "", *markdown(["claim", "verdict", "numbers"], claims),
+        "## For a practitioner", "", *recommendation(data),
+        "## Methods, each at its best learning rate", "", f"{SHORT} steps.", "", *method_table(data, METHODS),
+        "LoRA, PiSSA, DoRA and HiRA are PEFT's; MoRA is in `tutorial/baselines`. Trained numbers and "
+        "optimizer "
+        "memory are one device's; constants are the A_i, B_i of all shards that each device keeps.", "",
+        *domain_table(data, METHODS), *picture("rate", "Held-out loss against the learning rate"),
+        "## One learning rate for all", "", "Seed 0; bold: the best of the row.", "",
+        *one_rate_table(data, METHODS), one_rate_text(data), "",
+        "## Longer runs", "", f"{LONG} steps.", "", *method_table(data, METHODS, ", long"),
+        *domain_table(data, METHODS, ", long"),
+        *([f"{MEDIUM} steps.", "", *medium] if len(medium) > 2 else []),
+        *picture("length", "Tuned held-out loss against the length of the run"),
+        "## Whole-batch gradients, and equal parameters", "", global_text(data), "",
+        "## Ablations (table 7)", "", *method_table(data, ("hd", "hd top", "hd lora init", "intermediate")),
+        *picture("ablations", "Ablations"),
+        "The Intermediate Method trains each device's slice against its own residual weight, alone; the K "
+        "results "
+        "are averaged at the end. The paper does not say how they become one model.", "",
+        "## Devices at a fixed total batch", "", *method_table(data, [name for _, name in DEVICES]),
+        *picture("devices", "Held-out loss against K"),
+        "## Mean or sum", "", *aggregation_text(data),
+        "## Rank r", "", *method_table(data, ranks), *picture("ranks", "Held-out loss against r"),
+        "## What the update looks like", "", *picture("spectrum", "Singular values of ΔW"),
+        *picture("tail", "Beyond 2Kr against the learning rate"),
+        *picture("domains", "Effective rank per domain"),
+        "## Mute scalar", "", *picture("mute", "Errors against γ"),
+        "## Beyond the paper", "", *beyond_rows(data), *picture("beyond", "Beyond the paper"),
+        "## Tuning", "", *tuning_table(data),
+        "## Not run", "", not_run(data), "",
+    ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def model_size(data) -> str:
+    full = [r["trained"] for r in data["records"] if r["config"]["method"] == "full"]
+    return f"{full[0] / 1e6:.1f}M" if full else "about one million"
+
+
+def not_run(data) -> str:
+    left = [name for name in ARMS if not data[name].runs]
+    part = [name for name in ARMS if data[name].runs and (not data[name].there or len(data[name].tuned) < 3)]
+    text = (f"Arms without a run: {', '.join(left) or 'none'}. Arms whose sweep or seeds are not finished: "
+            f"{', '.join(part) or 'none'}.")
+    return text + (" No real pretrained model: that takes a GPU. Step times: "
+                   + ("in the table." if data["speed"] else "not measured on a quiet machine yet."))
