@@ -72,6 +72,8 @@ if __name__ == "__main__":
         for rank in range(2):
             weights = ranks[rank][case][1]
             check(f"K = {K}: W of process {rank} of 2, against one process", weights, alone[case][1])
+        check(f"AdamW's numbers, 2 S r (m + n): S = {K} and {K // 2}", [alone[case][2], ranks[0][case][2]],
+              [2 * S * R * (sum(SIZES[:2]) + sum(SIZES[1:])) for S in (K, K // 2)])
         first, last = alone[case][0][[0, -1]].mean(1)
         check(f"K = {K}: the loss fell by a third", bool(last < first * 2 / 3), True)
     save_figure(__file__, draw, columns=2, size=(7.0, 2.6))
