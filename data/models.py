@@ -19,14 +19,26 @@ def one_line(what: str, remedy: str):
         raise ValueError(f"{what}: {text.split('. ')[0][:300].rstrip('.')}; {remedy}") from e
 
 
-def reachable() -> bool:
-    """Whether the hub answers, asked once: transformers itself tries each of its files for 23 s."""
-    from huggingface_hub import constants, get_session
+def snapshot(name: str, weights: bool) -> tuple[str, str]:
+    """(folder, remedy if it is bad) of a hub id, from the hub's cache alone if there is no network.
+
+    Whether there is one is asked once: transformers itself would ask again for each file, 23 s each time.
+    """
+    from huggingface_hub import constants, get_session, snapshot_download
+    online, remedy = True, "give a local folder or a hub id that exists and that you may read (hf auth login)"
     try:
         get_session().head(constants.ENDPOINT, timeout=10)
     except Exception:           # of requests or httpx, by the hub's version, or HF_HUB_OFFLINE=1
-        return False
-    return True
+        online, remedy = False, ("it is no directory, and the hub cannot be reached: run `hf download "
+                                 f"{name} --local-dir DIR` where there is a network, copy DIR here and give "
+                                 "--model DIR")
+    texts = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.model"]
+    with one_line(f"--model {name}", remedy):
+        for patterns in (texts, ["*.safetensors"], ["pytorch_model*.bin"])[:3 if weights else 1]:
+            folder = snapshot_download(name, allow_patterns=patterns, local_files_only=not online)
+            if any(file.endswith(".safetensors") for file in os.listdir(folder)):
+                break
+    return folder, remedy
 
 
 def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
@@ -42,34 +54,28 @@ def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
     except ImportError:
         raise ValueError(f"--model {name} is not a .pt file, and Hugging Face models need transformers: "
                          "pip install -r requirements-extra.txt") from None
-    how, what = {"trust_remote_code": False}, f"--model {name}"
+    how, what, folder, remedy = {"trust_remote_code": False}, f"--model {name}", name, "download it again"
     if tokenizer is not None:
         raise ValueError(f"--tokenizer {tokenizer}: {what} comes with its own; leave the flag out")
-    if os.path.isdir(name):
-        if not os.path.isfile(os.path.join(name, "config.json")):
-            raise ValueError(f"{what} has no config.json; give the folder of a whole model (an adapter "
-                             "must be merged into its model first)")
-        remedy = "download that folder again"
-    elif os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ValueError(f"{what}: no such directory; give a folder with config.json, or a hub id")
-    elif reachable():
-        remedy = "give a local folder or a hub id that exists and that you may read (hf auth login)"
-    else:
-        how["local_files_only"] = True
-        remedy = (f"it is no directory, and the hub cannot be reached: run `hf download {name} --local-dir "
-                  "DIR` where there is a network, copy DIR here and give --model DIR")
+    if not os.path.isdir(name):
+        if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ValueError(f"{what}: no such directory; give a folder with config.json, or a hub id")
+        folder, remedy = snapshot(name, weights)
+    if not os.path.isfile(os.path.join(folder, "config.json")):
+        raise ValueError(f"{what} has no config.json; give the folder of a whole model (an adapter must be "
+                         "merged into its model first)")
     with one_line(what, f"code from a model's folder is not run; {remedy}"):
-        config = AutoConfig.from_pretrained(name, **how)
+        config = AutoConfig.from_pretrained(folder, **how)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"{what}: its model_type {config.model_type!r} is no causal language model of "
                          "transformers; give one that is, for example llama, mistral, qwen2 or gpt2")
     with one_line(f"{what}: its tokenizer", remedy):
-        tokenizer = AutoTokenizer.from_pretrained(name, **how)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **how)
     tokenizer = HFTokenizer(name, tokenizer)
     with one_line(what, f"its weights cannot be used as they are; {remedy}" if weights else remedy):
         if weights:
             model, info = AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, config=config, output_loading_info=True,
+                folder, dtype=torch.float32, config=config, output_loading_info=True,
                 ignore_mismatched_sizes=True, **how)
             # transformers would draw these at random
             wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])

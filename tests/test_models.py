@@ -317,8 +317,7 @@ def other_shapes(path):
 
 
 def no_language_model(path):
-    import transformers
-    transformers.T5Config(d_model=32, num_layers=1, d_ff=32, num_heads=2).save_pretrained(path)
+    edit(path / "config.json", model_type="t5")
 
 
 def own_code(path):
@@ -346,16 +345,16 @@ def infinite(path):
 
 
 @pytest.mark.parametrize("spoil, parts", [
-    (no_weights, ["model.safetensors", "download that folder again"]),
+    (no_weights, ["model.safetensors", "download it again"]),
     (no_config, ["has no config.json", "merged into its model"]),
-    (no_tokenizer, ["its tokenizer", "download that folder again"]),
+    (no_tokenizer, ["its tokenizer", "download it again"]),
     (no_eos, ["no eos token", "tokenizer_config.json"]),
-    (cut_weights, ["weights cannot be used", "download that folder again"]),
+    (cut_weights, ["weights cannot be used", "download it again"]),
     (weight_left_out, ["1 weights are not in its files or", "model.layers.1.mlp.up_proj.weight", "download"]),
     (other_shapes, ["6 weights", "other shapes", "model.layers.0.mlp.down_proj.weight"]),
     (no_language_model, ["'t5' is no causal language model"]),
     (own_code, ["custom code", "is not run"]),
-    (no_json, ["config.json", "download that folder again"]),
+    (no_json, ["config.json", "download it again"]),
     (small_vocabulary, ["257 tokens, the model 200 embeddings"]),
     (infinite, ["model.layers.1.mlp.up_proj.weight holds NaN or Inf"]),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
