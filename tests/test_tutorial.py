@@ -217,16 +217,33 @@ def test_solution_passes_its_check_and_wrong_answers_fail(chapter, n):
     assert refused >= 1
 
 
-def test_exercises_run_as_programs(tmp_path):
-    """The solutions score 3 and exit with 0; a wrong or missing answer is named and exits with 1."""
-    chapter = CHAPTERS[0]
-    command = [sys.executable, TUTORIAL / "exercises" / f"{chapter.stem}.py"]
-    done = subprocess.run([*command, TUTORIAL / "solutions" / f"{chapter.stem}.py"],
-                          capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count(": right") == 3, done.stderr
-    (tmp_path / "mine.py").write_text("def answer_1(*args):\n    return None\n")
-    done = subprocess.run([*command, tmp_path / "mine.py"], capture_output=True, text=True)
-    assert done.returncode == 1 and "exercise 2: no answer_2" in done.stdout and ": right" not in done.stdout
+def graded(chapter, answers, capsys):
+    """(exit code, printed text) of the chapter's checker on a file of answers."""
+    with pytest.raises(SystemExit) as ended:
+        grade.main(vars(module_of(chapter, "exercises")), [str(answers)])
+    return int(ended.value.code), capsys.readouterr().out
+
+
+def test_checker_names_what_is_wrong_or_missing(tmp_path, capsys):
+    """The solutions score 3 and exit with 0; wrong, failing and missing answers are named and exit with 1."""
+    code, text = graded(CHAPTERS[0], TUTORIAL / "solutions" / f"{CHAPTERS[0].stem}.py", capsys)
+    assert code == 0 and text.count(": right") == 3
+    (tmp_path / "mine.py").write_text("def answer_1(*args):\n    return None\ndef answer_3(one):\n    pass\n")
+    code, text = graded(CHAPTERS[0], tmp_path / "mine.py", capsys)
+    assert code == 1 and ": right" not in text
+    for wanted in ("exercise 1: not yet. ", "exercise 2: no answer_2", "exercise 3: TypeError"):
+        assert wanted in text
+
+
+@pytest.mark.slow
+@each_chapter
+def test_exercises_run_as_the_chapter_says(chapter):
+    """python tutorial/exercises/NN_name.py FILE, from the root of the repository."""
+    command = f"python tutorial/exercises/{chapter.stem}.py my_answers.py"
+    assert command in chapter.read_text()
+    command = [sys.executable, *command.split()[1:2], f"tutorial/solutions/{chapter.stem}.py"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.count(": right") == 3, done.stdout + done.stderr
 
 
 # ---- Equations, links, numbers -----------------------------------------------------------------------------
@@ -246,6 +263,25 @@ def test_displayed_equations_name_their_check(chapter):
             assert re.search(rf"^def {test}\(", (ROOT / file).read_text(), re.M), f"no test {named[1]}"
         elif named[1]:
             assert any(named[1] in string for string in strings), f"{program.name} has no check {named[1]!r}"
+
+
+CONSTANTS = {"1.2e-38": "smallest normal float32", "1.4e-45": "smallest denormal", "1.2e-7": "spacing at 1"}
+MEASURED = re.compile(r"(?<![\w.])(\d+\.\d+(?:e[-+]?\d+)?|\d+e[-+]?\d+|\d+(?= ?%))")
+
+
+@each_chapter
+def test_numbers_in_prose_are_printed(chapter):
+    """Decimals, powers of ten and percentages occur in the program, its output or a file that the chapter
+    links to, are those of float32, or stand in a paragraph that names the paper."""
+    text = chapter.read_text()
+    linked = [chapter.parent / name for name in re.findall(r"\]\(([^)#\s:]+)\)", text)]
+    shown = [*FENCES.findall(text)]
+    shown += [path.read_text() for path in linked if path.suffix in (".md", ".json") and path.is_file()]
+    printed = {float(n) for part in [*shown, *CONSTANTS] for n in MEASURED.findall(part)}
+    prose = FENCES.sub("", re.sub(r"<!--.*?-->|\]\(.*?\)", "", text))
+    for paragraph in re.split(r"\n\s*\n", prose):
+        unknown = [n for n in MEASURED.findall(paragraph) if float(n) not in printed]
+        assert not unknown or "paper" in paragraph, f"{unknown} printed nowhere:\n{paragraph}"
 
 
 def slug(heading: str) -> str:

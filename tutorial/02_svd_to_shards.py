@@ -45,8 +45,8 @@ for i in range(K):
     randomized.append(torch.svd_lowrank(W, q=K * r, niter=2)[0])
 rough = overlap(randomized)
 shared = rough[:, cuts[-1]].square().sum() / r
-print(f"an svd_lowrank on every device: cosines between their components up to {rough.max():.2f}, "
-      f"{shared:.0%} of the last device's directions lie in the others'")
+print(f"an svd_lowrank on every device: their components have cosines up to {rough.max():.2f},")
+print(f"{shared:.0%} of the last device's directions lie in those of the others")
 check("overlap of slices of one exact SVD", overlap([U] * K), torch.zeros(K * r, K * r), atol=1e-12)
 
 
