@@ -62,7 +62,7 @@ def domain_ranks(data) -> dict:
 
 
 def versus(a: Arm, b: Arm) -> str:
-    """"behind LoRA r=2 (1.2 ± 0.1 against 1.1 ± 0.1)"."""
+    """"behind LoRA r=2 (mean ± deviation against mean ± deviation)"."""
     word = {"ahead": "ahead of", "behind": "behind", "level": "level with",
             "undecided": "undecided against"}[compare(a, b)]
     return f"{word} {name_of(b)} ({pm(a)} against {pm(b)})"
@@ -467,7 +467,8 @@ def page(data, figures: set) -> str:
         "## Methods, each at its best learning rate", "", f"{SHORT} steps.", "", *method_table(data, METHODS),
         "LoRA, PiSSA, DoRA and HiRA are PEFT's; MoRA is in `tutorial/baselines`. Trained numbers and "
         "optimizer "
-        "memory are one device's; constants are the A_i, B_i of all shards that each device keeps.", "",
+        "memory are one device's; constants are the A_i, B_i of all shards that each device keeps. "
+        + speed_text(data), "",
         *domain_table(data, METHODS), *picture("rate", "Held-out loss against the learning rate"),
         "## One learning rate for all", "", "Seed 0; bold: the best of the row.", "",
         *one_rate_table(data, METHODS), one_rate_text(data), "",
@@ -494,6 +495,15 @@ def page(data, figures: set) -> str:
         "## Not run", "", not_run(data), "",
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def speed_text(data) -> str:
+    if not data["speed"]:
+        return "Step times were not measured yet."
+    first = data["speed"][0]
+    return (f"Seconds a step: median of {first['steps']} steps on one thread, all K shards in turn in one "
+            f"process, "
+            f"load of the machine before it {first['load']:g} (`python tutorial/experiments/speed.py`).")
 
 
 def model_size(data) -> str:
