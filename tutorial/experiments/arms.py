@@ -65,21 +65,22 @@ ARMS = {
 DOMAINS = ("math", "code", "commonsense", "conversation")
 # Runs without a sweep: Fig. 1 per domain, Fig. 7's tail against lr and steps in both precisions.
 FIXED = {
-    "domains": [{"method": "full", "domain": d, "steps": 200, "lr": grid(i)}
+    "domains": [{"method": "full", "domain": d, "steps": 100, "batch": 32, "lr": grid(i)}
                 for d in DOMAINS for i in (2, 0)],
-    "tail": [hd(lr=lr, steps=steps, schedule="constant", dtype=dtype, rows=32)
+    "tail": [hd(lr=lr, steps=steps, batch=16, schedule="constant", dtype=dtype, rows=32)
              for lr in (2e-5, 2e-4, 2e-3, 2e-2) for steps in (25, 100) for dtype in ("float32", "float64")],
 }
 
 # Experiments in order of importance.
 EXPERIMENTS = {
-    "methods": ["hd", "lora", "pissa", "hd global", "full"],
+    "methods": ["hd", "lora", "pissa", "hd global"],
+    "tail": ["tail"],
+    "domains": ["domains"],
+    "full": ["full"],
     "equal parameters": ["pissa r=16"],
     "ablations": ["hd top", "hd lora init", "intermediate"],
-    "tail": ["tail"],
     "long": ["hd, long", "lora, long", "pissa, long"],
     "K": ["hd K=4", "hd K=1", "hd K=16", "hd K=2"],
-    "domains": ["domains"],
     "more methods": ["dora", "hira", "mora"],
     "aggregate": ["hd sum"],
     "beyond": ["global orthonormal muon", "global orthonormal", "global random", "hd interleaved"],
