@@ -19,6 +19,11 @@ COLOURS = {"full": "black", "lora": "tab:orange", "pissa": "tab:green", "hd": "t
            "hd global": "tab:red", "pissa r=16": "tab:olive"}
 
 
+def legend(ax, size: int):
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=size)
+
+
 def lengths(data, name: str) -> list:
     """(steps, arm) of the arm at every length of run that is there."""
     arms = [(SHORT, data[name])] + [(steps, data.get(f"{name}, {word}")) for steps, word in
@@ -33,7 +38,7 @@ def rate(ax, data):
         if sweep:
             ax.plot(sweep.keys(), sweep.values(), "o-", ms=3, color=colour, label=page.label(name))
     ax.set(xscale="log", xlabel="peak learning rate", ylabel="held-out loss (nats per response token)")
-    ax.legend(fontsize=7)
+    legend(ax, 7)
 
 
 def length(ax, data):
@@ -48,7 +53,7 @@ def length(ax, data):
         curve = arms[-1][1].first["curve"]
         ax.plot([c[0] for c in curve], [c[1] for c in curve], ":", lw=0.8, color=colour)
     ax.set(xscale="log", yscale="log", xlabel="steps of 64 rows", ylabel="held-out loss")
-    ax.legend(fontsize=7)
+    legend(ax, 7)
 
 
 def bars(ax, data, names):
@@ -82,7 +87,7 @@ def ranks(ax, data):
                     label=page.label(family).partition(" r=")[0])
     ax.set_xscale("log", base=2)
     ax.set(xlabel="r", ylabel="held-out loss, tuned")
-    ax.legend(fontsize=7)
+    legend(ax, 7)
 
 
 def spectrum(ax, data):
@@ -92,7 +97,7 @@ def spectrum(ax, data):
             S = data[name].first["spectrum"]["sigma"]
             ax.semilogy(range(1, len(S) + 1), [s / S[0] for s in S], color=colour, label=page.label(name))
     ax.set(xlabel="index", ylabel="singular value / largest", ylim=(1e-8, 2))
-    ax.legend(fontsize=7)
+    legend(ax, 7)
 
 
 def tail(ax, data):
@@ -104,7 +109,7 @@ def tail(ax, data):
             if points:
                 ax.loglog(*zip(*points), "o" + style, ms=3, color=colour, label=f"{dtype}, {steps} steps")
     ax.set(xlabel="learning rate", ylabel="beyond 2Kr: largest singular value / σ₁")
-    ax.legend(fontsize=7)
+    legend(ax, 7)
 
 
 def domains(ax, data):
@@ -116,7 +121,7 @@ def domains(ax, data):
                label=f"lr {lr:g}")
         ax.set_xticks([i + 0.17 for i in range(len(mine))], [d for d, _ in mine], fontsize=7)
     ax.set(ylabel="effective rank of ΔW, of 128")
-    ax.legend(fontsize=7)
+    legend(ax, 7)
 
 
 def mute(ax, data):
@@ -131,7 +136,7 @@ def mute(ax, data):
     if points:
         ax.loglog(*zip(*points), "k--", lw=0.8, label="logits")
     ax.set(xlabel="γ", ylabel="relative error")
-    ax.legend(fontsize=6)
+    legend(ax, 6)
 
 
 ABLATIONS = ("hd", "hd top", "hd lora init", "intermediate", "lora", "pissa")
