@@ -469,7 +469,9 @@ def run(args) -> dict:
             decompose=None if resumed else decompose, accumulate=args.export_lora)
     else:
         adapters = Baseline(model, args.method, args.rank, args.shards, args.targets, args.alpha, args.seed)
-    model = model.bfloat16() if args.dtype == "bfloat16" else model
+    if args.dtype == "bfloat16":
+        for p in model.parameters():    # but no buffers: from_pretrained leaves rotary frequencies float32
+            p.data = p.data.bfloat16()
     if args.shard_weights:
         shard_over_processes(model, device)
     report_layers(args, adapters, names)
