@@ -404,8 +404,9 @@ def test_sliders_of_K_and_r_change_the_figure(visit, folder):
 
     def state(K, r):
         full = compute.N
-        held = figure.locator("rect.held").count()
-        assert held == 2 * K                    # PiSSA's and HD-PiSSA's slice of every device
+        held = [float(rect.get_attribute("x")) for rect in figure.locator("rect.held").all()]
+        assert len(held) == 2 * K               # PiSSA's slices, then HD-PiSSA's
+        assert len(set(held[:K])) == 1 and held[K:] == sorted(set(held[K:]))
         text = figure.locator(".readout").inner_text()
         assert f"K = {K}, r = {r}." in text
         assert f"LoRA {r}, PiSSA {2 * r}, HD-PiSSA {min(2 * K * r, full)} of {full}" in text

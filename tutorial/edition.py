@@ -200,6 +200,8 @@ class Edition:
         self.chapters = sorted(HERE.glob("[0-9][0-9]_*.md"))
         self.titles = {path: title_of(path.read_text(), path.stem) for path in self.chapters}
         self.queue = [p for p in (HERE / "README.md", *self.chapters, HERE / "MAP.md") if p.is_file()]
+        contents = HERE / "README.md"
+        self.name = title_of(contents.read_text(), "Contents") if contents.is_file() else "Contents"
         self.first = set(self.queue)            # pages in the navigation; links of all others end with them
 
     def link(self, target: str, base: Path, own: bool) -> str | None:
@@ -256,13 +258,13 @@ class Edition:
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{html.escape(title)} - HD-PiSSA tutorial</title>
+<title>{html.escape(title)}</title>
 <link rel="icon" href="data:,">
 <link rel="stylesheet" href="edition.css">
 {scripts}</head>
 <body>
 <a class="skip" href="#main">Skip to the text</a>
-<header><a href="index.html">HD-PiSSA, read along</a>
+<header><a href="index.html">{html.escape(self.name)}</a>
 <details class="menu"><summary>Chapters</summary><nav aria-label="Chapters"><ul>{items}</ul></nav></details>
 </header>
 <main id="main">
