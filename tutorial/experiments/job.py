@@ -33,7 +33,7 @@ SOURCES = ("hd_pissa.py", "train.py", "data/prepare.py", "data/evaluate.py", "da
 RUNNER = ("tutorial/experiments/job.py", "tutorial/baselines/plain.py", "tutorial/baselines/mora.py",
           "tutorial/baselines/intermediate.py", "tutorial/baselines/bases.py")
 
-EVALUATIONS = 8         # on the way, the last one at the end
+EVALUATIONS = 5         # on the way, the last one at the end
 
 
 def file_hash(names) -> str:
