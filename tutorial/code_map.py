@@ -6,7 +6,7 @@
 Nothing is entered by hand. Equations are those that hd_pissa.py cites from the paper, in a comment or a
 docstring, such as "dU_i = dA_i B_i + ...     (section 4.2)" or "g_B = s (X A_i)^T dY     (4.3)". Functions
 and their lines come from the syntax tree, headings from the banners "# ---- Heading ----". A chapter is named
-where it shows the function as an excerpt or, if none does, where it names it.
+where it shows the function as an excerpt or, if none does, where its prose names it.
 """
 
 import argparse
@@ -83,21 +83,24 @@ def equations(lines: list[str], found: list[Item]) -> list[Equation]:
             text = re.sub(r"^(hd_pissa|top|lora) +", "", text)  # the choice that an equation stands beside
             first, last = item.first, item.last
             if not inside:
-                first = number
-                last = min((node for node in statements if node.lineno > number),
-                           key=lambda node: node.lineno).end_lineno
+                first, below = number, [node for node in statements if node.lineno > number]
+                below.sort(key=lambda node: node.lineno)
+                last = below[0].end_lineno
+                if isinstance(below[0], ast.If) and isinstance(below[0].body[-1], ast.Return):
+                    last = next(node for node in below if node.lineno > last).end_lineno    # the other case
             result.append(Equation(text, paper, first, last, item.name))
     return sorted(result, key=lambda e: (e.first, e.last))
 
 
 def chapters_of(name: str, texts: dict[str, str]) -> list[str]:
-    """Chapters, {file name: text}, that show `name` as an excerpt; if none does, those that name it."""
+    """Chapters, {file name: text}, with an excerpt of `name`; if none has, those whose prose names it."""
     owner, short = name.split(".")[0], name.split(".")[-1]
     shown = re.compile(rf"<!-- excerpt: hd_pissa\.py:({re.escape(name)}(\.\w+)?|{owner}) ")
     named = re.compile(rf"`(hd_pissa\.|adapters\.|Adapters\.)?{re.escape(name)}\b|"
                        rf"(hd_pissa|adapters|Adapters)\.{re.escape(short)}\b")
+    prose = {file: re.sub(r"^```.*?^```", "", text, flags=re.M | re.DOTALL) for file, text in texts.items()}
     for pattern in (shown, named):
-        if hits := [file for file, text in texts.items() if pattern.search(text)]:
+        if hits := [file for file, text in prose.items() if pattern.search(text)]:
             return hits
     return []
 
