@@ -185,7 +185,9 @@ def cell(kind: str, text: str, number: int) -> dict:
 
 def notebook(chapter: Path) -> dict:
     """A chapter as a notebook: prose, and its program in cells split at `# %%`."""
-    parts = [("code", "import sys\n\nsys.path.insert(0, \"..\")  # the folder of the tutorial")]
+    program = chapter.with_suffix(".py")
+    first = f"import sys\n\nsys.path.insert(0, '..')  # where lesson.py is\n__file__ = '../{program.name}'"
+    parts = [("code", first)]
     text, end = chapter.read_text(), 0
     for found in BLOCK.finditer(text):
         if found[1] != "program":
