@@ -331,6 +331,30 @@ def own_rows(weight: torch.Tensor) -> tuple[torch.Tensor, slice]:
     return local, slice(start, start + local.shape[0])
 
 
+def shard_over_processes(model: nn.Module, device: torch.device) -> None:
+    """FSDP2 over all processes: one unit for each block of layers, one for the rest."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    if hd_pissa.world_size() == 1:
+        raise ValueError("--shard_weights needs several processes; start them with torchrun")
+    mesh = init_device_mesh(device.type, (hd_pissa.world_size(),))
+    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(weight: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor:
+    """A weight as one plain tensor on every process, with its low half if it has one."""
+    local, _ = own_rows(weight.detach())
+    local = local if low is None else join(local, low)
+    if not hasattr(weight, "to_local"):
+        return local
+    from torch.distributed.tensor import DTensor
+    return DTensor.from_local(local, weight.device_mesh, weight.placements, shape=weight.shape,
+                              stride=weight.stride()).full_tensor()
+
+
 def reshard(model: nn.Module) -> None:
     """Let go of the whole weights that FSDP2 has gathered for a forward."""
     for module in model.modules():

@@ -330,32 +330,6 @@ def start_processes(args) -> torch.device:
     return device
 
 
-def shard_over_processes(model: nn.Module, device: torch.device) -> None:
-    """FSDP2 over all processes: one unit for each block of layers, one for the rest."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    if hd_pissa.world_size() == 1:
-        raise ValueError("--shard_weights needs several processes; start them with torchrun")
-    mesh = init_device_mesh(device.type, (hd_pissa.world_size(),))
-    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def whole(weight: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor:
-    """A weight as one plain tensor on every process, with its low half if it has one."""
-    local = weight.detach()
-    if hasattr(weight, "to_local"):
-        local = local.to_local()
-    local = local if low is None else hd_pissa_extra.join(local, low)
-    if not hasattr(weight, "to_local"):
-        return local
-    from torch.distributed.tensor import DTensor
-    return DTensor.from_local(local, weight.device_mesh, weight.placements, shape=weight.shape,
-                              stride=weight.stride()).full_tensor()
-
-
 def fit(args, config, model, adapters, optimizer, rows, start, extra, device, examine) -> None:
     """Train from step `start` with a log line a step and checkpoints; a signal ends it after a step's end."""
     out, caught, saved = Path(args.out), [], time.monotonic()
@@ -473,7 +447,7 @@ def run(args) -> dict:
         for p in model.parameters():    # but no buffers: from_pretrained leaves rotary frequencies float32
             p.data = p.data.bfloat16()
     if args.shard_weights:
-        shard_over_processes(model, device)
+        hd_pissa_extra.shard_over_processes(model, device)
     report_layers(args, adapters, names)
     optimizer = torch.optim.AdamW(adapters.parameters(), args.lr, weight_decay=0.0, foreach=True)
     start = 0
@@ -504,7 +478,8 @@ def run(args) -> dict:
     if args.shard_weights:
         model.reshard()
     report_losses(extra["before"], after)
-    after_training = {name: whole(model.get_parameter(name + ".weight"), lows.get(name)) for name in watched}
+    after_training = {name: hd_pissa_extra.whole(model.get_parameter(name + ".weight"), lows.get(name))
+                      for name in watched}
     spectra = report_rank(args, watched, after_training)
     result = {"before": extra["before"], "after": after, "effective_rank": spectra, "eval": exams}
     if args.export_lora:
@@ -527,7 +502,7 @@ def export(args, adapters, sums: dict, folder: Path) -> float:
 
 
 def save(out: Path, model, tokenizer, result) -> None:
-    state = {name: whole(tensor) for name, tensor in model.state_dict().items()}
+    state = {name: hd_pissa_extra.whole(tensor) for name, tensor in model.state_dict().items()}
 
     def write():
         if hd_pissa.rank() > 0:

@@ -16,6 +16,7 @@ import torch
 from spawned import spawn
 
 import hd_pissa
+import hd_pissa_extra
 import train
 from data import answers, evaluate
 from data.rows import read_rows
@@ -269,7 +270,7 @@ def ask_there():
         model = MODELS[kind]()
         rows = rows_of(model, 5)
         answers.append(ask(model, rows))
-        train.shard_over_processes(model, torch.device("cpu"))
+        hd_pissa_extra.shard_over_processes(model, torch.device("cpu"))
         answers.append(ask(model, rows))
     return answers
 
