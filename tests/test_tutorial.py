@@ -264,7 +264,7 @@ def test_displayed_equations_name_their_check(chapter):
             assert any(named[1] in string for string in strings), f"{program.name} has no check {named[1]!r}"
 
 
-CONSTANTS = {"1.2e-38": "smallest normal float32", "1.4e-45": "smallest denormal", "1.2e-7": "spacing at 1"}
+CONSTANTS = "1.2e-38", "1.4e-45", "1.2e-7", "3.4e38"  # float32: least normal, least, spacing at 1, largest
 MEASURED = re.compile(r"(?<![\w.])(\d+\.\d+(?:e[-+]?\d+)?|\d+e[-+]?\d+|\d+(?= ?%))")
 
 
@@ -273,12 +273,12 @@ def test_numbers_in_prose_are_printed(chapter):
     """Decimals, powers of ten and percentages occur in the program, its output or a file that the chapter
     links to, are those of float32, or stand in a paragraph that names the paper."""
     text = chapter.read_text()
-    linked = [chapter.parent / name for name in re.findall(r"\]\(([^)#\s:]+)\)", text)]
-    shown = [*FENCES.findall(text)]
-    shown += [path.read_text() for path in linked if path.suffix in (".md", ".json") and path.is_file()]
+    linked = {(chapter.parent / name).resolve() for name in re.findall(r"\]\(([^)#\s:]+)\)", text)}
+    shown = [path.read_text() for path in linked - {*CHAPTERS} if path.suffix in (".md", ".json")]
+    shown += FENCES.findall(text)
     printed = {float(n) for part in [*shown, *CONSTANTS] for n in MEASURED.findall(part)}
     prose = FENCES.sub("", re.sub(r"<!--.*?-->|\]\(.*?\)", "", text))
-    for paragraph in re.split(r"\n\s*\n", prose):
+    for paragraph in re.split(r"\n\s*\n|\n(?=\d+\. |- )", prose):
         unknown = [n for n in MEASURED.findall(paragraph) if float(n) not in printed]
         assert not unknown or "paper" in paragraph, f"{unknown} printed nowhere:\n{paragraph}"
 
