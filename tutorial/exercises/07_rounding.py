@@ -52,7 +52,7 @@ def check_3(answer):
     g = torch.Generator().manual_seed(0)
     W = torch.cat((torch.randn(40, generator=g), torch.tensor([1.0, -2.0])))
     draws = torch.stack([answer(W.clone(), torch.Generator().manual_seed(i)) for i in range(1500)])
-    assert draws.dtype == torch.bfloat16, "return bfloat16"
+    assert draws.dtype == torch.bfloat16, "every draw is to be a bfloat16 tensor"
     down = (W.view(torch.int32) >> 16 << 16).view(torch.float32).double()          # toward zero
     unit = 2.0 ** (torch.frexp(W.double()).exponent - 8.0)
     steps = (draws.double() - down) * W.sign() / unit

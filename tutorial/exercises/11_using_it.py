@@ -21,7 +21,9 @@ class Block(nn.Module):
 def check_1(answer):
     """Oracle: what attach then adapts, by name."""
     model = nn.Sequential(Block(), Block())
-    adapters = hd_pissa.attach(model, 1, targets=answer([name for name, _ in model.named_modules()]))
+    targets = answer([name for name, _ in model.named_modules()])
+    assert isinstance(targets, list | str), "return a list of name suffixes, as `targets` of attach"
+    adapters = hd_pissa.attach(model, 1, targets=targets)
     got = sorted({name.rsplit(".shard", 1)[0] for name, _ in adapters.named_parameters()})
     wanted = sorted(f"{i}.{name}" for i in range(2) for name in ("q_proj", "v_proj"))
     assert got == wanted, f"these targets adapt {', '.join(got)}; wanted are {', '.join(wanted)}"
