@@ -88,7 +88,8 @@ class Page(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.links, self.loads, self.ids, self.open, self.pre, self.text = [], [], [], [], [], ""
+        self.links, self.loads, self.ids, self.open, self.pre, self.images = [], [], [], [], [], []
+        self.text = ""
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -97,6 +98,8 @@ class Page(html.parser.HTMLParser):
             self.open.append(tag)
         if tag == "pre":
             self.pre.append("")
+        if tag == "img":
+            self.images.append(attributes.get("src"))
         if tag == "a" and "href" in attributes:
             self.links.append(attributes["href"])
         elif tag != "a":
@@ -167,6 +170,7 @@ def test_every_chapter_has_a_page_and_every_page_leads_to_all(pages):
         page = pages[chapter.stem + ".html"]
         assert title in page.text
         assert {c.stem + ".html" for c in CHAPTERS} | {"index.html"} <= set(page.links)
+        assert page.images and None not in page.images, f"{chapter.name}: a figure is missing"
     assert "map.html" in pages
 
 
