@@ -51,7 +51,7 @@ def draw_spectra(axes):
         axes.semilogy(range(1, len(s) + 1), (s / s[0]).clamp(min=1e-12), "o-", markersize=3, label=name)
     for x, text in ((r, "r"), (2 * r, "2r")):
         axes.axvline(x, color="0.8", zorder=0)
-        axes.text(x + 0.2, 1e-5, text)
+        axes.text(x - 0.15, 1e-5, text, ha="right")
     axes.set(xlabel="index of the singular value", ylabel="relative to the largest (below 1e-12: 1e-12)")
     axes.legend()
 
