@@ -54,7 +54,7 @@ class File:
         with open(path, "rb") as file:
             head = file.read(1 << 16).removeprefix(b"\xef\xbb\xbf").lstrip()
         self.is_list = head.startswith(b"[")
-        self.identity = {"file": Path(path).name, "digest": digest(Path(path))}
+        self.identity = {"file": Path(path).name, "digest": digest(Path(path)), "names": names}
         self.total = None
 
     def lines(self, start: int):
@@ -90,8 +90,9 @@ class File:
                     raise json.JSONDecodeError("a comma before ]", text, at)
             elif sign != "]":
                 raise json.JSONDecodeError("neither , nor ] after a row", text, at)
-        if skip(at + 1)[1]:
-            raise json.JSONDecodeError("text after the list", text, at + 1)
+        end, sign = skip(at + 1)
+        if sign:
+            raise json.JSONDecodeError("text after the list", text, end)
 
     def rows(self, start: int = 0):
         line = 0
@@ -127,11 +128,12 @@ class Hub:
             raise ValueError(f"{name}: reading {entry.hub} needs the datasets library: pip install -r "
                              f"requirements-extra.txt; or give {files}") from None
         remedy = f"download it where there is a network, copy it here and give {files}"
-        if not models.reachable():          # asked once: the library would try for half a minute
+        why = "the hub answers, but not with this set"
+        try:                    # asked once: the library itself would ask for half a minute
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=10)
+        except Exception:       # of requests or httpx, by the version, or HF_HUB_OFFLINE=1
             datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
-            why = "the hub cannot be reached and its cache here has no copy"
-        else:
-            why = "the hub answers, but not with this set"
+            why = "the hub cannot be reached, and its cache here has no copy"
         datasets.utils.logging.set_verbosity_error()
         with models.one_line(f"{name}: {entry.hub}: {why}", remedy):
             self.data = datasets.load_dataset(entry.hub, entry.config, split="train", revision=entry.revision)
