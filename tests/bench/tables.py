@@ -1,0 +1,86 @@
+"""Put what the bench scripts measured into README.md: each table is made from a JSON file.
+
+    python tests/bench/tables.py                   # after step.py, parts.py, network.py or stress.py
+    python tests/bench/tables.py --check           # changes nothing, fails where README.md is behind
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TARGETS = {512: (1.08, 0.92, 0.92, 0.48, 0.76), 2048: (1.05, 0.92, 0.92, 0.48, 0.76)}
+
+
+def table(head, rows) -> str:
+    """A Markdown table; numbers with three significant digits."""
+    def cell(v):
+        if not isinstance(v, (int, float)):
+            return "" if v is None else str(v)
+        return f"{v:.3g}" if abs(v) < 1000 else f"{v:,.0f}"
+
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell(v) for v in line) + " |" for line in lines)
+
+
+def step(result) -> str:
+    variants = result["shape"]["variants"]
+    rows = []
+    for tokens, seconds in result["seconds"].items():
+        rows.append([f"{tokens} tokens, s a step", *(seconds[v] for v in variants)])
+        ours = seconds["hd_pissa"]
+        rows.append([f"{tokens} tokens, hd_pissa over it", *(ours / seconds[v] for v in variants)])
+        names = ("frozen", "lora", "pissa", "published", "full")
+        wanted = dict(zip(names, TARGETS.get(int(tokens), ())))
+        rows.append([f"{tokens} tokens, wanted at most", *(wanted.get(v) for v in variants)])
+    peak = result["peak"]
+    rows.append(["peak memory, MiB", *(peak[v] for v in variants)])
+    rows.append(["hd_pissa over it", *(peak["hd_pissa"] / peak[v] for v in variants)])
+    return f"{result['device']}, torch {result['torch']}\n\n" + table(["", *variants], rows)
+
+
+def network(result) -> str:
+    return f"{result['title']}\n\n" + table(result["columns"], result["rows"])
+
+
+def stress(result) -> str:
+    names = {"processes": "processes", "kills": "kills", "in_save": "inside a save", "resumed": "resumed",
+             "bit_identical": "bit-identical", "seconds_per_save": "s a save", "megabytes": "MB a save"}
+    row = [("yes" if v else "no") if isinstance(v := result[k], bool) else v for k in names]
+    return table(list(names.values()), [row])
+
+
+def tables() -> dict[str, str]:
+    """{marker: text} of all that has been measured."""
+    made = {name: function(json.loads((HERE / f"{name}.json").read_text()))
+            for name, function in (("step", step), ("network", network), ("stress", stress))}
+    for name, part in json.loads((HERE / "parts.json").read_text()).items():
+        made[f"parts {name}"] = table(part["columns"], part["rows"])
+    return made
+
+
+def filled(text: str) -> str:
+    """README.md with every block between <!-- NAME --> and <!-- end --> made anew."""
+    made = tables()
+
+    def block(match):
+        if match[1] not in made:
+            raise ValueError(f"README.md asks for {match[1]!r}; there are {', '.join(made)}")
+        return f"<!-- {match[1]} -->\n\n{made[match[1]]}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w[\w ]*) -->\n.*?<!-- end -->", block, text, flags=re.S)
+
+
+def main(argv) -> int:
+    path = HERE / "README.md"
+    text = path.read_text()
+    new = filled(text)
+    if argv == ["--check"]:
+        return int(new != text)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
