@@ -47,15 +47,17 @@ def main() -> None:
             start = time.perf_counter()
             result = train.main([*shlex.split(real), "--model", args.model, "--out", out,
                                  "--threads", str(args.threads)])  # fmt: skip
-        row = {"flags": flags, "data": data, "method": method, "lr": lr, "before": result["before"]["all"]["loss"],
-               "after": result["after"]["all"]["loss"], "minutes": (time.perf_counter() - start) / 60}
+        before, after = (result[when]["all"]["loss"] for when in ("before", "after"))
+        row = {"flags": flags, "data": data, "method": method, "lr": lr, "before": before, "after": after,
+               "minutes": (time.perf_counter() - start) / 60}  # fmt: skip
         done.append(row)
         path.write_text(json.dumps(done, indent=1) + "\n")
         return row
 
     better = {}
     for method, rates in RATES.items():
-        better[method] = min((run("gsm8k_train.jsonl", method, lr) for lr in rates), key=lambda row: row["after"])
+        rows = [run("gsm8k_train.jsonl", method, lr) for lr in rates]
+        better[method] = min(rows, key=lambda row: row["after"])
     for method in RATES:
         run("commonsense_train_5k.jsonl", method, better[method]["lr"])
     for row in done:
