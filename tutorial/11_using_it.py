@@ -10,7 +10,7 @@ from lesson import check, save_figure
 
 import hd_pissa
 
-K, R, LR, STEPS, CLIP = 4, 2, 2e-2, 60, 0.5
+K, R, LR, STEPS, CLIP = 4, 2, 2e-2, 60, 0.1
 
 
 def net():
