@@ -4,6 +4,7 @@
     python data/prepare.py metamathqa --model DIR                           # from the hub
     python data/prepare.py metamathqa --model DIR --from MetaMathQA-395K.json
     python data/prepare.py multitask --model DIR --from boolq=boolq.jsonl   # the other ten from the hub
+    python data/prepare.py commonsense --model DIR --from mix.json          # one file of finished text
     python data/prepare.py rows --model DIR --from own.jsonl --fields instruction=question,response=answer
     python train.py --model DIR --data prepared/metamathqa
 
@@ -34,7 +35,7 @@ import hd_pissa
 from data import models
 from data.checkpoint import alone, digest, sync
 from data.rows import FORMAT, INDEX, encode, hold_out, identity, pack, read_rows, step_batches  # noqa: F401
-from data.sets import MIXES, SETS, Dropped, as_in_paper, conversion, in_thousands
+from data.sets import MIXES, SETS, Dropped, as_in_paper, conversion, in_thousands, paper_rows
 from data.tokenizer import GPTTokenizer
 from hd_pissa_extra import say
 
@@ -178,7 +179,7 @@ def converted(rows, name: str, fields: dict, convert, counts: dict):
         if isinstance(result, Dropped):
             counts["dropped"][result] = counts["dropped"].get(result, 0) + 1
             continue
-        domain = raw.get("domain", "all") if name == "rows" else name
+        domain = raw.get("domain") if name == "rows" or name in MIXES else name
         yield *result, domain if isinstance(domain, str) else "all"
 
 
@@ -244,7 +245,7 @@ def assemble(whole: Path, parts: list[tuple[str, Path]], settings: dict, dtype, 
             index["domain"] = np.array(numbers or [0], "<u2")[index["domain"]]
             start += len(tokens)
             indices.append(index)
-            total = sets.setdefault(name, {"read": 0, "kept": 0, "dropped": {}, "paper": SETS[name].paper})
+            total = sets.setdefault(name, {"read": 0, "kept": 0, "dropped": {}, "paper": paper_rows(name)})
             total["read"] += counts["read"]
             total["kept"] += len(index)
             for reason, count in counts["dropped"].items():
@@ -340,8 +341,7 @@ def list_sets() -> None:
         paper = in_thousands(s.paper) if s.paper else ""
         say(f"{name:13} {paper:>5}  {source:45} {', '.join(s.fields)}")
     for name, parts in MIXES.items():
-        total = sum(SETS[part].paper for part in parts)
-        say(f"{name:13} {round(total / 1000):>4}K  {' + '.join(parts)}")
+        say(f"{name:13} {in_thousands(paper_rows(name)):>5}  {' + '.join(parts)}")
 
 
 def load_tokenizer(model: str, tokenizer: str | None):
@@ -359,11 +359,12 @@ def open_sources(name: str, given: list[str], fields: str | None) -> dict:
         part, sign, path = text.partition("=")
         part, path = (part, path) if sign and part in SETS else (name, text)
         if part == name in MIXES:
-            raise ValueError(f"--from {text}: {name} has {len(parts)} parts; say which one this is: --from "
-                             f"{parts[0]}={text}")
+            if files:
+                raise ValueError(f"--from {text}: one file for a whole mix, or its parts, {parts[0]}=FILE")
+            parts = [name]
         if part not in parts or part in files:
             raise ValueError(f"--from {text}: " + ("given twice" if part in files else
-                                                   f"{part} is no part of {name}"))
+                                                   f"{part} is no part of {', '.join(parts)}"))
         files[part] = path
     names = {}
     for item in fields.split(",") if fields else ():
@@ -371,10 +372,10 @@ def open_sources(name: str, given: list[str], fields: str | None) -> dict:
         if not (ours and sign and theirs):
             raise ValueError(f"--fields {fields}: give pairs, OURS=FILE'S, such as response=answer")
         names[ours] = theirs
-    if names and (name in MIXES or not files):
+    if names and (parts != [name] or not files):
         raise ValueError("--fields names the columns of one --from file; prepare that part alone, then train "
                          "on a list: --data prepared/a,prepared/b")
-    known = {"instruction", "response", *SETS[parts[0]].fields}
+    known = {"instruction", "response", *(SETS[name].fields if name in SETS else ())}
     if other := sorted(set(names) - known):
         raise ValueError(f"--fields {fields}: {other[0]!r} is no field of {name}; it has "
                          f"{', '.join(sorted(known))}")
@@ -386,7 +387,7 @@ def open_sources(name: str, given: list[str], fields: str | None) -> dict:
         try:
             source.how = conversion(part, row)
         except KeyError:
-            missing = [field for field in SETS[part].fields if field not in row]
+            missing = [field for field in SETS.get(part, SETS["rows"]).fields if field not in row]
             pairs = ",".join(f"{field}=FIELD" for field in missing)
             raise ValueError(f"{where}: no {', '.join(missing)} in this row (it has "
                              f"{', '.join(map(str, list(row)[:8]))}); name the file's own: --fields {pairs} "
@@ -403,7 +404,8 @@ def main(argv=None) -> dict | None:
     p.add_argument("--model", default="scratch", help="as train.py's: its tokenizer makes the tokens")
     p.add_argument("--tokenizer", help="as train.py's, of the small GPT; None: data/'s")
     p.add_argument("--from", dest="files", action="append", default=[], metavar="[SET=]FILE",
-                   help="JSONL or JSON in place of the public source; in a mix, of the part SET")
+                   help="JSONL or JSON in place of the public source; for a mix, of its part SET, or of all "
+                   "in one file of instruction and response")
     p.add_argument("--fields", help="OURS=FILE'S,...: the columns of --from that hold what --list names")
     p.add_argument("--out", help="folder to write; None: prepared/NAME")
     p.add_argument("--seed", type=int, default=0, help="of the order of the rows")

@@ -133,7 +133,12 @@ MIXES = {"commonsense": COMMONSENSE, "multitask": ["metamathqa", "codefeedback",
 
 def in_thousands(rows: int) -> str:
     """As table 6 prints it: 395K, 9.4K."""
-    return f"{rows / 1000:.1f}K" if rows < 100_000 and rows % 1000 or rows < 10_000 else f"{rows // 1000}K"
+    return f"{rows / 1000:.1f}K" if rows < 100_000 else f"{rows / 1000:.0f}K"
+
+
+def paper_rows(name: str) -> int | None:
+    """Rows of a set in table 6, of a mix in all."""
+    return sum(SETS[part].paper for part in MIXES[name]) if name in MIXES else SETS[name].paper
 
 
 def as_in_paper(rows: int, paper: int) -> bool:
@@ -151,10 +156,10 @@ def plain(raw):
 def conversion(name: str, keys) -> tuple[dict, object, str]:
     """(fields, conversion, what was taken) for rows of set `name` with these keys; KeyError if none fits.
 
-    The set's own fields are looked for first, then those of instruction data.
+    The set's own fields are looked for first, then those of instruction data, as a file of a whole mix has.
     """
-    entry = SETS[name]
-    if set(entry.fields) <= set(keys):
+    entry = SETS.get(name)
+    if entry and set(entry.fields) <= set(keys):
         return entry.fields, entry.convert, f"template of {name}: {', '.join(entry.fields)}"
     for answer in ("response", "output"):
         if {"instruction", answer} <= set(keys):

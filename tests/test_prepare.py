@@ -263,6 +263,15 @@ def test_a_mix_keeps_its_parts_apart(tmp_path, monkeypatch):
     assert [d for *_, d in got] != sorted(d for *_, d in got)
 
 
+def test_one_finished_file_for_a_mix(tmp_path, capsys):
+    """Rows name their own domain or none; the count is compared with the whole mix."""
+    some = [{**row, "output": row["response"]} for row in embedded(6)]
+    del some[0]["domain"]
+    prepare.main(["commonsense", "--from", jsonl(tmp_path / "a.jsonl", some), "--out", str(tmp_path / "out")])
+    assert sorted(by_hand(tmp_path / "out")) == sorted(expected(some, GPTTokenizer()))
+    assert "148K  0; not the paper's" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name, file, fields", [
     ("metamathqa", "gsm8k_test", "query=instruction"), ("rows", "humaneval", None),
     ("codefeedback", "mbpp", "query=instruction,answer=response"), ("boolq", "commonsense_test_boolq", None),
@@ -384,6 +393,26 @@ def test_what_begins_anew_and_what_is_refused(tmp_path, monkeypatch, capsys):
         prepare.main([*command[:-1], str(tmp_path / "mine")])
     assert "something else already" in capsys.readouterr().err
     assert files_of(tmp_path / "mine") == {"thesis": b"x"}
+
+
+def test_a_full_disk(tmp_path, monkeypatch, capsys):
+    """The third part cannot be written: one line, nothing under --out; with room the same command goes on."""
+    monkeypatch.setattr(prepare, "PART", 50)
+    command = ["rows", "--from", jsonl(tmp_path / "a.jsonl", embedded(170)), "--out", str(tmp_path / "out")]
+    sync, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        sync(handle)
+
+    monkeypatch.setattr(prepare.os, "fsync", full)
+    assert "No space left on device" in (line := refused(command, capsys)) and "it goes on" in line
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(prepare.os, "fsync", sync)
+    prepare.main(command)
+    assert "going on after 2 parts" in capsys.readouterr().out and len(by_hand(tmp_path / "out")) == 170
 
 
 # ---- Lists of sources --------------------------------------------------------------------------------------
@@ -662,8 +691,10 @@ def test_a_row_of_another_shape(tmp_path, capsys):
 COMMANDS = {
     "metamath": ["metamath: unknown set", "did you mean metamathqa?", "--list"],
     "": ["no name", "metamathqa"],
-    "multitask --from FILE": ["11 parts", "--from metamathqa="],
-    "commonsense --from wizardlm=FILE": ["wizardlm is no part of commonsense"],
+    "multitask --from FILE": ["no instruction, response in this row", "instruction=FIELD,response=FIELD"],
+    "commonsense --from wizardlm=FILE": ["wizardlm is no part of boolq, piqa"],
+    "commonsense --from FILE --from boolq=FILE": ["boolq is no part of commonsense"],
+    "commonsense --from boolq=FILE --from FILE": ["one file for a whole mix, or its parts, boolq=FILE"],
     "boolq --from boolq=FILE --from FILE": ["given twice"],
     "rows": ["rows of your own", "--from FILE"],
     "boolq --from FILE --fields question": ["give pairs"],
