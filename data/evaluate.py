@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -210,7 +211,8 @@ def examiner(args, sets, tokenizer, context: int, device):
                 (out / "answers" / f"{name}.step_{step}.jsonl").write_text("".join(
                     json.dumps({"answer": row["answer"], **answer}) + "\n"
                     for row, answer in zip(sets[name], said)))
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept + lines))
+            path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in kept + lines))
+            os.replace(path.with_suffix(".tmp"), path)          # a kill leaves the old lines or the new
             return kept + lines
 
         return json.loads(hd_pissa_extra.gather_text(json.dumps(hd_pissa_extra.everywhere(write)))[0])

@@ -144,7 +144,7 @@ def test_answers_of_real_sets(real_dir):
 @pytest.mark.parametrize("program, passed", [
     ("x = 1\nassert x == 1", True), ("assert 1 == 2", False), ("def f(:", False),
     ("raise SystemExit(0)", False), ("import os\nos._exit(0)", False), ("while True: pass", False),
-    ("x = ' ' * (3 << 30)", False),
+    ("import mmap\nmmap.mmap(-1, 3 << 30)", False),
     ("import sys\nassert not sys.stdin.read()\nprint('x' * 10**6)", True),
     ("import os\nassert 'HD_PISSA_SECRET' not in os.environ and not os.listdir('.') == []", True),
     ("open('big', 'wb').write(b' ' * (2 << 20))", False),
@@ -367,15 +367,15 @@ def test_command_line(tmp_path, capsys):
     assert all(torch.equal(plain[name], tensor) for name, tensor in trained.state_dict().items())
     assert not (tmp_path / "plain" / "eval.jsonl").exists()
 
-    # A run in the folder of an older one starts its files anew; one that goes on has a whole run's lines.
-    def stopping(*args, fit=hd_pissa.train, **kwargs):
-        for record in fit(*args, **kwargs):
-            yield record
-            if record["step"] == 3:
-                raise ValueError("stopped here")
+    # A run in the folder of an older one starts its files anew. One that goes on, here from step 1 because
+    # step 2 was evaluated but not saved, ends with the lines of a whole run.
+    def stopping(folder, step, *rest, save=train.checkpoint.save):
+        if step == 2:
+            raise ValueError("stopped here")
+        save(folder, step, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hd_pissa, "train", stopping)
+        patch.setattr(train.checkpoint, "save", stopping)
         with pytest.raises(SystemExit):
             train.main([*common, *asking, "--save_every", "1", "--resume", "never", "--out", str(out)])
     steps = [json.loads(line)["step"] for line in (out / "eval.jsonl").read_text().splitlines()]
