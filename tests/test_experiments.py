@@ -224,7 +224,7 @@ def test_unknown_settings_are_refused():
         arms.complete({"method": "lora", "lr": 1e-3, "aggregate": "sum"})
 
 
-FAST = ["methods", "full", "ablations", "more methods"]
+FAST = ["methods", "ablations", "more methods"]
 
 
 def check_quick(out, names):

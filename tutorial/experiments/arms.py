@@ -27,7 +27,7 @@ def hd(**kw) -> dict:
 
 SEEDS = (0, 1, 2)
 GLOBAL = dict(gradients="global", aggregate="sum")
-SHORT, MEDIUM, LONG = 120, 400, 800       # steps of 64 rows; an epoch is 118
+SHORT, MEDIUM, LONG = 120, 240, 480       # steps of 64 rows; an epoch is 118
 
 # An arm: configuration without lr and seed, index of the first guess in the grid, number of rates (5).
 # The guesses for hd_pissa, pissa, lora and full are the sweep in data/README.md; others were guessed by size.
@@ -57,8 +57,8 @@ ARMS = {
     **{f"pissa r={r}": ({"method": "pissa", "r": r}, 4 if r < 8 else 3) for r in (1, 4, 8, 32, 64)},
     **{f"{name}, {length}": (config | {"steps": steps}, guess, 3 if steps == LONG else 5)
        for length, steps in (("medium", MEDIUM), ("long", LONG)) for name, config, guess in (
-        ("hd", hd(), 4), ("lora", {"method": "lora", "r": 2}, 5), ("pissa", {"method": "pissa", "r": 2}, 4),
-        ("hd global", hd(**GLOBAL), 3), ("full", {"method": "full"}, 2),
+        ("hd", hd(), 4), ("lora", {"method": "lora", "r": 2}, 4), ("pissa", {"method": "pissa", "r": 2}, 4),
+        ("hd global", hd(**GLOBAL), 2), ("full", {"method": "full"}, 2),
         ("pissa r=16", {"method": "pissa", "r": 16}, 3))},
 }
 
@@ -73,18 +73,17 @@ FIXED = {
 
 # Experiments in order of importance.
 EXPERIMENTS = {
-    "methods": ["hd", "lora", "pissa", "hd global"],
-    "tail": ["tail"],
+    "methods": ["hd", "lora", "pissa", "hd global", "full"],
     "equal parameters": ["pissa r=16"],
-    "full": ["full"],
+    "tail": ["tail"],
     "domains": ["domains"],
     "ablations": ["hd top", "hd lora init", "intermediate"],
     "long": ["hd, long", "lora, long", "pissa, long"],
     "K": ["hd K=4", "hd K=1", "hd K=16", "hd K=2"],
     "more methods": ["dora", "hira", "mora"],
+    "long global": ["hd global, long", "pissa r=16, long", "full, long"],
     "aggregate": ["hd sum"],
     "beyond": ["global orthonormal muon", "global orthonormal", "global random", "hd interleaved"],
-    "long global": ["hd global, long", "pissa r=16, long", "full, long"],
     "medium": ["hd, medium", "lora, medium", "pissa, medium", "hd global, medium", "full, medium",
                "pissa r=16, medium"],
     "r": ["hd r=1", "hd r=4", "hd r=8", "hd r=16", "lora r=1", "lora r=4", "lora r=8", "lora r=16",
