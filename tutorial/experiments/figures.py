@@ -37,7 +37,7 @@ def rate(ax, data):
         sweep = {lr: loss for lr, loss in data[name].sweep.items() if math.isfinite(loss)}
         if sweep:
             ax.plot(sweep.keys(), sweep.values(), "o-", ms=3, color=colour, label=page.label(name))
-    ax.set(xscale="log", xlabel="peak learning rate", ylabel="held-out loss (nats per response token)")
+    ax.set(xscale="log", yscale="log", xlabel="peak learning rate", ylabel="held-out loss (nats per response token)")
     legend(ax, 7)
 
 
@@ -58,6 +58,8 @@ def length(ax, data):
 
 def bars(ax, data, names):
     there = [name for name in names if data[name].there]
+    if not set(there) - set(COLOURS):
+        return
     ax.barh(range(len(there)), [data[name].mean() for name in there],
             xerr=[0 if math.isnan(data[name].sd()) else data[name].sd() for name in there], height=0.6,
             color=["tab:blue" if name == "hd" else "tab:gray" for name in there])
@@ -72,6 +74,8 @@ def bars(ax, data, names):
 def devices(ax, data):
     """Held-out loss against K at fixed total batch."""
     arms = [(K, data[name]) for K, name in page.DEVICES if data[name].there]
+    if len(arms) < 2:
+        return
     ax.errorbar([K for K, _ in arms], [arm.mean() for _, arm in arms],
                 [0 if math.isnan(arm.sd()) else arm.sd() for _, arm in arms], fmt="o-", ms=3, capsize=2)
     ax.set_xscale("log", base=2)
@@ -82,7 +86,7 @@ def ranks(ax, data):
     """Held-out loss against r."""
     for family, colour in (("lora", "tab:orange"), ("pissa", "tab:green"), ("hd", "tab:blue")):
         arms = [(r, arm) for r, arm in page.by_rank(data, family)]
-        if arms:
+        if len(arms) > 1:
             ax.plot([r for r, _ in arms], [arm.mean() for _, arm in arms], "o-", ms=3, color=colour,
                     label=page.label(family).partition(" r=")[0])
     ax.set_xscale("log", base=2)

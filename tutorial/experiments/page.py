@@ -323,6 +323,20 @@ def one_rate_text(data) -> str:
             f"best of the three would be {winners}.")
 
 
+def crossing_text(data) -> str:
+    """How the distance of HD-PiSSA to the baselines of its rank changes with the length of the run."""
+    parts = []
+    for family in ("lora", "pissa"):
+        gaps = [(steps, arm.mean() - other.mean()) for steps, arm, (other,) in at_lengths(data, "hd", (family,))]
+        if len(gaps) > 1:
+            trend = "crosses" if gaps[0][1] * gaps[-1][1] < 0 else "shrinks" \
+                if abs(gaps[-1][1]) < abs(gaps[0][1]) else "grows"
+            parts.append(f"HD-PiSSA's tuned loss minus that of {label(family)}: "
+                         + ", ".join(f"{gap:+.3f} at {steps} steps" for steps, gap in gaps)
+                         + f" (the distance {trend})")
+    return ". ".join(parts) + "." if parts else ""
+
+
 def aggregation_text(data) -> list[str]:
     mean, total = data["hd"], data["hd sum"]
     if not (mean.there and total.there):
@@ -473,7 +487,7 @@ def page(data, figures: set) -> str:
         "## One learning rate for all", "", "Seed 0; bold: the best of the row.", "",
         *one_rate_table(data, METHODS), one_rate_text(data), "",
         "## Longer runs", "", f"{LONG} steps.", "", *method_table(data, METHODS, ", long"),
-        *domain_table(data, METHODS, ", long"),
+        *domain_table(data, METHODS, ", long"), crossing_text(data), "",
         *([f"{MEDIUM} steps.", "", *medium] if len(medium) > 2 else []),
         *picture("length", "Tuned held-out loss against the length of the run"),
         "## Whole-batch gradients, and equal parameters", "", global_text(data), "",
