@@ -37,7 +37,8 @@ def rate(ax, data):
         sweep = {lr: loss for lr, loss in data[name].sweep.items() if math.isfinite(loss)}
         if sweep:
             ax.plot(sweep.keys(), sweep.values(), "o-", ms=3, color=colour, label=page.label(name))
-    ax.set(xscale="log", yscale="log", xlabel="peak learning rate", ylabel="held-out loss (nats per response token)")
+    ax.set(xscale="log", yscale="log", xlabel="peak learning rate",
+           ylabel="held-out loss (nats per response token)")
     legend(ax, 7)
 
 

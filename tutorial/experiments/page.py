@@ -327,7 +327,8 @@ def crossing_text(data) -> str:
     """How the distance of HD-PiSSA to the baselines of its rank changes with the length of the run."""
     parts = []
     for family in ("lora", "pissa"):
-        gaps = [(steps, arm.mean() - other.mean()) for steps, arm, (other,) in at_lengths(data, "hd", (family,))]
+        gaps = [(steps, arm.mean() - other.mean())
+                for steps, arm, (other,) in at_lengths(data, "hd", (family,))]
         if len(gaps) > 1:
             trend = "crosses" if gaps[0][1] * gaps[-1][1] < 0 else "shrinks" \
                 if abs(gaps[-1][1]) < abs(gaps[0][1]) else "grows"
