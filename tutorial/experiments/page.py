@@ -17,8 +17,8 @@ NAMES = {
 }
 METHODS = ("full", "lora", "pissa", "dora", "hira", "mora", "hd", "hd global", "pissa r=16")
 DEVICES = ((1, "hd K=1"), (2, "hd K=2"), (4, "hd K=4"), (8, "hd"), (16, "hd K=16"))
-BEYOND = ("hd interleaved", "hd global mean", "global orthonormal", "global orthonormal muon", "global "
-                                                                                               "random")
+BEYOND = ("hd interleaved", "hd global mean", "global orthonormal", "global orthonormal muon",
+          "global random")
 
 
 # ---- Numbers -----------------------------------------------------------------------------------------------
@@ -393,12 +393,11 @@ def recommendation(data) -> list[str]:
         text = (f"whole-batch gradients (`gradients=\"global\"`, `aggregate=\"sum\"`, lr {glob.best:g} "
                 f"here) reach "
                 f"{pm(glob)}, the published local gradients {pm(hd)}, at the same optimizer memory.")
-        out.append({"ahead": "- When several devices share a batch, use whole-batch gradients: ",
-                    "level": "- Whole-batch gradients make no difference beyond the spread: ",
-                    "behind": "- Keep the local gradients: ",
-                    "undecided": "- One seed so far: "}[word] + text + " They cost a backward of rank K·r "
-                                                                       "on every "
-                   "device and the constants in the table.")
+        begin = {"ahead": "When several devices share a batch, use whole-batch gradients: ",
+                 "level": "Whole-batch gradients make no difference beyond the spread: ",
+                 "behind": "Keep the local gradients: ", "undecided": "One seed so far: "}[word]
+        out.append(f"- {begin}{text} They cost a backward of rank K·r on every device and the constants in the "
+                   "table.")
     if hd.there and lora.there:
         text = [f"{steps} steps, {versus(arm, other)}"
                 for steps, arm, (other,) in at_lengths(data, "hd", ("lora",))]
