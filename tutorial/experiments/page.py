@@ -396,8 +396,8 @@ def recommendation(data) -> list[str]:
         begin = {"ahead": "When several devices share a batch, use whole-batch gradients: ",
                  "level": "Whole-batch gradients make no difference beyond the spread: ",
                  "behind": "Keep the local gradients: ", "undecided": "One seed so far: "}[word]
-        out.append(f"- {begin}{text} They cost a backward of rank K·r on every device and the constants in the "
-                   "table.")
+        out.append(f"- {begin}{text} They cost a backward of rank K·r on every device and the constants in "
+                   "the table.")
     if hd.there and lora.there:
         text = [f"{steps} steps, {versus(arm, other)}"
                 for steps, arm, (other,) in at_lengths(data, "hd", ("lora",))]
@@ -417,9 +417,10 @@ def recommendation(data) -> list[str]:
                    f"({pm(best)}).")
     if data["hd sum"].there:
         out.append("- Mean or sum is a choice of learning rate: sum at lr / K is mean at lr.")
-    out.append("- Do not choose it for its rank. A high rank of ΔW is easy to have and does not tell the "
-               "held-out "
-               "loss; compare on your own data, each method with its own learning rate.")
+    if hd.there and lora.there and compare(hd, lora) != "ahead":
+        out.append(f"- Do not choose it for its rank alone: updates of effective rank {median_rank(hd):g} reach "
+                   f"{pm(hd)} here, LoRA's of {median_rank(lora):g} reach {pm(lora)} after the same {SHORT} steps.")
+    out.append("- Compare on your own data, each method with a learning rate of its own.")
     return [*out, ""]
 
 
