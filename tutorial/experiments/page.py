@@ -418,8 +418,9 @@ def recommendation(data) -> list[str]:
     if data["hd sum"].there:
         out.append("- Mean or sum is a choice of learning rate: sum at lr / K is mean at lr.")
     if hd.there and lora.there and compare(hd, lora) != "ahead":
-        out.append(f"- Do not choose it for its rank alone: updates of effective rank {median_rank(hd):g} reach "
-                   f"{pm(hd)} here, LoRA's of {median_rank(lora):g} reach {pm(lora)} after the same {SHORT} steps.")
+        out.append("- Do not choose it for its rank alone: updates of effective rank "
+                   f"{median_rank(hd):g} reach {pm(hd)} here, LoRA's of {median_rank(lora):g} reach {pm(lora)} "
+                   f"after the same {SHORT} steps.")
     out.append("- Compare on your own data, each method with a learning rate of its own.")
     return [*out, ""]
 
