@@ -419,8 +419,8 @@ def recommendation(data) -> list[str]:
         out.append("- Mean or sum is a choice of learning rate: sum at lr / K is mean at lr.")
     if hd.there and lora.there and compare(hd, lora) != "ahead":
         out.append("- Do not choose it for its rank alone: updates of effective rank "
-                   f"{median_rank(hd):g} reach {pm(hd)} here, LoRA's of {median_rank(lora):g} reach {pm(lora)} "
-                   f"after the same {SHORT} steps.")
+                   f"{median_rank(hd):g} reach {pm(hd)} here, LoRA's of {median_rank(lora):g} reach "
+                   f"{pm(lora)} after the same {SHORT} steps.")
     out.append("- Compare on your own data, each method with a learning rate of its own.")
     return [*out, ""]
 
