@@ -35,7 +35,7 @@ import hd_pissa
 from data import models
 from data.checkpoint import alone, digest, sync
 from data.rows import FORMAT, INDEX, encode, hold_out, identity, pack, read_rows, step_batches  # noqa: F401
-from data.sets import MIXES, SETS, Dropped, as_in_paper, conversion, in_thousands, paper_rows
+from data.sets import MIXES, SETS, SPELLINGS, Dropped, as_in_paper, conversion, in_thousands, paper_rows
 from data.tokenizer import GPTTokenizer
 from hd_pissa_extra import say
 
@@ -341,7 +341,10 @@ def list_sets() -> None:
         paper = in_thousands(s.paper) if s.paper else ""
         say(f"{name:13} {paper:>5}  {source:45} {', '.join(s.fields)}")
     for name, parts in MIXES.items():
-        say(f"{name:13} {in_thousands(paper_rows(name)):>5}  {' + '.join(parts)}")
+        text = " + ".join(parts)
+        for other in MIXES.keys() - {name}:
+            text = text.replace(" + ".join(MIXES[other]), other)
+        say(f"{name:13} {in_thousands(paper_rows(name)):>5}  {text}")
 
 
 def load_tokenizer(model: str, tokenizer: str | None):
@@ -413,9 +416,10 @@ def main(argv=None) -> dict | None:
     args = p.parse_args(argv)
     if args.list:
         return list_sets()
-    known = [*SETS, *MIXES]
+    known, lower = [*SETS, *MIXES], (args.name or "").lower()
+    args.name = SPELLINGS.get(lower, lower) or None
     if args.name not in known:
-        near = difflib.get_close_matches(args.name or "", known, 1)
+        near = difflib.get_close_matches(lower, known, 1)
         p.error(f"{args.name or 'no name'}: unknown set" + (f", did you mean {near[0]}?" if near else ";")
                 + f" There are {', '.join(known)} (--list says more)")
     try:

@@ -130,6 +130,10 @@ SETS = {
 COMMONSENSE = ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-c", "arc-e", "obqa"]
 MIXES = {"commonsense": COMMONSENSE, "multitask": ["metamathqa", "codefeedback", "wizardlm", *COMMONSENSE]}
 
+# Spellings of tables 3 and 6 beside the names above; case does not matter.
+SPELLINGS = {"wizardlm-evol-instruct": "wizardlm", "arc_challenge": "arc-c", "arc-challenge": "arc-c",
+             "arc_easy": "arc-e", "arc-easy": "arc-e", "openbookqa": "obqa"}
+
 
 def in_thousands(rows: int) -> str:
     """As table 6 prints it: 395K, 9.4K."""

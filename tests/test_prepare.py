@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT
 
 import train
-from data import prepare, rows, sets
+from data import prepare, recipes, rows, sets
 from data.tokenizer import GPTTokenizer, HFTokenizer
 
 EMBEDDED = train.DATA / "multi_domain.jsonl"
@@ -174,6 +174,18 @@ def test_counts_are_those_of_the_paper():
     for name, count in published.items():
         assert sets.as_in_paper(count, sets.SETS[name].paper), name
     assert not sets.as_in_paper(156_526, sets.SETS["codefeedback"].paper)       # all languages
+
+
+def test_the_readme_shows_the_list_and_the_recipes(capsys):
+    """data/README.md against the command's output; its table of recipes against their values."""
+    text = (ROOT / "data" / "README.md").read_text()
+    prepare.main(["--list"])
+    listed = capsys.readouterr().out.splitlines()
+    assert len(listed) == 15 and all("    " + line + "\n" in text for line in listed)
+    for name, (values, data, _) in recipes.RECIPES.items():
+        line = next(line for line in text.splitlines() if line.startswith("|") and f"`{name}`" in line)
+        assert f"| {values['rank']}, " in line and f"| {values['batch_size']}, {values['epochs']:g} |" in line
+        assert data in sets.SETS or data in sets.MIXES
 
 
 # ---- Files -------------------------------------------------------------------------------------------------
@@ -395,6 +407,14 @@ def test_what_begins_anew_and_what_is_refused(tmp_path, monkeypatch, capsys):
     assert files_of(tmp_path / "mine") == {"thesis": b"x"}
 
 
+@pytest.mark.parametrize("spelling, name", [("BoolQ", "boolq"), ("WizardLM-Evol-Instruct", "wizardlm"),
+                                            ("ARC_Challenge", "arc-c"), ("Arc-easy", "arc-e")])  # fmt: skip
+def test_names_as_the_paper_spells_them(spelling, name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    manifest = prepare.main([spelling, "--from", jsonl(tmp_path / "a.jsonl", [RAW[name][0]])])
+    assert manifest["settings"]["set"] == name and (tmp_path / "prepared" / name / "tokens.bin").is_file()
+
+
 def test_a_full_disk(tmp_path, monkeypatch, capsys):
     """The third part cannot be written: one line, nothing under --out; with room the same command goes on."""
     monkeypatch.setattr(prepare, "PART", 50)
@@ -477,20 +497,20 @@ def test_batches_of_a_list_are_full_and_skipped_unread(three):
 def test_cut_and_held_out(three, tmp_path):
     """A row is cut at the block size, dropped without a response; equal rows are never on both sides."""
     paths, parts = three
-    tokenizer, block = GPTTokenizer(), 30
+    tokenizer = GPTTokenizer()
     wanted = expected([row for part in parts for row in part], tokenizer)
-    wanted = [(t[:block], p, d) for t, p, d in wanted if p < block]
-    assert 0 < len(wanted) < 170
+    block = sorted(p for _, p, _ in wanted)[120]                # so that prompts are just as long as it
+    wanted = {(t[:block], p) for t, p, _ in wanted if p < block}
+    assert 50 < len(wanted) < 120 and any(len(t) == block for t, _ in wanted)
     twice = ",".join([*paths, jsonl(tmp_path / "again.jsonl", parts[1])])   # a part twice, once as JSONL
     all_rows = rows.open_rows(twice, tokenizer, block, "train")
     rest, held = all_rows.hold_out()
     assert len(rest) + len(held) == len(all_rows)
-    distinct = {(tuple(t), p) for t, p, _ in all_rows}
     uncut = {t for t, p, _ in expected([r for part in parts for r in part], tokenizer) if p < block}
     mine, theirs = ({(tuple(t), p) for t, p, _ in side} for side in (rest, held))
     assert len(theirs) <= round(0.05 * len(uncut)) and not {t for t, _ in held_keys(rest)} & {
         t for t, _ in held_keys(held)}  # fmt: skip
-    assert mine | theirs == distinct
+    assert mine | theirs == wanted
     other = rows.open_rows(",".join(reversed(twice.split(","))), tokenizer, block, "train").hold_out()[1]
     assert {tuple(t) for t, *_ in other} == {tuple(t) for t, *_ in held}
 
@@ -506,11 +526,32 @@ def test_one_jsonl_file_is_what_it_was(tmp_path):
     kept, out = rows.hold_out(rows.read_rows(path))
     assert train_rows == rows.encode(kept, tokenizer, 64, "a")
     assert held == rows.encode(out[:50], tokenizer, 64, "b")
+    whole = expected(kept, tokenizer)
+    assert [(tuple(t), p, d) for t, p, d in train_rows] == [(t[:64], p, d) for t, p, d in whole if p < 64]
+    block = whole[0][1]
+    assert all(p < block for _, p, _ in rows.encode(kept[:9], tokenizer, block, "c"))
     assert digest == hashlib.blake2b(repr((train_rows, held)).encode(), digest_size=16).hexdigest()
     other = jsonl(tmp_path / "eval.jsonl", embedded(9))
     train_rows, held, _ = rows.load(path, other, 5, tokenizer, 64)
     assert len(train_rows) > 7000 and [row[0] for row in held] == [
         list(t[:64]) for t, p, _ in expected(embedded(5), tokenizer) if p < 64]  # fmt: skip
+
+
+def test_the_digest_sees_one_token(three, tmp_path):
+    """Of a file or a prepared set, of another block size, of other shares; not of another path."""
+    paths, parts = three
+    tokenizer, changed = GPTTokenizer(), [dict(row) for row in parts[1]]
+    changed[50]["response"] = {"0": "1"}.get(changed[50]["response"][0], "0") + changed[50]["response"][1:]
+    same, other = (jsonl(tmp_path / f"{k}.jsonl", some) for k, some in enumerate((parts[1], changed), 7))
+    prepare.main(["rows", "--from", other, "--out", str(tmp_path / "other")])
+    prepare.main(["rows", "--from", same, "--out", str(tmp_path / "same")])
+
+    def digest(text, block=512):
+        return rows.open_rows(text, tokenizer, block, "train").digest()
+
+    a, b = f"1:{same},1:{paths[0]}", f"1:{other},1:{paths[0]}"
+    assert len({digest(a), digest(b), digest(a, 500), digest(a.replace("1:", "2:", 1))}) == 4
+    assert digest(paths[1]) == digest(str(tmp_path / "same")) != digest(str(tmp_path / "other"))
 
 
 def test_training_on_a_list_resumes_and_refuses_other_rows(three, tmp_path, capsys):
