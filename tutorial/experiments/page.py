@@ -149,7 +149,8 @@ def claim_full(data):
         lora, closed = data[arm.name.replace("hd", "lora", 1)], ""
         if low and lora.there:
             share = (lora.mean() - arm.mean()) / (lora.mean() - full.mean())
-            closed = f"; that is {100 * share:.0f} % of the way from LoRA to it"
+            closed = f"; {100 * share:.0f} % of the way from LoRA to it" if share > 0 else \
+                "; LoRA is closer to it"
         text.append(f"{steps} steps: {versus(arm, full)}{closed}.")
     outcomes = [compare(arm, full) for _, arm, (full,) in found]
     return claim, verdict(outcomes, "level", "the length"), " ".join(text)
@@ -248,11 +249,12 @@ def claim_domains(data):
     text, outcomes = [], []
     for lr in lrs:
         mean = {d: statistics.mean(ranks) for (d, rate), ranks in found.items() if rate == lr}
-        text.append(f"lr {lr:g}: " + ", ".join(f"{d} {value:.0f}" for d, value in mean.items()))
-        outcomes += ["ahead" if mean[hard] > mean[easy] else "behind" for hard in ("math", "code")
-                     for easy in ("commonsense", "conversation")]
-    text = ("Mean effective rank of ΔW over the layers, of 128, full fine-tuning on one domain: "
-            f"{'; '.join(text)}. One seed, and synthetic domains.")
+        error = {d: statistics.stdev(found[d, lr]) / math.sqrt(len(found[d, lr])) for d in mean}
+        text.append(f"lr {lr:g}: " + ", ".join(f"{d} {mean[d]:.1f} ± {error[d]:.1f}" for d in mean))
+        outcomes += ["ahead" if mean[hard] - mean[easy] > error[hard] + error[easy] else "level"
+                     for hard in ("math", "code") for easy in ("commonsense", "conversation")]
+    text = ("Mean effective rank of ΔW over the layers ± its standard error, of 128, full fine-tuning on one "
+            f"domain: {'; '.join(text)}. One seed, and synthetic domains.")
     return claim, verdict(outcomes, on="the learning rate and the pair of domains"), text
 
 
