@@ -32,7 +32,8 @@ def main(out: str | None = None) -> None:
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-2, weight_decay=0.0)
     optimizer.register_step_post_hook(lambda *_: adapters.merge_())
     rows = (torch.arange(96)[:, None] * 7 + 3 * torch.arange(12)) % 64
-    loader = DataLoader(rows, 16 // accelerator.num_processes, shuffle=True, drop_last=True)
+    loader = DataLoader(rows, 16 // accelerator.num_processes, shuffle=True, drop_last=True,
+                        generator=torch.Generator().manual_seed(0))
     model = accelerator.prepare_model(model, evaluation_mode=True)
     optimizer, loader = accelerator.prepare(optimizer, loader)
 
