@@ -171,6 +171,8 @@ def draw(data, folder: Path) -> list[Path]:
         if ax.has_data():
             figure.savefig(folder / f"{name}.svg", metadata={"Date": None})
             written.append(folder / f"{name}.svg")
+        else:
+            (folder / f"{name}.svg").unlink(missing_ok=True)        # of data that are gone
         plt.close(figure)
     return written
 
