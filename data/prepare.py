@@ -103,10 +103,8 @@ class File:
                     row = json.loads(row.decode("utf-8-sig"))
                 if not isinstance(row, dict):
                     raise ValueError(f"{self.path}:{line}: a {type(row).__name__}, not an object with fields")
-                for ours, theirs in self.names.items():
-                    if theirs in row:
-                        row[ours] = row[theirs]
-                yield f"{self.path}:{line}", row
+                named = {ours: row[theirs] for ours, theirs in self.names.items() if theirs in row}
+                yield f"{self.path}:{line}", row | named
         except (json.JSONDecodeError, UnicodeDecodeError) as e:
             line = e.lineno if self.is_list and isinstance(e, json.JSONDecodeError) else line or 1
             raise ValueError(f"{self.path}:{line}: not JSON ({e}); a row a line, or one list") from None

@@ -275,6 +275,14 @@ def test_a_mix_keeps_its_parts_apart(tmp_path, monkeypatch):
     assert [d for *_, d in got] != sorted(d for *_, d in got)
 
 
+def test_exchanged_columns(tmp_path):
+    some = [{"query": "an answer", "response": "a question"}]
+    prepare.main(["metamathqa", "--from", jsonl(tmp_path / "a.jsonl", some), "--fields",
+                  "query=response,response=query", "--out", str(tmp_path / "out")])  # fmt: skip
+    assert by_hand(tmp_path / "out") == expected([{"instruction": "a question", "response": "an answer"}],
+                                                 GPTTokenizer(), "metamathqa")  # fmt: skip
+
+
 def test_one_finished_file_for_a_mix(tmp_path, capsys):
     """Rows name their own domain or none; the count is compared with the whole mix."""
     some = [{**row, "output": row["response"]} for row in embedded(6)]
@@ -638,6 +646,7 @@ def test_the_library_reads_a_set(tmp_path, monkeypatch):
     assert set(by_hand(tmp_path / "out")) == set(
         expected([{"instruction": text[0], "response": text[1]}], GPTTokenizer(), "arc-e"))  # fmt: skip
     source = prepare.Hub("arc-e")
+    assert source.identity == prepare.Hub("arc-e").identity
     assert [row["id"] for _, row in source.rows(997)] == [str(i) for i in range(997, 1203)]
 
 
