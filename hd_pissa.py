@@ -33,10 +33,8 @@ Notation (the paper's letters; an nn.Linear stores W^T, a transformers Conv1D st
     X, Y      (T, m), (T, n) input and output, T tokens       s         alpha / r, PEFT's scaling
     U, S, Vt  (m, d), (d,), (d, n), d = min(m, n)
 
-This file works alone. With hd_pissa_extra.py beside it, what cannot be trained is refused with a sentence,
-decompositions are faster, W may be bfloat16 or sharded by FSDP2, shards may learn from the whole batch, the
-adapter's input may have dropout, and a run may be exported as a LoRA.
-
+This file works alone, unchecked. hd_pissa_extra.py beside it adds refusals with a remedy, faster
+decompositions, W in bfloat16 or sharded by FSDP2, gradients="global", dropout and LoRA files.
 Paper: Wang et al., "HD-PiSSA: High-Rank Distributed Orthogonal Adaptation".
 """
 
@@ -53,15 +51,8 @@ from tqdm import tqdm
 
 try:
     import hd_pissa_extra as extra
-except ImportError:
-    class Missing:              # this file was copied alone: `if extra` is false
-        def __bool__(self):
-            return False
-
-        def __getattr__(self, name):
-            raise ValueError(f"hd_pissa_extra.{name}: copy hd_pissa_extra.py beside hd_pissa.py")
-
-    extra = Missing()
+except ModuleNotFoundError:
+    extra = None                # copied alone: float32 or float64 W, whole on every process, nothing checked
 
 # ---- Processes: one process runs the same code, its collectives are the identity ---------------------------
 
@@ -95,11 +86,10 @@ def components(W: torch.Tensor, k: int, name: str = "W") -> tuple[torch.Tensor, 
     Single components are dealt out to shards, so each must be right, not their span alone: randomized SVD
     mixes neighbours. `extra` tries the cheaper eigenvectors of a Gram matrix, and checks what they give.
     """
-    found = extra.gram_components(W, k, name) if extra and W.dtype != torch.float64 else None
-    if found is None:
-        U, S, Vt = torch.linalg.svd(W.detach().double(), full_matrices=False)
-        found = U[:, :k], S[:k], Vt[:k]
-    return found
+    if extra and W.dtype != torch.float64 and (found := extra.gram_components(W, k, name)):
+        return found
+    U, S, Vt = torch.linalg.svd(W.detach().double(), full_matrices=False)
+    return U[:, :k], S[:k], Vt[:k]
 
 
 def seed_of(*parts) -> int:
@@ -124,8 +114,8 @@ def shard_factors(W, K: int, r: int, init: str, s: float, seed: int, decompose=c
     else:
         k = r if init == "top" else K * r
         U, S, Vt = decompose(W, k, name)
-        for Q in (U.T, Vt):         # else shards overlap and each would repeat another's update
-            assert torch.dist(Q @ Q.T, torch.eye(k).to(Q), p=math.inf) < 1e-4, name
+        if max(torch.dist(Q @ Q.T, torch.eye(k).to(Q), p=math.inf) for Q in (U.T, Vt)) > 1e-4:
+            raise ValueError(f"{name}: components not orthonormal, shards would overlap; mend decompose=")
         root = (S / s).sqrt()
         At = (U * root).T.reshape(-1, r, m).expand(K, r, m)                     # (m, Kr) -> (K, r, m)
         B = (root[:, None] * Vt).reshape(-1, r, n).expand(K, r, n)              # (Kr, n) -> (K, r, n)
@@ -181,6 +171,9 @@ class Muted:
         mask = extra.dropout_mask(slot) if slot.dropout > 0 and self.training else None
         factors = slot.At, slot.B, slot.dA, slot.dB
         return Mute.apply(x, self.weight, self.bias, *factors, slot.s, slot.conv1d, mask)
+
+
+MUTED: dict[type, type] = {}    # one muted class per plain class: torch.compile then sees one kind of layer
 
 
 class Slot:
@@ -291,7 +284,7 @@ class Adapters:
 
     @contextlib.contextmanager
     def shard(self, i: int):
-        """The enclosed forward and its backward, wherever that runs, train this process's shard `i`."""
+        """The enclosed forward (and backward, where reentrant checkpointing recomputes) trains shard `i`."""
         if not 0 <= i < self.S:
             raise ValueError(f"shard({i}): this process holds shards 0..{self.S - 1} ({self.K} shards over "
                              f"{world_size()} processes)")
@@ -384,6 +377,8 @@ class Adapters:
         self.increments.zero_()
         self.touched.clear()
         self.backwards.clear()
+        if self.whole_batch:
+            extra.drop_unsent(self)             # of a backward that has failed
         self.step += 1
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -414,10 +409,11 @@ class Adapters:
         """Go on after `step` merges, once `tensors` are filled; "mean" divides by `mean_over`, a former K."""
         if len(self.basis) > self.S:
             self.basis.copy_(gather_shards(self.basis[self.own]))
-        self.step, self.mean_over = step, mean_over
+        self.next_step()
+        self.step, self.mean_over, self.idle = step, mean_over, 0
 
     def detach_(self) -> None:
-        """Make the modules plain again; W keeps everything merged so far, and stays frozen."""
+        """Make the modules plain again; W keeps what was merged (bfloat16: rounded) and stays frozen."""
         for slot in self.slots:
             slot.module.__class__ = slot.plain_class
             del slot.module.hd_pissa
@@ -450,55 +446,6 @@ def find_layers(model: nn.Module, targets) -> tuple[list[tuple[str, nn.Module]],
     return found, skipped
 
 
-def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="all-linear",
-           init: str = "hd_pissa", alpha: float | None = None, dropout: float = 0.0, aggregate: str = "mean",
-           exchange: str = "auto", basis: str = "cached", gradients: str = "local", seed: int = 0,
-           dtype: torch.dtype | None = None, device=None, bucket_mb: int = 256, decompose=components,
-           accumulate: bool = False, progress: bool = False) -> Adapters:
-    """Cut the targeted weights of `model` into K shards of `rank` components, mute them, freeze all else.
-
-    rank        r, components per shard and weight                                             (section 4.1)
-    shards      K, the total over all processes and a multiple of their number (default: one per process)
-    targets     "all-linear" (every Linear and Conv1D but the output head and tied weights), or name suffixes
-    init        "hd_pissa" (disjoint slices), "top" (every shard the top r), "lora" (random A, zero B)
-    alpha       s = alpha / rank scales the adapter as in PEFT; None: s = 1
-    dropout     probability, on the adapter's input; 0 = off
-    aggregate   "mean" (the paper, 1/K) or "sum" (the published code; with Adam a K times larger step)
-    exchange    "all_gather" (factors), "all_reduce" (dense dU), "auto" (fewer bytes: all_gather)
-    basis       "cached": A_i, B_i of all K shards on every process; "resend": gathered at each merge
-    gradients   "local" (the paper: a shard learns from its own mini-batch) or "global" (from the whole batch:
-                losses add up over processes, so divide by all tokens of the step)
-    seed        of the random draws: dropout and the "lora" init
-    dtype       torch.bfloat16: float32 weights become bfloat16, their exact rest is kept here; None = off
-    device      of the adapters and the decomposition; None: that of the weights
-    bucket_mb   MiB of gathered factors per collective
-    decompose   `components`, or a function like it, for instance a cache; None: load_state_dict follows
-    accumulate  keep the sums of all merged dA_i, dB_i, as large as the increments, for `export_lora`
-
-    Module classes change, names and state_dict keys do not. Call it after moving the model to its device and
-    before fully_shard. Raises ValueError, on every process alike, for what cannot be trained.
-    """
-    config = dict(rank=rank, shards=world_size() if shards is None else shards, init=init, alpha=alpha,
-                  aggregate=aggregate, dropout=dropout, gradients=gradients)
-    found, skipped = find_layers(model, targets)
-    if extra:
-        extra.check(model, found, skipped, targets, config, exchange, basis, seed, dtype)
-    exchange = "all_gather" if exchange == "auto" else exchange
-    device = torch.device(device or found[0][1].weight.device)
-    adapters = Adapters(model, found, config, exchange, basis, device, seed, bucket_mb, accumulate)
-    adapters.skipped = skipped
-    if decompose is not None:
-        _deal(adapters, init, decompose, progress)
-    model.requires_grad_(False)
-    for slot in adapters.slots:
-        if torch.bfloat16 in (dtype, slot.module.weight.dtype):
-            extra.halve_(slot)
-        slot.module.hd_pissa = slot
-        slot.module.__class__ = type(f"Muted{slot.plain_class.__name__}", (Muted, slot.plain_class), {})
-    adapters._select(0)
-    return adapters
-
-
 @torch.no_grad()
 def _deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
     # Each weight is decomposed by exactly one process and sent to the others: SVDs of one matrix on two
@@ -520,6 +467,58 @@ def _deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
         if world_size() > 1:
             dist.broadcast(rows, src=j % world_size())
         adapters.basis[:, slot.start:slot.start + slot.size] = rows[adapters.kept]
+
+
+def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="all-linear",
+           init: str = "hd_pissa", alpha: float | None = None, dropout: float = 0.0, aggregate: str = "mean",
+           exchange: str = "auto", basis: str = "cached", gradients: str = "local", seed: int = 0,
+           dtype: torch.dtype | None = None, device=None, bucket_mb: int = 256, decompose=components,
+           accumulate: bool = False, progress: bool = False) -> Adapters:
+    """Cut the targeted weights of `model` into K shards of `rank` components, mute them, freeze all else.
+
+    rank        r, components per shard and weight                                             (section 4.1)
+    shards      K, the total over all processes and a multiple of their number (default: one per process)
+    targets     "all-linear" (every Linear and Conv1D but the output head and tied weights), or name suffixes
+    init        "hd_pissa" (disjoint slices), "top" (every shard the top r), "lora" (random A, zero B)
+    alpha       s = alpha / rank scales the adapter as in PEFT; None: s = 1
+    dropout     probability, on the adapter's input; 0 = off
+    aggregate   "mean" (the paper, 1/K) or "sum" (the published code; with Adam a K times larger step)
+    exchange    "all_gather" (factors), "all_reduce" (dense dU), "auto" (fewer bytes: all_gather)
+    basis       "cached": A_i, B_i of all K shards on every process; "resend": gathered at each merge
+    gradients   "local" (the paper: a shard learns from its own mini-batch) or "global" (from the whole batch:
+                losses add up over processes, so divide by all tokens of the step; equal backwards everywhere)
+    seed        of the random draws: dropout and the "lora" init
+    dtype       torch.bfloat16: float32 weights become bfloat16, their exact rest is kept here; None = off
+    device      of the adapters and the decomposition: "cuda" for W on the CPU until FSDP2 moves it; None: W's
+    bucket_mb   MiB of gathered factors per collective
+    decompose   `components`, or a function like it, for instance a cache; None: load_state_dict follows
+    accumulate  keep the sums of all merged dA_i, dB_i, as large as the increments, for `export_lora`
+
+    Module classes change, names and state_dict keys do not. Call it after moving the model to its device and
+    before fully_shard. Raises ValueError, on every process alike, for what cannot be trained.
+    """
+    config = dict(rank=rank, shards=world_size() if shards is None else shards, init=init, alpha=alpha,
+                  aggregate=aggregate, dropout=dropout, gradients=gradients)
+    found, skipped = find_layers(model, targets)
+    if extra:
+        extra.check(model, found, skipped, targets, config, exchange, basis, seed, dtype)
+    elif dropout or gradients == "global" or torch.bfloat16 in (dtype, *(x.weight.dtype for _, x in found)):
+        raise ValueError("dropout, gradients='global' and bfloat16 need hd_pissa_extra.py on the import path")
+    exchange = "all_gather" if exchange == "auto" else exchange
+    device = torch.device(device or found[0][1].weight.device)
+    adapters = Adapters(model, found, config, exchange, basis, device, seed, bucket_mb, accumulate)
+    adapters.skipped = skipped
+    if decompose is not None:
+        _deal(adapters, init, decompose, progress)
+    model.requires_grad_(False)
+    for slot in adapters.slots:
+        if torch.bfloat16 in (dtype, slot.module.weight.dtype):
+            extra.halve_(slot)
+        slot.module.hd_pissa = slot
+        muted = type(f"Muted{slot.plain_class.__name__}", (Muted, slot.plain_class), {})
+        slot.module.__class__ = MUTED.setdefault(slot.plain_class, muted)
+    adapters._select(0)
+    return adapters
 
 
 # ---- What an update looks like (section 6) -----------------------------------------------------------------
@@ -588,8 +587,7 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
     lr                peak learning rate; it belongs to adapters.aggregate ("sum" steps K times further);
                       warmup and schedule as in lr_factor
     max_grad_norm     joint 2-norm over all shards; 0 = off
-    micro_batch_size  rows a forward
-    autocast          matmuls in bfloat16, weights as they are
+    micro_batch_size  rows a forward; autocast: its matmuls in bfloat16, weights as they are
     optimizer         None: AdamW (foreach) without weight decay, the paper's
     start             steps done before, when a run goes on; `batches` begins behind them
     skip_nonfinite    steps with a NaN or infinite loss or gradient that are dropped before an error
@@ -620,10 +618,11 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
                 # The model's own dropout draws from torch's generator: by step, shard and row, nothing else.
                 torch.manual_seed(seed_of(adapters.seed, step, first + i, a))
                 x, y = pad(mini[first + i][a:a + micro_batch_size], device)
-                with adapters.shard(i), torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
-                    logits = logits_of(model, x)                        # (b, t, vocabulary)
-                    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
-                (loss / norm).backward()
+                with adapters.shard(i):
+                    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+                        logits = logits_of(model, x)                    # (b, t, vocabulary)
+                        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
+                    (loss / norm).backward()
                 losses[i] += loss.detach()
         sums, lr_now = gather_shards(losses).tolist(), lr * lr_factor(step - 1, max_steps, warmup, schedule)
         grad_norm = float(adapters.clip_grad_norm_(max_grad_norm or math.inf))
@@ -635,6 +634,8 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
             optimizer.step()
             adapters.merge_()
         else:
+            if not extra:
+                raise ValueError(f"step {step}: a loss or gradient is not finite; this step left W untouched")
             skipped += 1
             extra.refuse_nonfinite(adapters, step, sums, tolerated=skipped <= skip_nonfinite)
             adapters.next_step()

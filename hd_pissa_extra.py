@@ -1,13 +1,14 @@
-"""What long and large runs want beside hd_pissa.py: refusals, fast drivers, other storage of W, LoRA files.
+"""What long and large runs want beside hd_pissa.py: other storage of W, fast drivers, refusals, LoRA files.
 
 hd_pissa.py is the method and works without this file. Here, each section for itself:
 
-    refusals              a mistake gets one sentence with its remedy, the same on every process
+    agreement             an error on one process is raised on all of them
+    W sharded by FSDP2    each process folds P Q into its own rows
+    W in bfloat16         its exact float32 value in two halves of 16 bits
     decomposition         eigenvectors of a Gram matrix instead of a full SVD, checked before they are used
     dropout               on the adapter's input, drawn in the backward (the paper's table 5)
-    W in bfloat16         its exact float32 value in two halves of 16 bits
-    W sharded by FSDP2    each process folds P Q into its own rows
     gradients="global"    every shard learns from the whole batch (not in the paper)
+    refusals              a mistake gets one sentence with its remedy
     LoRA                  a finished run as a PEFT adapter of rank 2Kr or less
 
 Notation as in hd_pissa.py.
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 import hd_pissa
 
-# ---- Refusals: agreed by all processes, so that none hangs -------------------------------------------------
+# ---- Agreement: all processes fail alike, so that none hangs -----------------------------------------------
 
 
 def say(*text) -> None:
@@ -52,33 +53,252 @@ def everywhere(work):
     result = error = None
     try:
         result = work()
-    except (ValueError, OSError, RuntimeError) as e:
+    except Exception as e:
         error = e
     for message in filter(None, gather_text((str(error) or repr(error)) if error else "")):
+        if error and not isinstance(error, (ValueError, OSError, RuntimeError)):
+            raise error                 # a fault in the program: here with its own traceback
         raise ValueError(message) from error
     return result
 
 
-def check(model, found, skipped, targets, config: dict, exchange, basis, seed, dtype) -> None:
-    """Raise ValueError, on every process, for what `attach` could not train or where processes disagree."""
-    r, K = config["rank"], config["shards"]
+# ---- W sharded by FSDP2 ------------------------------------------------------------------------------------
 
-    def own():
-        check_arguments(**config, exchange=exchange, basis=basis)
-        for name, module in model.named_modules():
-            if isinstance(module, hd_pissa.Muted):
-                raise ValueError(f"{name} already has HD-PiSSA attached; call detach_() on the first "
-                                 "adapters")
-        check_layers(found, skipped, r, 1 if config["init"] == "top" else K, targets, dtype)
 
-    everywhere(own)
-    layers = [(name, tuple(module.weight.shape), module.weight.dtype) for name, module in found]
-    here, *others = gather_text(f"{config}, {exchange=}, {basis=}, {seed=}, {dtype=}, {layers=}")
-    for i, there in enumerate(others, 1):
-        if there != here:
-            a = max(0, len(os.path.commonprefix((here, there))) - 30)
-            raise ValueError(f"processes disagree: process 0 attaches ...{here[a:a + 80]}..., process {i} "
-                             f"...{there[a:a + 80]}...; start all with the same command and model")
+def own_rows(weight: torch.Tensor) -> tuple[torch.Tensor, slice]:
+    """The stored weight's rows on this process, and which they are: all, unless FSDP2 has sharded dim 0."""
+    if not hasattr(weight, "to_local"):
+        return weight, slice(0, weight.shape[0])
+    chunk = -(-weight.shape[0] // weight.device_mesh.size())            # as torch.chunk cuts
+    start = min(weight.device_mesh.get_local_rank() * chunk, weight.shape[0])
+    local = weight.to_local()
+    return local, slice(start, start + local.shape[0])
+
+
+def shard_over_processes(model: nn.Module, device: torch.device) -> None:
+    """FSDP2 over all processes: one unit for each block of layers, one for the rest."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    if hd_pissa.world_size() == 1:
+        raise ValueError("--shard_weights needs several processes; start them with torchrun")
+    mesh = init_device_mesh(device.type, (hd_pissa.world_size(),))
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    for blocks in reversed(lists):      # inner ones first, as fully_shard wants it
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def whole(weight: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor:
+    """A weight as one plain tensor on every process, with its low half if it has one."""
+    local, _ = own_rows(weight.detach())
+    local = local if low is None else join(local, low)
+    if not hasattr(weight, "to_local"):
+        return local
+    from torch.distributed.tensor import DTensor
+    return DTensor.from_local(local, weight.device_mesh, weight.placements, shape=weight.shape,
+                              stride=weight.stride()).full_tensor()
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of the whole weights that FSDP2 has gathered for a forward."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()
+
+
+def fold_rows_(W: torch.Tensor, rows: slice, left: torch.Tensor, right: torch.Tensor, share: float) -> None:
+    """W += share left[rows] right in place, for the `rows` of a stored weight that W holds.
+
+    In the blocks of the whole weight that `hd_pissa.fold_` cuts, those held in part computed in whole: a
+    matrix product rounds by its shape, and this way no sharding of W changes a bit.
+    """
+    for a in range(rows.start - rows.start % 1024, rows.stop, 1024):
+        b = min(a + 1024, left.shape[0])
+        here = slice(max(a, rows.start), min(b, rows.stop))
+        part = W[here.start - rows.start:here.stop - rows.start]
+        block = part if part.shape[0] == b - a else W.new_zeros((b - a, W.shape[1]))
+        if block is not part:
+            block[here.start - a:here.stop - a] = part
+        block.addmm_(left[a:b], right, alpha=share)
+        if block is not part:
+            part.copy_(block[here.start - a:here.stop - a])
+
+
+def reduce_shards(whole: torch.Tensor) -> torch.Tensor:
+    """(K, ...) on each process -> its own (S, ...), summed over the processes."""
+    if hd_pissa.world_size() == 1:
+        return whole
+    out = whole.new_empty((whole.shape[0] // hd_pissa.world_size(), *whole.shape[1:]))
+    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, whole)
+    return out
+
+
+def reduce_rows(dU: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
+    """Rows of the sum of dU over the processes, those that a sharded W holds here: a reduce-scatter."""
+    world = hd_pissa.world_size()
+    chunk = -(-dU.shape[0] // world)
+    return reduce_shards(F.pad(dU, (0, 0, 0, chunk * world - dU.shape[0])))[:W.shape[0]]
+
+
+# ---- W in bfloat16, exactly --------------------------------------------------------------------------------
+
+
+def split(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 W as a bfloat16 high half, rounded half up, and the int16 rest: exact, in W's 4 bytes a number.
+
+    The forward runs on the high half; adding small updates to it alone would lose nearly all of them.
+    Truncating instead of rounding would move W by up to a whole unit of bfloat16.
+    """
+    bits = W.contiguous().view(torch.int32)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
+    """The float32 weight of its halves, inverse of `split`."""
+    return ((high.contiguous().view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+
+
+def halve_(slot) -> None:
+    """Turn a slot's float32 weight into halves, or complete a bfloat16 one by low halves of zero."""
+    W = slot.module.weight
+    if W.dtype == torch.bfloat16:
+        slot.low = torch.zeros_like(W, dtype=torch.int16)
+    else:
+        W.data, slot.low = split(W)
+
+
+def own_low(slot) -> torch.Tensor | None:
+    """Low halves of the rows that this process holds."""
+    local, rows = own_rows(slot.module.weight)
+    if slot.low is not None and slot.low.shape != local.shape:
+        slot.low = slot.low[rows].to(local.device, copy=True)           # FSDP2 has sharded W since `attach`
+    return slot.low
+
+
+def stored(slot) -> tuple[torch.Tensor, slice]:
+    """W to its last bit, in float32 if it is halved, of the rows on this process, and which these are."""
+    (local, rows), low = own_rows(slot.module.weight), own_low(slot)
+    return (local if low is None else join(local, low)), rows
+
+
+def store_(slot, W: torch.Tensor) -> None:
+    """Put float32 rows of this process back as halves."""
+    high, slot.low = split(W)
+    own_rows(slot.module.weight)[0].copy_(high)
+
+
+# ---- Decomposition: cheaper than a full SVD (section 4.1) --------------------------------------------------
+
+
+def gram_components(W: torch.Tensor, k: int, name: str = "W"):
+    """The k largest singular triplets of float32 W (m, n) as `components` gives them, or None if inexact.
+
+    The cheaper of two ways that passes its check: eigenvectors of the shorter side's Gram matrix in float32,
+    their span refined by Rayleigh-Ritz; the same matrix in float64, since squaring W squares its condition
+    and float32 loses the far tail. W without full rank passes neither.
+    """
+    M = W.detach().float()
+    wide = M if M.shape[0] <= M.shape[1] else M.T                               # (d, max(m, n))
+    for gram in (torch.float32, torch.float64):
+        wide = wide.to(gram)
+        G = wide @ wide.T                                                       # (d, d)
+        # diag(R) of G times a random (d, k) follows the k largest eigenvalues: does float32 reach them?
+        probe = torch.randn((len(G), k), generator=torch.Generator().manual_seed(0)).to(G)
+        R = torch.linalg.qr(G @ probe).R.diagonal().abs()
+        if gram == torch.float32 and R.min() < 1e-3 * R.max():
+            tqdm.write(f"{name}: squared singular values fall by {R.min() / R.max():.0e}: float64 Gram "
+                       "matrix")
+            continue
+        E = torch.linalg.eigh(G).eigenvectors[:, -k:].flip(1)                   # (d, k), descending
+        if gram == torch.float32:
+            E = torch.linalg.qr(E).Q
+            R, S, Vt = torch.linalg.svd(E.T @ wide, full_matrices=False)        # (k, k), (k,), (k, max(m, n))
+            U = E @ R                                                           # (d, k)
+            error = ((wide @ Vt.T - U * S).norm(dim=0) / (10 * S).clamp_max(S[0])).max()
+        else:
+            U, SVt = E, E.T @ wide
+            S = SVt.norm(dim=1)
+            Vt = SVt / S.clamp_min(1e-300)[:, None]
+            error = torch.dist(Vt @ Vt.T, torch.eye(k).to(S), p=math.inf)
+        if error <= 1e-5:
+            return (U, S, Vt) if wide.shape == M.shape else (Vt.T, S, U.T)
+        tqdm.write(f"{name}: components by a {str(gram)[6:]} Gram matrix are off by {error:.0e}, next driver")
+    return None
+
+
+# ---- Dropout on the adapter's input ------------------------------------------------------------------------
+
+
+def dropout_mask(slot):
+    """A function of X that draws its mask from (seed, step, micro-step, shard, layer) in the backward.
+
+    Micro-steps are counted there: a forward that checkpointing recomputes must not advance the count.
+    """
+    adapters, shard = slot.adapters, slot.adapters.first + slot.adapters.current
+
+    def draw(X):
+        micro = adapters.backwards[slot.name, shard] = adapters.backwards.get((slot.name, shard), -1) + 1
+        seed = hd_pissa.seed_of(adapters.seed, adapters.step, micro, shard, slot.name)
+        generator, keep = torch.Generator(X.device).manual_seed(seed), 1 - slot.dropout
+        return torch.empty_like(X).bernoulli_(keep, generator=generator).div_(keep)
+
+    return draw
+
+
+# ---- Whole-batch gradients ---------------------------------------------------------------------------------
+
+
+def drop_unsent(adapters) -> None:
+    """Forget what a backward that failed in its middle has left, else the next one would add to it."""
+    adapters.unsent.clear()
+    for slot in adapters.slots:
+        slot.dA.grad = slot.dB.grad = None
+
+
+def gather_whole_batch(adapters) -> None:
+    """Make every backward give the factor gradients of all K shards, and bring each sum to its shard's owner.
+
+    A reduce-scatter a layer, during the backward and in one order on every process: a layer waits for those
+    behind it, and one without a gradient sends zeros. No process holds two layers' gradients at rank K r.
+    """
+    K, r, queue = adapters.K, adapters.r, []
+    adapters.unsent = queue
+    for slot in adapters.slots:
+        # Leaves of all K shards that only catch gradients: zeros without memory, as increments are.
+        zero = torch.zeros((), dtype=adapters.basis.dtype, device=adapters.device)
+        slot.dA = zero.expand(slot.m, K * r).detach().requires_grad_()
+        slot.dB = zero.expand(K * r, slot.n).detach().requires_grad_()
+
+    @torch.no_grad()
+    def send(unused: bool) -> None:
+        while queue:
+            slot = queue[-1]
+            grads = slot.dA.grad, slot.dB.grad                          # (m, Kr), (Kr, n)
+            if not unused and any(grad is None for grad in grads):
+                return
+            gA, gB = (leaf if grad is None else grad for leaf, grad in zip((slot.dA, slot.dB), grads))
+            whole = torch.cat((gA.T.reshape(K, -1), gB.reshape(K, -1)), dim=1)          # (K, r m + r n)
+            slot.dA.grad = slot.dB.grad = None
+            for (dA, dB), row in zip(slot.leaves, reduce_shards(whole)):
+                for leaf, g in ((dA, row[:r * slot.m].view(r, -1).T), (dB, row[r * slot.m:].view(r, -1))):
+                    leaf.grad = g.clone() if leaf.grad is None else leaf.grad.add_(g)
+            queue.pop()
+        adapters.touched.update(range(adapters.S))
+
+    def caught(leaf) -> None:
+        if not queue:
+            queue.extend(adapters.slots)
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: send(unused=True))
+        send(unused=False)
+
+    for slot in adapters.slots:
+        for leaf in (slot.dA, slot.dB):
+            leaf.register_post_accumulate_grad_hook(caught)
+
+
+# ---- Refusals ----------------------------------------------------------------------------------------------
 
 
 CHOICES = {"init": ("hd_pissa", "top", "lora"), "aggregate": ("mean", "sum"), "basis": ("cached", "resend"),
@@ -120,6 +340,9 @@ def check_layers(found, skipped, r, K, targets, dtype=None) -> None:
         if dtype not in (None, W.dtype) and (W.dtype, dtype) != (torch.float32, torch.bfloat16):
             raise ValueError(f"dtype={dtype} for {name}.weight of {W.dtype}: only float32 weights can be "
                              "turned, into torch.bfloat16; use dtype=None")
+        if torch.float64 in (W.dtype, found[0][1].weight.dtype) and W.dtype != found[0][1].weight.dtype:
+            raise ValueError(f"{name}.weight is {W.dtype}, {found[0][0]}.weight {found[0][1].weight.dtype}; "
+                             "use float64 for all of them or for none")
         if W.device != found[0][1].weight.device:
             raise ValueError(f"{name}.weight is on {W.device}, {found[0][0]}.weight on "
                              f"{found[0][1].weight.device}; one process trains on one device")
@@ -129,6 +352,28 @@ def check_layers(found, skipped, r, K, targets, dtype=None) -> None:
                              f"has {min(W.shape)}; {remedy}")
         if not torch.isfinite(W).all():
             raise ValueError(f"{name}.weight holds NaN or Inf; the checkpoint is damaged, load it again")
+
+
+def check(model, found, skipped, targets, config: dict, exchange, basis, seed, dtype) -> None:
+    """Raise ValueError, on every process, for what `attach` could not train or where processes disagree."""
+    r, K = config["rank"], config["shards"]
+
+    def own():
+        check_arguments(**config, exchange=exchange, basis=basis)
+        for name, module in model.named_modules():
+            if isinstance(module, hd_pissa.Muted):
+                raise ValueError(f"{name} already has HD-PiSSA attached; call detach_() on the first "
+                                 "adapters")
+        check_layers(found, skipped, r, 1 if config["init"] == "top" else K, targets, dtype)
+
+    everywhere(own)
+    layers = [(name, tuple(module.weight.shape), module.weight.dtype) for name, module in found]
+    here, *others = gather_text(f"{config}, {exchange=}, {basis=}, {seed=}, {dtype=}, {layers=}")
+    for i, there in enumerate(others, 1):
+        if there != here:
+            a = max(0, len(os.path.commonprefix((here, there))) - 30)
+            raise ValueError(f"processes disagree: process 0 attaches ...{here[a:a + 80]}..., process {i} "
+                             f"...{there[a:a + 80]}...; start all with the same command and model")
 
 
 def check_optimizer(adapters, optimizer: torch.optim.Optimizer) -> None:
@@ -212,233 +457,6 @@ def refuse_nonfinite(adapters, step: int, losses: list[float], tolerated: bool) 
         tqdm.write(text)
 
 
-# ---- Decomposition: cheaper than a full SVD (section 4.1) --------------------------------------------------
-
-
-def gram_components(W: torch.Tensor, k: int, name: str = "W"):
-    """The k largest singular triplets of float32 W (m, n) as `components` gives them, or None if inexact.
-
-    The cheaper of two ways that passes its check: eigenvectors of the shorter side's Gram matrix in float32,
-    their span refined by Rayleigh-Ritz; the same matrix in float64, since squaring W squares its condition
-    and float32 loses the far tail. W without full rank passes neither.
-    """
-    M = W.detach().float()
-    wide = M if M.shape[0] <= M.shape[1] else M.T                               # (d, max(m, n))
-    for gram in (torch.float32, torch.float64):
-        wide = wide.to(gram)
-        G = wide @ wide.T                                                       # (d, d)
-        # diag(R) of G times a random (d, k) follows the k largest eigenvalues: does float32 reach them?
-        probe = torch.randn((len(G), k), generator=torch.Generator().manual_seed(0)).to(G)
-        R = torch.linalg.qr(G @ probe).R.diagonal().abs()
-        if gram == torch.float32 and R.min() < 1e-3 * R.max():
-            tqdm.write(f"{name}: squared singular values fall by {R.min() / R.max():.0e}: float64 Gram "
-                       "matrix")
-            continue
-        E = torch.linalg.eigh(G).eigenvectors[:, -k:].flip(1)                   # (d, k), descending
-        if gram == torch.float32:
-            E = torch.linalg.qr(E).Q
-            R, S, Vt = torch.linalg.svd(E.T @ wide, full_matrices=False)        # (k, k), (k,), (k, max(m, n))
-            U = E @ R                                                           # (d, k)
-            error = ((wide @ Vt.T - U * S).norm(dim=0) / (10 * S).clamp_max(S[0])).max()
-        else:
-            U, SVt = E, E.T @ wide
-            S = SVt.norm(dim=1)
-            Vt = SVt / S.clamp_min(1e-300)[:, None]
-            error = torch.dist(Vt @ Vt.T, torch.eye(k).to(S), p=math.inf)
-        if error <= 1e-5:
-            return (U, S, Vt) if wide.shape == M.shape else (Vt.T, S, U.T)
-        tqdm.write(f"{name}: components by a {str(gram)[6:]} Gram matrix are off by {error:.0e}, next driver")
-    return None
-
-
-# ---- Dropout on the adapter's input ------------------------------------------------------------------------
-
-
-def dropout_mask(slot):
-    """A function of X that draws its mask from (seed, step, micro-step, shard, layer) in the backward.
-
-    Micro-steps are counted there: a forward that checkpointing recomputes must not advance the count.
-    """
-    adapters, shard = slot.adapters, slot.adapters.first + slot.adapters.current
-
-    def draw(X):
-        micro = adapters.backwards[slot.name, shard] = adapters.backwards.get((slot.name, shard), -1) + 1
-        seed = hd_pissa.seed_of(adapters.seed, adapters.step, micro, shard, slot.name)
-        generator, keep = torch.Generator(X.device).manual_seed(seed), 1 - slot.dropout
-        return torch.empty_like(X).bernoulli_(keep, generator=generator).div_(keep)
-
-    return draw
-
-
-# ---- W in bfloat16, exactly --------------------------------------------------------------------------------
-
-
-def split(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 W as a bfloat16 high half, rounded half up, and the int16 rest: exact, in W's 4 bytes a number.
-
-    The forward runs on the high half; adding small updates to it alone would lose nearly all of them.
-    Truncating instead of rounding would move W by up to a whole unit of bfloat16.
-    """
-    bits = W.contiguous().view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
-
-
-def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
-    """The float32 weight of its halves, inverse of `split`."""
-    return ((high.contiguous().view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
-
-
-def halve_(slot) -> None:
-    """Turn a slot's float32 weight into halves, or complete a bfloat16 one by low halves of zero."""
-    W = slot.module.weight
-    if W.dtype == torch.bfloat16:
-        slot.low = torch.zeros_like(W, dtype=torch.int16)
-    else:
-        W.data, slot.low = split(W)
-
-
-def own_low(slot) -> torch.Tensor | None:
-    """Low halves of the rows that this process holds."""
-    local, rows = own_rows(slot.module.weight)
-    if slot.low is not None and slot.low.shape != local.shape:
-        slot.low = slot.low[rows].to(local.device, copy=True)           # FSDP2 has sharded W since `attach`
-    return slot.low
-
-
-def stored(slot) -> tuple[torch.Tensor, slice]:
-    """W to its last bit, in float32 if it is halved, of the rows on this process, and which these are."""
-    (local, rows), low = own_rows(slot.module.weight), own_low(slot)
-    return (local if low is None else join(local, low)), rows
-
-
-def store_(slot, W: torch.Tensor) -> None:
-    """Put float32 rows of this process back as halves."""
-    high, slot.low = split(W)
-    own_rows(slot.module.weight)[0].copy_(high)
-
-
-# ---- W sharded by FSDP2 ------------------------------------------------------------------------------------
-
-
-def own_rows(weight: torch.Tensor) -> tuple[torch.Tensor, slice]:
-    """The stored weight's rows on this process, and which they are: all, unless FSDP2 has sharded dim 0."""
-    if not hasattr(weight, "to_local"):
-        return weight, slice(0, weight.shape[0])
-    chunk = -(-weight.shape[0] // weight.device_mesh.size())            # as torch.chunk cuts
-    start = min(weight.device_mesh.get_local_rank() * chunk, weight.shape[0])
-    local = weight.to_local()
-    return local, slice(start, start + local.shape[0])
-
-
-def shard_over_processes(model: nn.Module, device: torch.device) -> None:
-    """FSDP2 over all processes: one unit for each block of layers, one for the rest."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    if hd_pissa.world_size() == 1:
-        raise ValueError("--shard_weights needs several processes; start them with torchrun")
-    mesh = init_device_mesh(device.type, (hd_pissa.world_size(),))
-    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-        for block in blocks:
-            fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-
-def whole(weight: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor:
-    """A weight as one plain tensor on every process, with its low half if it has one."""
-    local, _ = own_rows(weight.detach())
-    local = local if low is None else join(local, low)
-    if not hasattr(weight, "to_local"):
-        return local
-    from torch.distributed.tensor import DTensor
-    return DTensor.from_local(local, weight.device_mesh, weight.placements, shape=weight.shape,
-                              stride=weight.stride()).full_tensor()
-
-
-def reshard(model: nn.Module) -> None:
-    """Let go of the whole weights that FSDP2 has gathered for a forward."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()
-
-
-def fold_rows_(W: torch.Tensor, rows: slice, left: torch.Tensor, right: torch.Tensor, share: float) -> None:
-    """W += share left[rows] right in place, for the `rows` of a stored weight that W holds.
-
-    In the blocks of the whole weight that `hd_pissa.fold_` cuts, those held in part computed in whole: a
-    matrix product rounds by its shape, and this way no sharding of W changes a bit.
-    """
-    for a in range(rows.start - rows.start % 1024, rows.stop, 1024):
-        b = min(a + 1024, left.shape[0])
-        here = slice(max(a, rows.start), min(b, rows.stop))
-        part = W[here.start - rows.start:here.stop - rows.start]
-        block = part if part.shape[0] == b - a else W.new_zeros((b - a, W.shape[1]))
-        if block is not part:
-            block[here.start - a:here.stop - a] = part
-        block.addmm_(left[a:b], right, alpha=share)
-        if block is not part:
-            part.copy_(block[here.start - a:here.stop - a])
-
-
-def reduce_shards(whole: torch.Tensor) -> torch.Tensor:
-    """(K, ...) on each process -> its own (S, ...), summed over the processes."""
-    if hd_pissa.world_size() == 1:
-        return whole
-    out = whole.new_empty((whole.shape[0] // hd_pissa.world_size(), *whole.shape[1:]))
-    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, whole)
-    return out
-
-
-def reduce_rows(dU: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """Rows of the sum of dU over the processes, those that a sharded W holds here: a reduce-scatter."""
-    world = hd_pissa.world_size()
-    chunk = -(-dU.shape[0] // world)
-    return reduce_shards(F.pad(dU, (0, 0, 0, chunk * world - dU.shape[0])))[:W.shape[0]]
-
-
-# ---- Whole-batch gradients ---------------------------------------------------------------------------------
-
-
-def gather_whole_batch(adapters) -> None:
-    """Make every backward give the factor gradients of all K shards, and bring each sum to its shard's owner.
-
-    A reduce-scatter a layer, during the backward and in one order on every process: a layer waits for those
-    behind it, and one without a gradient sends zeros. No process holds two layers' gradients at rank K r.
-    """
-    K, r, queue = adapters.K, adapters.r, []
-    for slot in adapters.slots:
-        # Leaves of all K shards that only catch gradients: zeros without memory, as increments are.
-        zero = torch.zeros((), dtype=adapters.basis.dtype, device=adapters.device)
-        slot.dA = zero.expand(slot.m, K * r).detach().requires_grad_()
-        slot.dB = zero.expand(K * r, slot.n).detach().requires_grad_()
-
-    @torch.no_grad()
-    def send(unused: bool) -> None:
-        while queue:
-            slot = queue[-1]
-            grads = slot.dA.grad, slot.dB.grad                          # (m, Kr), (Kr, n)
-            if not unused and any(grad is None for grad in grads):
-                return
-            gA, gB = (leaf if grad is None else grad for leaf, grad in zip((slot.dA, slot.dB), grads))
-            whole = torch.cat((gA.T.reshape(K, -1), gB.reshape(K, -1)), dim=1)          # (K, r m + r n)
-            slot.dA.grad = slot.dB.grad = None
-            for (dA, dB), row in zip(slot.leaves, reduce_shards(whole)):
-                for leaf, g in ((dA, row[:r * slot.m].view(r, -1).T), (dB, row[r * slot.m:].view(r, -1))):
-                    leaf.grad = g.clone() if leaf.grad is None else leaf.grad.add_(g)
-            queue.pop()
-        adapters.touched.update(range(adapters.S))
-
-    def caught(leaf) -> None:
-        if not queue:
-            queue.extend(adapters.slots)
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: send(unused=True))
-        send(unused=False)
-
-    for slot in adapters.slots:
-        for leaf in (slot.dA, slot.dB):
-            leaf.register_post_accumulate_grad_hook(caught)
-
-
 # ---- A run as a LoRA ---------------------------------------------------------------------------------------
 
 
@@ -473,17 +491,21 @@ def export_lora(adapters, folder: str, base: dict, base_name: str = "", rank: in
     The adapter loads with PeftModel.from_pretrained(base_model, folder). Needs peft and safetensors.
     Raises ValueError on every process without attach(accumulate=True), or where base is another model's.
     """
+    def check_base():
+        for slot in adapters.slots:
+            W0 = base.get(slot.name + ".weight")
+            if W0 is None or W0.shape != slot.module.weight.shape:
+                raise ValueError(f"base has no {slot.name}.weight of {tuple(slot.module.weight.shape)}; give "
+                                 "the state_dict that the run began with")
+
+    everywhere(check_base)
     tensors, squares = {}, torch.zeros((1, 2), dtype=torch.float64, device=adapters.device)
     for slot in adapters.slots:
         P, Q = lora_factors(adapters, slot, rank)
         tensors[f"base_model.model.{slot.name}.lora_A.weight"] = P.T.float().contiguous()
         tensors[f"base_model.model.{slot.name}.lora_B.weight"] = Q.T.float().contiguous()
-        W0 = base.get(slot.name + ".weight")
-        if W0 is None or W0.shape != slot.module.weight.shape:
-            raise ValueError(f"base has no {slot.name}.weight of {tuple(slot.module.weight.shape)}; give the "
-                             "state_dict that the run began with")
         W, rows = stored(slot)
-        dW = W.double() - W0[rows].to(P)
+        dW = W.double() - base[slot.name + ".weight"][rows].to(P)
         left, right = (P, Q) if slot.conv1d else (Q.T, P.T)
         squares += torch.stack((left[rows] @ right - dW, dW)).square().sum((1, 2))
     rank = 2 * adapters.K * adapters.r if rank is None else rank
@@ -503,4 +525,4 @@ def export_lora(adapters, folder: str, base: dict, base_name: str = "", rank: in
 
     everywhere(write)
     wrong, whole = hd_pissa.gather_shards(squares).sum(0).tolist()      # of slices, or equal replicas
-    return math.sqrt(wrong / whole)
+    return math.sqrt(wrong / whole) if whole else 0.0

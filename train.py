@@ -114,7 +114,7 @@ def load_model(name: str, seed: int, weights: bool = True, tokenizer: str | None
 
 
 class Baseline:
-    """One adapter per weight, or all weights, trained on the whole step batch: processes average gradients.
+    """One adapter per weight, or all weights, trained on the whole step batch: processes add their gradients.
 
         lora, pissa     Y = X W_res + s (X A) B,  A (m, r), B (r, n) trained    (W_res = W, or W - s A B)
     """
@@ -174,6 +174,7 @@ class Baseline:
         """Sum the gradients over the processes, then clip: the first moment they must be whole."""
         if hd_pissa.world_size() > 1:
             for p in self.parameters():
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
                 dist.all_reduce(p.grad)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
         if norm.isfinite():
@@ -490,11 +491,16 @@ def run(args) -> dict:
 
 def export(args, adapters, sums: dict, folder: Path) -> float:
     """Write the run as a PEFT adapter beside the model; its relative error."""
-    base = everywhere(lambda: load_model(args.model, args.seed))[0].state_dict()
-    for name, there in sums.items():
-        if checkpoint.weight_sum(base[name + ".weight"]) != there:
-            raise ValueError(f"--model {args.model} is not what this run began with: {name}.weight differs. "
-                             "A LoRA adapter belongs to one base; put that back and start the command again")
+    def load_base():
+        model = load_model(args.model, args.seed)[0]
+        base = (model.double() if args.dtype == "float64" else model).state_dict()
+        for name, there in sums.items():
+            if checkpoint.weight_sum(base[name + ".weight"]) != there:
+                raise ValueError(f"--model {args.model} is not what this run began with: {name}.weight "
+                                 "differs. A LoRA belongs to one base; put that back, start the command again")
+        return base
+
+    base = everywhere(load_base)
     error = hd_pissa.export_lora(adapters, str(folder), base, args.model, args.lora_rank)
     say(f"\nLoRA of rank {args.lora_rank or 2 * args.shards * args.rank} in {folder}: relative error "
         f"{error:.1e} of dW")

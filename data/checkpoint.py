@@ -250,8 +250,8 @@ def save(folder: Path, step: int, model, adapters, optimizer, config: dict, extr
                 if path != final:
                     shutil.rmtree(path, ignore_errors=True)
 
+    state = tensors_of(model, adapters, optimizer)          # first: it lets go of weights gathered whole
     sums = check_replicas(adapters, device)
-    state = tensors_of(model, adapters, optimizer)
     try:
         everywhere(prepare)
         everywhere(visible)
@@ -373,7 +373,10 @@ def load(path: Path, manifest: dict, model, adapters, optimizer, config: dict, d
             old = stored[f"{first}.{key}"]
             shape = p.shape if len(old.size) else old.size
             where = p.device if len(shape) else "cpu"
-            optimizer.state[p][key] = torch.zeros(shape, dtype=old.properties.dtype, device=where)
+            moment = torch.zeros(shape, dtype=old.properties.dtype, device=where)
+            if len(shape):              # strides of p as well, as the optimizer itself would make it
+                moment = torch.zeros_like(p, dtype=old.properties.dtype)
+            optimizer.state[p][key] = moment
             wanted[f"moments.{name}.{key}"] = optimizer.state[p][key]
     state, plan = {}, []
     wrong = []

@@ -35,7 +35,7 @@ def test_one_file_is_enough_for_the_method(tmp_path):
     done = subprocess.run([sys.executable, "-c", PROGRAM], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said, weights = json.loads(done.stdout)
-    assert len(said) == 3 and all("copy hd_pissa_extra.py beside hd_pissa.py" in text for text in said)
+    assert len(said) == 3 and all("need hd_pissa_extra.py" in text for text in said)
     expected, _ = toy.run(*toy.problem())
     for W, other in zip(expected, weights):
         assert torch.equal(W, torch.tensor(other, dtype=torch.float64))

@@ -43,3 +43,20 @@ def test_compiled_run_equals_the_plain_one(gradients):
     assert none == 0 and 1 <= compilations <= 2
     for a, b in zip(weights + grads, compiled + their_grads):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_equal_blocks_compile_to_one_graph():
+    """Blocks compiled one by one: as many graphs with adapters as without, whatever the number of layers."""
+    def graphs(attached: bool) -> int:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 16), nn.Tanh()) for _ in range(10))).double()
+        if attached:
+            hd_pissa.attach(model, rank=2, shards=2)
+        counter = CompileCounterWithBackend(aot_autograd(fw_compiler=lambda g, inputs: make_boxed_func(g)))
+        x = torch.randn(3, 16, dtype=torch.float64)
+        for block in model:
+            x = torch.compile(block, backend=counter)(x)
+        return counter.frame_count
+
+    assert graphs(attached=True) <= graphs(attached=False) + 1

@@ -175,6 +175,13 @@ def small_llama(folder):
             "--rank", "2", "--shards", "4", "--threads", "1", "--export_lora", "--max_steps"]  # fmt: skip
 
 
+def test_float64_run_knows_its_base(tmp_path):
+    """The base is read again in the run's own dtype, so that its checksum is the one taken at the start."""
+    pytest.importorskip("peft")
+    result = train.main([*small_llama(tmp_path), "2", "--dtype", "float64", "--out", str(tmp_path / "out")])
+    assert 0 < result["lora_error"] < 0.05 and (tmp_path / "out" / "lora").is_dir()
+
+
 def test_command_line_resume_and_changed_base(tmp_path, capsys):
     """--export_lora of a resumed run equals that of a whole one; a base that has changed is refused."""
     pytest.importorskip("peft")

@@ -144,3 +144,37 @@ def test_a_layer_unused_on_one_process_contributes_zeros(tmp_path):
 
 def test_checkpointed_forward_gives_the_same():
     assert branched(recompute=True) == branched()
+
+
+def test_a_failed_backward_leaves_nothing_behind():
+    """A backward that dies in its middle, dropped by next_step: the run goes on as if it had not been."""
+    class Dies(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dY):
+            raise MemoryError("planted")
+
+    def steps(fail: bool):
+        weights, bias, data = toy.problem()
+        model = toy.module(weights, bias)
+        adapters = hd_pissa.attach(model, toy.R, shards=toy.K, gradients="global", aggregate="sum")
+        optimizer = MAKES["sgd"](adapters.parameters())
+        for t, batch in enumerate(data):
+            if fail and t == 1:
+                x, y = batch[0]
+                with pytest.raises(MemoryError):
+                    (model[2](Dies.apply(model[1](model[0](x)))) - y).square().mean().backward()
+                optimizer.zero_grad()
+                adapters.next_step()
+            for x, y in batch:
+                ((model(x) - y).square().mean() / toy.K).backward()
+            optimizer.step()
+            adapters.merge_()
+            optimizer.zero_grad()
+        return [slot.module.weight.detach() for slot in adapters.slots]
+
+    for a, b in zip(steps(fail=False), steps(fail=True)):
+        assert torch.equal(a, b)

@@ -187,6 +187,32 @@ def test_checkpointing_recomputes_nothing_wrong():
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+def test_the_loop_allows_reentrant_checkpointing():
+    """The forward that a backward runs again is of the shard in training: weights equal the plain run's."""
+
+    class Tiny(nn.Module):
+        def __init__(self, use):
+            super().__init__()
+            torch.manual_seed(0)
+            self.use, self.wte, self.a, self.b, self.head = use, nn.Embedding(9, 8), *(
+                nn.Linear(8, n) for n in (8, 8, 9))  # fmt: skip
+
+        def forward(self, x):
+            h = self.wte(x).requires_grad_()
+            h = checkpoint(self.a, h, use_reentrant=True) if self.use else self.a(h)
+            return self.head(self.b(h.tanh()))
+
+    def weights(use):
+        model = Tiny(use).double()
+        adapters = hd_pissa.attach(model, 1, shards=4)
+        rows = [([(3 * i + j) % 9 for j in range(5)], 2) for i in range(8)]
+        for _ in hd_pissa.train(model, adapters, [rows] * 3, lr=1e-2, max_steps=3, progress=False):
+            pass
+        return [model.a.weight, model.b.weight]
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(False), weights(True)))
+
+
 def test_dropout_touches_the_adapter_input_alone():
     """Y and dX are without mask; g_B = ((D X) A)^T dY for a 0-or-1/(1-p) mask that differs between shards."""
     layer, x = make_linear(False), torch.eye(M, dtype=torch.float64).requires_grad_()

@@ -273,3 +273,32 @@ def test_micro_batches_equal_one_big_one(micro):
         results.append((model.up.weight.detach(), [record["loss"] for record in log]))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-9, atol=1e-12)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-12) and set(adapters.skipped) == {"lm_head"}
+
+
+def test_loading_a_state_drops_what_was_not_merged():
+    """Increments that an optimizer has filled before load_state_dict do not reach W at the next merge."""
+    weights, bias, data = toy.problem()
+    model = toy.module(weights, bias)
+    adapters = hd_pissa.attach(model, toy.R, shards=toy.K)
+    state = adapters.state_dict()
+    optimizer = torch.optim.SGD(adapters.parameters(), lr=1.0)
+    for i, (x, y) in enumerate(data[0]):
+        with adapters.shard(i):
+            (model(x) - y).square().mean().backward()
+    optimizer.step()
+    adapters.load_state_dict(state)
+    with pytest.raises(ValueError, match="got no gradient"):
+        adapters.merge_()
+    assert torch.equal(model[0].weight.T, weights[0])
+    assert not adapters.increments.any()
+
+
+def test_overlapping_shards_are_refused():
+    """A decomposition of other components than orthonormal ones: one sentence with the layer's name."""
+    def wrong(W, k, name):
+        U, S, Vt = hd_pissa.components(W, k, name)
+        return torch.cat((U[:, :1], U[:, :-1]), dim=1), S, Vt
+
+    weights, bias, _ = toy.problem()
+    with pytest.raises(ValueError, match="0: components not orthonormal"):
+        hd_pissa.attach(toy.module(weights, bias), toy.R, shards=toy.K, decompose=wrong)
