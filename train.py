@@ -497,7 +497,7 @@ def export(args, adapters, sums: dict, folder: Path) -> float:
         for name, there in sums.items():
             if checkpoint.weight_sum(base[name + ".weight"]) != there:
                 raise ValueError(f"--model {args.model} is not what this run began with: {name}.weight "
-                                 "differs. A LoRA belongs to one base; put that back, start the command again")
+                                 "differs. A LoRA belongs to one base; put that back and run this again")
         return base
 
     base = everywhere(load_base)
