@@ -19,26 +19,22 @@ def one_line(what: str, remedy: str):
         raise ValueError(f"{what}: {text.split('. ')[0][:300].rstrip('.')}; {remedy}") from e
 
 
-def snapshot(name: str, weights: bool) -> tuple[str, str]:
-    """(folder, remedy if it is bad) of a hub id, from the hub's cache alone if there is no network.
+def snapshot(name: str, weights: bool) -> str:
+    """The folder of a hub id in the hub's cache, as it is there if the hub does not answer.
 
-    Whether there is one is asked once: transformers itself would ask again for each file, 23 s each time.
+    Once for the whole model: from_pretrained with an id would ask again for each file, and without a network
+    spend 23 s on each.
     """
-    from huggingface_hub import constants, get_session, snapshot_download
-    online, remedy = True, "give a local folder or a hub id that exists and that you may read (hf auth login)"
-    try:
-        get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception:           # of requests or httpx, by the hub's version, or HF_HUB_OFFLINE=1
-        online, remedy = False, ("it is no directory, and the hub cannot be reached: run `hf download "
-                                 f"{name} --local-dir DIR` where there is a network, copy DIR here and give "
-                                 "--model DIR")
+    from huggingface_hub import snapshot_download
     texts = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.model"]
+    remedy = ("it is no directory: give a hub id that exists and that you may read (hf auth login); without "
+              f"a network run `hf download {name} --local-dir DIR` elsewhere, copy DIR here, give --model DIR")
     with one_line(f"--model {name}", remedy):
-        for patterns in (texts, ["*.safetensors"], ["pytorch_model*.bin"])[:3 if weights else 1]:
-            folder = snapshot_download(name, allow_patterns=patterns, local_files_only=not online)
+        for patterns in (texts, ["model*.safetensors"], ["pytorch_model*.bin"])[:3 if weights else 1]:
+            folder = snapshot_download(name, allow_patterns=patterns)
             if any(file.endswith(".safetensors") for file in os.listdir(folder)):
                 break
-    return folder, remedy
+    return folder
 
 
 def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
@@ -60,7 +56,7 @@ def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
     if not os.path.isdir(name):
         if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ValueError(f"{what}: no such directory; give a folder with config.json, or a hub id")
-        folder, remedy = snapshot(name, weights)
+        folder = snapshot(name, weights)
     if not os.path.isfile(os.path.join(folder, "config.json")):
         raise ValueError(f"{what} has no config.json; give the folder of a whole model (an adapter must be "
                          "merged into its model first)")

@@ -439,7 +439,7 @@ def test_smollm2(real_dir, smollm2, tmp_path, monkeypatch):
     result = train.main([
         "--model", str(smollm2), "--data", str(real_dir / "commonsense_train_5k.jsonl"), "--rank", "8",
         "--shards", "2", "--targets", "q_proj,k_proj,v_proj,up_proj,down_proj", "--lr", "1e-3",
-        "--warmup", "0", "--batch_size", "4", "--micro_batch_size", "2", "--block_size", "64",
+        "--warmup", "0", "--batch_size", "4", "--micro_batch_size", "2", "--block_size", "96",
         "--max_steps", "2", "--eval_rows", "4", "--export_lora", "--out", str(tmp_path / "out")])  # fmt: skip
     assert result["after"]["all"]["loss"] < result["before"]["all"]["loss"] - 0.02
     with torch.no_grad():
