@@ -28,7 +28,7 @@ def snapshot(name: str, weights: bool) -> str:
     from huggingface_hub import snapshot_download
     texts = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.model"]
     remedy = ("it is no directory: give a hub id that exists and that you may read (hf auth login); without "
-              f"a network run `hf download {name} --local-dir DIR` elsewhere, copy DIR here, give --model DIR")
+              f"a network run `hf download {name} --local-dir DIR` elsewhere, copy it here, give --model DIR")
     with one_line(f"--model {name}", remedy):
         for patterns in (texts, ["model*.safetensors"], ["pytorch_model*.bin"])[:3 if weights else 1]:
             folder = snapshot_download(name, allow_patterns=patterns)

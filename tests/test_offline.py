@@ -117,7 +117,7 @@ def hub_cache(path, name: str, source):
 
 
 def test_hugging_face_models(tmp_path):
-    """A folder trains; an id in the hub's cache too, without the variable HF_HUB_OFFLINE; another is one line.
+    """A folder trains; an id in the hub's cache too, without HF_HUB_OFFLINE; another is one line.
     Within seconds: transformers, given an id, would spend 23 s on each of its files."""
     pytest.importorskip("transformers")
     base = families.folder(tmp_path / "base", "llama")
