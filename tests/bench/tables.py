@@ -1,15 +1,14 @@
-"""Put what the bench scripts measured into README.md: each table is made from a JSON file.
+"""Put what the bench scripts measured into README.md, here and above: each table is made from a JSON file.
 
-    python tests/bench/tables.py                   # after step.py, parts.py, network.py or stress.py
-    python tests/bench/tables.py --check           # changes nothing, fails where README.md is behind
+    python tests/bench/tables.py                   # after step.py, parts.py, network.py, stress.py or real.py
 """
 
 import json
 import re
-import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+PAGES = HERE / "README.md", HERE.parents[1] / "README.md"
 TARGETS = {512: (1.08, 0.92, 0.92, 0.48, 0.76), 2048: (1.05, 0.92, 0.92, 0.48, 0.76)}
 
 
@@ -51,36 +50,34 @@ def stress(result) -> str:
     return table(list(names.values()), [row])
 
 
+def real(result) -> str:
+    rows = [[row["data"], row["method"], f"{row['lr']:g}", f"{row['before']:.4f}", f"{row['after']:.4f}"]
+            for row in result]  # fmt: skip
+    return table(["data", "method", "lr", "held-out loss before", "after"], rows)
+
+
 def tables() -> dict[str, str]:
     """{marker: text} of all that has been measured."""
     made = {name: function(json.loads((HERE / f"{name}.json").read_text()))
-            for name, function in (("step", step), ("network", network), ("stress", stress))}
+            for name, function in (("step", step), ("network", network), ("stress", stress),
+                                   ("real", real))}  # fmt: skip
     for name, part in json.loads((HERE / "parts.json").read_text()).items():
         made[f"parts {name}"] = table(part["columns"], part["rows"])
     return made
 
 
 def filled(text: str) -> str:
-    """README.md with every block between <!-- NAME --> and <!-- end --> made anew."""
+    """A page with every block between <!-- NAME --> and <!-- end --> made anew."""
     made = tables()
 
     def block(match):
         if match[1] not in made:
-            raise ValueError(f"README.md asks for {match[1]!r}; there are {', '.join(made)}")
+            raise ValueError(f"a page asks for {match[1]!r}; there are {', '.join(made)}")
         return f"<!-- {match[1]} -->\n\n{made[match[1]]}\n\n<!-- end -->"
 
     return re.sub(r"<!-- (\w[\w ]*) -->\n.*?<!-- end -->", block, text, flags=re.S)
 
 
-def main(argv) -> int:
-    path = HERE / "README.md"
-    text = path.read_text()
-    new = filled(text)
-    if argv == ["--check"]:
-        return int(new != text)
-    path.write_text(new)
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
