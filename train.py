@@ -508,7 +508,7 @@ def export(args, adapters, sums: dict, folder: Path) -> float:
 
 
 def save(out: Path, model, tokenizer, result) -> None:
-    state = {name: hd_pissa_extra.whole(tensor) for name, tensor in model.state_dict().items()}
+    state = models.whole_state(model)
 
     def write():
         if hd_pissa.rank() > 0:
@@ -518,8 +518,7 @@ def save(out: Path, model, tokenizer, result) -> None:
             os.replace(out / "model.pt.tmp", out / "model.pt")
             how = f"train.GPT.from_state_dict(torch.load({str(out / 'model.pt')!r}, weights_only=True))"
         else:
-            model.save_pretrained(out / "model", state_dict=state)
-            tokenizer.hf.save_pretrained(out / "model")
+            models.save_folder(out / "model", model, tokenizer, state)
             how = f"transformers.AutoModelForCausalLM.from_pretrained({str(out / 'model')!r})"
         (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
         write_report(out)

@@ -1,11 +1,14 @@
-"""Hugging Face models from a folder or the hub, and saved files of the small GPT, each checked before use."""
+"""Models on disk: Hugging Face folders, the hub, files of the small GPT; checked when read, written whole."""
 
 import contextlib
 import os
 import pickle
+import shutil
+from pathlib import Path
 
 import torch
 
+import hd_pissa_extra
 from data.tokenizer import HFTokenizer
 
 
@@ -85,6 +88,25 @@ def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
         raise ValueError(f"{what}: its tokenizer has {len(tokenizer.hf)} tokens, the model {rows} "
                          "embeddings; put the tokenizer files of this very model into the folder")
     return model, tokenizer, getattr(config.get_text_config(), "max_position_embeddings", None) or 1 << 20
+
+
+def whole_state(model) -> dict[str, torch.Tensor]:
+    """The state_dict with every tensor whole on every process, however W is sharded; tied ones stay one."""
+    parameters, first, state = dict(model.named_parameters(remove_duplicate=False)), {}, {}
+    for name, tensor in model.state_dict().items():
+        tied = first.setdefault(id(parameters.get(name, tensor)), name)
+        state[name] = state[tied] if tied in state else hd_pissa_extra.whole(tensor)
+    return state
+
+
+def save_folder(folder: Path, model, tokenizer: HFTokenizer, state: dict) -> None:
+    """A plain Hugging Face folder of `state`, with config and tokenizer: there when it is whole."""
+    unfinished = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished, state_dict=state)
+    tokenizer.hf.save_pretrained(unfinished)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(unfinished, folder)
 
 
 def read_state(path: str) -> dict:

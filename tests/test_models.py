@@ -195,6 +195,47 @@ def test_folder_gives_the_training_models_logits(family, tmp_path, monkeypatch):
     assert a(text)["input_ids"] == b(text)["input_ids"] and len(b(text)["input_ids"]) == len(text)
 
 
+def test_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """An error in the middle, here a full disk at the tokenizer, leaves a former run's folder as it was."""
+    from data import models
+    path, model = folder(tmp_path / "base", "llama"), families.model("llama")
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    made = models.HFTokenizer(str(path))
+    with torch.no_grad():
+        model.lm_head.weight.add_(1)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(made.hf, "save_pretrained", full)
+    with pytest.raises(OSError, match="No space left"):
+        models.save_folder(path, model, made, model.state_dict())
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    monkeypatch.undo()
+    models.save_folder(path, model, made, model.state_dict())
+    assert (path / "model.safetensors").read_bytes() != before["model.safetensors"]
+    assert [file.name for file in tmp_path.iterdir()] == ["base"] and not (path / "rows.jsonl").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_sharded_weights_save_the_same_folder(family, tmp_path):
+    """Two processes with --shard_weights write the file of one process, the tied head not twice."""
+    import os
+    import subprocess
+    import sys
+
+    from conftest import ROOT
+    base = folder(tmp_path / "base", family)
+    train.main(flags(base, "--out", tmp_path / "one"))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*start, ROOT / "train.py", *flags(base, "--shard_weights", "--out", tmp_path / "two")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    one, two = ((tmp_path / out / "model" / "model.safetensors").read_bytes() for out in ("one", "two"))
+    assert one == two
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2"])
 def test_lora_export_loads_in_peft(family, tmp_path):
     """tests/test_export.py has Llama and GPT-2; the logits are as near as the returned error says."""
