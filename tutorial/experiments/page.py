@@ -294,8 +294,9 @@ def domain_table(data, names, suffix: str = "") -> list[str]:
                      for arm in arms])
 
 
-def one_rate_table(data, names) -> list[str]:
-    arms = shown(data, names)
+def one_rate_table(data, names, unfinished: bool = False) -> list[str]:
+    arms = [data[name] for name in names if name in data and data[name].sweep] if unfinished \
+        else shown(data, names)
     lrs = sorted({lr for arm in arms for lr in arm.sweep})
     if not arms:
         return []
@@ -492,6 +493,8 @@ def page(data, figures: set) -> str:
         *one_rate_table(data, METHODS), one_rate_text(data), "",
         "## Longer runs", "", f"{LONG} steps.", "", *method_table(data, METHODS, ", long"),
         *domain_table(data, METHODS, ", long"), crossing_text(data), "",
+        f"All learning rates at {LONG} steps, seed 0, unfinished sweeps too; no verdict rests on those:", "",
+        *one_rate_table(data, [f"{name}, long" for name in METHODS], unfinished=True),
         *([f"{MEDIUM} steps.", "", *medium] if len(medium) > 2 else []),
         *picture("length", "Tuned held-out loss against the length of the run"),
         "## Whole-batch gradients, and equal parameters", "", global_text(data), "",
