@@ -217,8 +217,8 @@ def test_gradient_accumulation(using, tmp_path):
 def test_its_warm_up_begins_at_zero(using, tmp_path):
     """The first step changes nothing and no complaint is made; the second one does."""
     base = using.small_model()
-    assert rates(run(using, tmp_path, steps=1)[0]) == [0.0]
-    assert same(run(using, tmp_path, steps=1)[0].model, base)
+    first = run(using, tmp_path, steps=1)[0]
+    assert rates(first) == [0.0] and same(first.model, base)
     assert not same(run(using, tmp_path, steps=2)[0].model, base)
 
 
@@ -249,6 +249,7 @@ def test_checkpoints_are_plain_and_resume_exactly(using, tmp_path):
         using.small_model = small_model
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_evaluation(using, tmp_path):
     """With either kind of checkpointing the same weights bit for bit; evaluate() sees W."""
     plain = run(using, tmp_path)[0]
@@ -263,6 +264,7 @@ def test_gradient_checkpointing_and_evaluation(using, tmp_path):
     assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_autocast(using, tmp_path):
     """bf16=True: matmuls in bfloat16, weights and increments float32; near the float32 run."""
     base, plain = using.small_model(), run(using, tmp_path)[0].model

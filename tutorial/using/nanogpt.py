@@ -24,7 +24,7 @@ import hd_pissa  # noqa: E402
 import train  # noqa: E402
 
 batch_size, block_size, micro_steps = 4, 32, 2      # rows a micro-batch; micro-batches of each shard a step
-max_iters, warmup_iters, learning_rate, grad_clip = 20, 2, 1e-2, 1.0
+max_iters, warmup_iters, learning_rate, grad_clip = 10, 2, 1e-2, 1.0
 rank, shards = 2, 4                                 # <- HD-PiSSA: r and K
 
 
