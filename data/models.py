@@ -77,7 +77,8 @@ def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
                 folder, dtype=torch.float32, config=config, output_loading_info=True,
                 ignore_mismatched_sizes=True, **how)
             # transformers would draw these at random
-            wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+            other = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])   # 4.56, 5.x
+            wrong = sorted({*info["missing_keys"], *other})
             if wrong:
                 raise ValueError(f"{len(wrong)} weights are not in its files or have other shapes than "
                                  f"config.json says, {wrong[0]} the first")

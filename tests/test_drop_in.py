@@ -251,12 +251,11 @@ def test_checkpoints_are_plain_and_resume_exactly(using, tmp_path):
 
 @pytest.mark.slow
 def test_gradient_checkpointing_and_evaluation(using, tmp_path):
-    """With either kind of checkpointing the same weights bit for bit; evaluate() sees W."""
+    """With use_reentrant=False the same weights bit for bit; evaluate() sees W."""
     plain = run(using, tmp_path)[0]
-    for reentrant in (False, True):
-        trainer = run(using, tmp_path, gradient_checkpointing=True,
-                      gradient_checkpointing_kwargs={"use_reentrant": reentrant})[0]  # fmt: skip
-        assert same(trainer.model, plain.model)
+    trainer = run(using, tmp_path, gradient_checkpointing=True,
+                  gradient_checkpointing_kwargs={"use_reentrant": False})[0]  # fmt: skip
+    assert same(trainer.model, plain.model)
     rows = using.small_data(16)
     batch = trainer.data_collator(rows)
     with torch.no_grad():
@@ -334,7 +333,8 @@ dist.destroy_process_group()
 def test_trainer_on_two_processes(tmp_path):
     """attach must come after TrainingArguments; DDP refuses the frozen model on CPUs; Trainer's checkpoint
     has the moments of process 0 alone, so that a resumed run without KeepShards goes another way."""
-    pytest.importorskip("transformers"), pytest.importorskip("accelerate")
+    pytest.importorskip("transformers", "5", "its Trainer could not resume on several CPU processes before")
+    pytest.importorskip("accelerate")
     import json
     (tmp_path / "facts.py").write_text(FACTS)
     text = torchrun(tmp_path / "facts.py", USING / "trainer.py", tmp_path)
