@@ -169,6 +169,47 @@ def test_layers_by_default_and_for_the_commonsense_setting(family):
     assert {skipped[name] for name in names(family) if name in skipped} == {"not in targets"}
 
 
+SMALL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=96, pad_token_id=0,
+             bos_token_id=1, eos_token_id=2)  # fmt: skip
+OTHERS = {      # config, layers of a block
+    "OPT": (dict(ffn_dim=48, word_embed_proj_dim=32), "q_proj k_proj v_proj out_proj fc1 fc2"),
+    "GPTNeoX": (dict(intermediate_size=48), "query_key_value dense dense_h_to_4h dense_4h_to_h"),
+    "Phi3": (dict(intermediate_size=48), "qkv_proj o_proj gate_up_proj down_proj"),
+    "Gemma2": (dict(intermediate_size=48, head_dim=8),
+               "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"),
+    "Mixtral": (dict(intermediate_size=48, num_local_experts=2, num_key_value_heads=2),
+                "q_proj k_proj v_proj o_proj"),
+    "Mamba": (dict(state_size=4), "in_proj x_proj dt_proj out_proj"),
+    "Falcon": (dict(), ""),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_architectures(kind):
+    """Equal logits at step 0, and what README.md of tutorial/using says: a mixture's experts are not linear
+    layers, Falcon's layers are refused with the reason, Mamba's dt_proj never gets a gradient."""
+    transformers = pytest.importorskip("transformers", "5" if kind == "Mixtral" else None)
+    sizes, layers = OTHERS[kind]
+    torch.manual_seed(0)
+    config = getattr(transformers, kind + "Config")(**SMALL | sizes)
+    model, x = transformers.AutoModelForCausalLM.from_config(config).float().eval(), batch(1) % 96
+    with torch.no_grad():
+        before = model(input_ids=x).logits
+    if kind == "Falcon":
+        with pytest.raises(ValueError, match="a forward or a weight of its own kind"):
+            hd_pissa.attach(model, 1, shards=2)
+        return
+    adapters = hd_pissa.attach(model, 1, shards=2)
+    assert sorted(slot.name.split(".")[-1] for slot in adapters.slots) == sorted(2 * layers.split())
+    assert torch.equal(model(input_ids=x).logits, before)
+    for s in range(2):
+        with adapters.shard(s):
+            model(input_ids=x, labels=x, use_cache=False).loss.backward()
+    without = {name.split(".")[-3] for name, p in adapters.named_parameters() if p.grad is None}
+    assert without == ({"dt_proj"} if kind == "Mamba" else set())
+
+
 # ---- The saved folder --------------------------------------------------------------------------------------
 
 
