@@ -11,7 +11,8 @@ from conftest import ROOT
 
 import train
 
-SMALL = ["--rank", "2", "--shards", "4", "--batch_size", "32", "--micro_batch_size", "4", "--dry_run"]
+SMALL = ["--rank", "2", "--shards", "4", "--batch_size", "32", "--micro_batch_size", "4", "--threads", "1",
+         "--dry_run"]  # fmt: skip
 
 
 def base_shapes():
