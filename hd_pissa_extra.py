@@ -314,6 +314,9 @@ def check_arguments(rank, shards, alpha=None, dropout=0.0, **choices) -> None:
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: must be a whole number, 1 or more")
     processes = hd_pissa.world_size()
+    if processes == 1 < int(os.environ.get("WORLD_SIZE", 1)) and not dist.is_initialized():
+        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but no process group: each process would "
+                         "train alone; call torch.distributed.init_process_group before attach")
     if shards % processes:
         raise ValueError(f"shards={shards} is not a multiple of the {processes} processes; use shards="
                          f"{max(1, shards // processes) * processes} or another number of processes")

@@ -341,6 +341,7 @@ def fit(args, config, model, adapters, optimizer, rows, start, extra, device, ex
                 shutil.rmtree(out / "checkpoint", ignore_errors=True)
             for name in ("result.json", "spectra.json", "report.html"):
                 (out / name).unlink(missing_ok=True)
+            shutil.rmtree(out / "lora", ignore_errors=True)         # of another run in the same folder
             (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
             checkpoint.clean(out / "checkpoint")
             cut_log(out / "log.jsonl", start)

@@ -34,7 +34,7 @@ from tqdm import tqdm
 import hd_pissa
 from data import models
 from data.checkpoint import alone, digest, sync
-from data.rows import FORMAT, INDEX, encode, hold_out, identity, pack, read_rows, step_batches  # noqa: F401
+from data.rows import FORMAT, identity, pack
 from data.sets import MIXES, SETS, SPELLINGS, Dropped, as_in_paper, conversion, in_thousands, paper_rows
 from data.tokenizer import GPTTokenizer
 from hd_pissa_extra import say

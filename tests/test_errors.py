@@ -118,6 +118,13 @@ def test_check_refuses_optimizers(make, words):
     adapters.check(torch.optim.AdamW([{"params": adapters.parameters(), "weight_decay": 0.0}, other]))
 
 
+def test_attach_refuses_a_launch_without_a_process_group(monkeypatch):
+    """Started by torchrun, but nobody joined the processes: replicas would drift apart without a word."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2, but no process group.*init_process_group before"):
+        hd_pissa.attach(nn.Sequential(nn.Linear(8, 8)), 1)
+
+
 def test_merge_refuses_a_shard_without_gradient():
     """Names it, shows the loop, leaves W; after the missing backward the same merge goes through."""
     weights, bias, data = toy.problem(shards=2)
