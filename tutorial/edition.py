@@ -210,9 +210,10 @@ class Edition:
             return target
         file, _, fragment = target.partition("#")
         path = (base.parent / file).resolve()
-        if ROOT not in path.parents or not path.is_file() or not (own or path in self.queue):
+        picture = path.suffix in (".svg", ".png", ".jpg")
+        if ROOT not in path.parents or not path.is_file() or not (own or picture or path in self.queue):
             return None
-        if path.suffix in (".svg", ".png", ".jpg"):
+        if picture:
             name = "-".join(path.relative_to(HERE if HERE in path.parents else ROOT).parts)
             shutil.copyfile(path, self.folder / name)
             return name
