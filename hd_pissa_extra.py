@@ -14,6 +14,7 @@ hd_pissa.py is the method and works without this file. Here, each section for it
 Notation as in hd_pissa.py.
 """
 
+import datetime
 import math
 import os
 
@@ -26,6 +27,20 @@ from tqdm import tqdm
 import hd_pissa
 
 # ---- Agreement: all processes fail alike, so that none hangs -----------------------------------------------
+
+
+def join_processes(backend: str, timeout: float) -> None:
+    """init_process_group for what torchrun has started; a collective waits `timeout` seconds.
+
+    After a restart torchrun's store still holds the addresses at which killed workers listened: gloo would call
+    there. On one machine restarts are counted alike everywhere, so each gets keys of its own.
+    """
+    wait = datetime.timedelta(seconds=timeout)
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
+    alike = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alike else "any"
+    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank,
+                            world_size=world_size, timeout=wait)
 
 
 def say(*text) -> None:

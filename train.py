@@ -12,7 +12,6 @@ Results: OUT/model.pt (plain state_dict) or OUT/model/ (Hugging Face files), OUT
 
 import argparse
 import contextlib
-import datetime
 import importlib.util
 import json
 import math
@@ -327,7 +326,7 @@ def start_processes(args) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=args.timeout))
+        hd_pissa_extra.join_processes("nccl" if cuda else "gloo", args.timeout)
     return device
 
 
