@@ -32,7 +32,7 @@ import hd_pissa
 def join_processes(backend: str, timeout: float) -> None:
     """init_process_group for what torchrun has started; a collective waits `timeout` seconds.
 
-    After a restart torchrun's store still holds the addresses at which killed workers listened: gloo would call
+    After a restart torchrun's store still has the addresses at which killed workers listened: gloo would call
     there. On one machine restarts are counted alike everywhere, so each gets keys of its own.
     """
     wait = datetime.timedelta(seconds=timeout)

@@ -194,7 +194,7 @@ def flip(process, which):
     return sorted(sums), out
 
 
-@pytest.mark.parametrize("which", ["weight", "low"])
+@pytest.mark.parametrize("which", ["weight", pytest.param("low", marks=pytest.mark.slow)])
 def test_one_flipped_bit_is_caught_on_every_process(which, tmp_path):
     """With the first layer concerned and, of three processes, the one that differs."""
     for names, messages in spawn(3, flip, tmp_path, 2, which):
@@ -220,6 +220,7 @@ def flip_in_training(flags, out):
         hd_pissa.Adapters.merge_ = original
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_stops_the_run_and_the_last_checkpoint_is_good(tmp_path):
     """--check_every 2: the bit of step 3 is seen at 4, before it is saved; the run goes on from step 2."""
     assert spawn(2, flip_in_training, tmp_path, ["--check_every", "2"], tmp_path / "cut") == [2, 2]

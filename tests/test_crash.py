@@ -19,6 +19,8 @@ import pytest
 import torch
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--device", "cpu", "--threads", "1", "--shards", "4", "--batch_size", "8", "--micro_batch_size", "4",
          "--eval_rows", "8"]  # fmt: skip
 PATIENCE = 120              # seconds until a run that does not move is taken for hung
@@ -186,7 +188,6 @@ def kill_many(folder: Path, kills: int, seed: int = 0, processes: int = 2, progr
 # ---- Kills -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_twenty_kills_change_no_bit(tmp_path):
     """20 kill -9 at random moments, of one worker or of all: each restart goes on, the end is equal."""
     seen = kill_many(tmp_path, 20)
@@ -197,7 +198,6 @@ def test_twenty_kills_change_no_bit(tmp_path):
     assert left == [f"step_{seen['steps']}"]
 
 
-@pytest.mark.slow
 def test_torchrun_restarts_killed_workers(tmp_path):
     """--max-restarts=2: two workers are killed, one after the other, and the job ends well by itself."""
     out, flags = tmp_path / "killed", ["--max_steps", 40]
@@ -213,7 +213,6 @@ def test_torchrun_restarts_killed_workers(tmp_path):
     assert not differences(tmp_path / "whole", out)
 
 
-@pytest.mark.slow
 def test_workers_that_outlive_torchrun_spoil_nothing(tmp_path):
     """kill -9 of torchrun alone leaves its workers running: the same command does not mix with them.
 
@@ -282,7 +281,7 @@ def error_line(stderr: str, returncode: int, processes: int, code: int = 2) -> s
     return told.pop()
 
 
-@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [0, 2])
 def test_disk_full_while_saving(processes, small_disk, tmp_path):
     """No room for the second checkpoint: one sentence; the first is kept, with more room all ends well."""
     flags = ["--max_steps", 4]
@@ -350,7 +349,6 @@ def test_out_removed_between_checkpoints(processes, tmp_path):
     assert "No such file or directory" in line and str(tmp_path / "out" / "log.jsonl") in line
 
 
-@pytest.mark.slow
 def test_out_removed_during_saves(tmp_path):
     """Either the log line or the save meets it: one sentence, or a new folder with the right weights."""
     finish(tmp_path / "whole", "--max_steps", 30, processes=0)
@@ -366,7 +364,6 @@ def test_out_removed_during_saves(tmp_path):
 # ---- Soak --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("every", [0, 5])
 def test_memory_does_not_grow(every, tmp_path):
     """500 steps on two processes, with and without saves: memory grows by less than 5 % after step 100."""

@@ -69,7 +69,8 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("kind", VARIANTS)
+@pytest.mark.parametrize("kind", [kind if kind in ("plain", "bfloat16") else pytest.param(
+    kind, marks=pytest.mark.slow) for kind in VARIANTS])  # fmt: skip
 def test_resumed_equals_uninterrupted(kind, tmp_path, capsys):
     """Killed after step 5, so that step 5 of the log is cut and done again from the checkpoint of step 4."""
     flags = VARIANTS[kind].split()
@@ -241,6 +242,7 @@ def test_another_data_file_is_refused(tmp_path, capsys):
 # ---- Signals -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(number, tmp_path):
     flags = [*SMALL, "--max_steps", "40", "--save_every", "0"]

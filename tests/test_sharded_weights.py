@@ -95,7 +95,7 @@ def compare():
     return out
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_sharded_run_equals_replicated_run_bit_for_bit(world, tmp_path):
     """Linear and Conv1D, even and odd sizes, every exchange, whole-batch gradients, bfloat16 halves."""
     ranks = spawn(world, compare, tmp_path)

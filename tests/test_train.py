@@ -64,7 +64,8 @@ def test_command_line_on_one_and_two_processes(tmp_path):
 @pytest.mark.parametrize(
     "flags, exact",
     [("--shard_weights", True), ("--shard_weights --dtype bfloat16", True), ("--basis resend", True),
-     ("--shard_weights --exchange all_reduce", False), ("--gradients global", False)],
+     pytest.param("--shard_weights --exchange all_reduce", False, marks=pytest.mark.slow),
+     pytest.param("--gradients global", False, marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_two_processes_save_what_one_does(flags, exact, tmp_path):
     """Sharded, resent, in halves: the saved file is the plain one of one process."""
