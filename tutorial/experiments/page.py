@@ -14,9 +14,11 @@ NAMES = {
     "hd sum": "HD-PiSSA, sum", "hd global mean": "whole-batch gradients, mean",
     "global orthonormal": "whole batch, orthonormal U, V", "global orthonormal muon": "... with Muon",
     "global random": "whole batch, random basis", "hd interleaved": "HD-PiSSA, interleaved",
+    "global": "whole-batch gradients, K=8", "global K=64 muon": "whole batch, K=64, orthonormal, Muon",
 }
 METHODS = ("full", "lora", "pissa", "dora", "hira", "mora", "hd", "hd global", "pissa r=16")
 DEVICES = ((1, "hd K=1"), (2, "hd K=2"), (4, "hd K=4"), (8, "hd"), (16, "hd K=16"))
+MORE = ("hd global", "global K=16", "global K=32", "global K=64", "global K=64 muon", "full")
 BEYOND = ("hd interleaved", "hd global mean", "global orthonormal", "global orthonormal muon",
           "global random")
 
@@ -70,11 +72,12 @@ def versus(a: Arm, b: Arm) -> str:
 
 def label(name: str) -> str:
     """What the page calls an arm."""
-    family, _, number = name.split(",")[0].partition(" r=")
-    if number:
-        return NAMES[family].replace("r=2", f"r={number}")
-    _, _, K = name.partition(" K=")
-    return NAMES["hd"].replace("K=8", f"K={K}") if K else NAMES[family]
+    name = name.split(",")[0]
+    for letter, default in (("r", 2), ("K", 8)):
+        family, _, number = name.partition(f" {letter}=")
+        if number and name not in NAMES:
+            return NAMES[family].replace(f"{letter}={default}", f"{letter}={number}")
+    return NAMES[name]
 
 
 def name_of(arm: Arm) -> str:
@@ -374,6 +377,28 @@ def global_text(data) -> str:
     return " ".join(text)
 
 
+def more_text(data) -> str:
+    """How near full fine-tuning's loss the sharded methods come at a small share of its optimizer memory."""
+    arms = shown(data, MORE[:-1])
+    if not arms or not data["full"].there:
+        return ""
+    best, full = min(arms, key=Arm.mean), data["full"]
+    share = 100 * best.first["moments"] / full.first["moments"]
+    return (f"The best of them is {versus(best, full)}, at {share:.1f} % of its optimizer memory a device "
+            f"and with {best.first['constants']:,} constants beside it ({full.first['trained']:,} weights).")
+
+
+def large_text(data) -> str:
+    config = ARMS["hd, large batch"][0]
+    arms = shown(data, ("hd", "hd global"), ", large batch")
+    others = shown(data, ("lora", "pissa"), ", large batch")
+    text = (f"{config['steps']} steps of {config['batch']} rows: each of {complete(config)['K']} devices "
+            f"then learns from {config['batch'] // complete(config)['K']} rows of its own instead of "
+            f"{COMMON['batch'] // complete(config)['K']}. ")
+    return text + " ".join(f"{name_of(arm)} is {joined([versus(arm, o) for o in others])}."
+                           for arm in arms if others)
+
+
 def beyond_rows(data) -> list[str]:
     rows, word = [], {"ahead": "wins by more than the spread: kept", "behind": "loses: dropped",
                       "level": "no difference beyond the spread", "undecided": "seeds are missing"}
@@ -497,7 +522,10 @@ def page(data, figures: set) -> str:
         *one_rate_table(data, [f"{name}, long" for name in METHODS], unfinished=True),
         *([f"{MEDIUM} steps.", "", *medium] if len(medium) > 2 else []),
         *picture("length", "Tuned held-out loss against the length of the run"),
+        "## A larger batch", "", large_text(data), "", *method_table(data, METHODS, ", large batch"),
         "## Whole-batch gradients, and equal parameters", "", global_text(data), "",
+        "More devices, the same r and so the same optimizer memory on each:", "", *method_table(data, MORE),
+        more_text(data), "",
         "## Ablations (table 7)", "", *method_table(data, ("hd", "hd top", "hd lora init", "intermediate")),
         *picture("ablations", "Ablations"),
         "The Intermediate Method trains each device's slice against its own residual weight, alone; the K "

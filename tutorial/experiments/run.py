@@ -54,7 +54,7 @@ def read(path: Path) -> dict:
 def missing(name: str, done: dict, quick: bool) -> tuple[list[dict], int | None]:
     """(configurations that the arm needs next, grid index of its best rate when the sweep is complete)."""
     def small(config):
-        return config | ({"steps": 2, "batch": 16, "rows": 16} if quick else {})
+        return config | ({"steps": 2, "batch": max(16, config.get("K", 0)), "rows": 16} if quick else {})
 
     if name in FIXED:
         runs = [complete(small(config)) for config in FIXED[name]]
