@@ -8,13 +8,13 @@ mini-batch, and the small updates of all devices are added to the one shared W:
     dU_i = dA_i B_i + A_i dB_i + dA_i dB_i                          dA_i, dB_i from AdamW    (section 4.2)
     W <- W + 1/K sum_i dU_i                                         on every device alike    (section 4.2)
 
-Data-parallel PiSSA gives every device the same top-r slice and its update has rank r; here one update has
-rank up to 2Kr at the optimizer memory of rank r. The trained tensors are the increments dA_i, dB_i,
+Data-parallel PiSSA gives every device the same top-r slice and its update has rank up to 2r; here one update
+has rank up to 2Kr at the optimizer memory of rank r. The trained tensors are the increments dA_i, dB_i,
 zero at the start of every step: then the output is X W exactly, their gradients are those of residual PiSSA,
 and after optimizer.step() they are the dA_i, dB_i above. (The paper multiplies the adapter by a tiny "mute
 scalar" in the forward and divides the gradients by it; at zero increments there is nothing to mute.)
 
-    adapters = hd_pissa.attach(model, rank=16)
+    adapters = hd_pissa.attach(model, rank=16)      # under torchrun: after dist.init_process_group()
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=2e-5, weight_decay=0.0)
     for batch in loader:
         model(**batch).loss.backward()
@@ -28,10 +28,10 @@ scalar" in the forward and divides the gradients by it; at zero increments there
 Notation (the paper's letters; an nn.Linear stores W^T, a transformers Conv1D stores W):
 
     K         number of shards, "devices" in the paper        A, B      (m, r), (r, n) factors of a shard
-    r         components per shard                            dA, dB    (m, r), (r, n) increments of one step
+    r         components per shard, the argument rank=        dA, dB    (m, r), (r, n) increments of one step
     m, n      input, output features; W is (m, n)             P, Q      (m, 2Kr), (2Kr, n); P Q = sum_i dU_i
     X, Y      (T, m), (T, n) input and output, T tokens       s         alpha / r, PEFT's scaling
-    U, S, Vt  (m, d), (d,), (d, n), d = min(m, n)
+    U, S, Vt  (m, d), (d,), (d, n), d = min(m, n)             At, dAt   transposes, as they lie in memory
 
 This file works alone, unchecked. hd_pissa_extra.py beside it adds refusals with a remedy, faster
 decompositions, W in bfloat16 or sharded by FSDP2, gradients="global", dropout and LoRA files.
@@ -68,7 +68,7 @@ def world_size() -> int:
 
 
 def gather_shards(local: torch.Tensor) -> torch.Tensor:
-    """(S, ...) of each process -> (K, ...) on every process, in shard order."""
+    """(S, ...), the S shards of each process -> (K, ...) on every process, in shard order."""
     if world_size() == 1:
         return local
     out = local.new_empty((world_size() * local.shape[0], *local.shape[1:]))
@@ -131,7 +131,7 @@ class Mute(torch.autograd.Function):
     Equation (1), Y = X (W_res,i + A_i B_i), is X W at dA = dB = 0: the forward computes nothing of the
     adapter and keeps nothing but its input. At (k, r, m) and B (k, r, n) hold the factors of one shard, or of
     all K side by side for gradients="global". They travel as attributes, not as saved tensors: a forward
-    recomputed by activation checkpointing then cannot swap them for another shard's.
+    recomputed by activation checkpointing cannot swap them for another shard's. dA, dB only take gradients.
     """
 
     @staticmethod
@@ -448,8 +448,8 @@ def find_layers(model: nn.Module, targets) -> tuple[list[tuple[str, nn.Module]],
 
 @torch.no_grad()
 def _deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
-    # Each weight is decomposed by exactly one process and sent to the others: SVDs of one matrix on two
-    # machines may differ in sign or order, and the shards would overlap.
+    # Each weight is decomposed by exactly one process and sent to the others. SVDs of one matrix on two
+    # machines may differ: in order, and shards overlap; in sign, and dA_i of one meets the other's -B_i.
     def work():
         own, mine = range(rank(), len(adapters.slots), world_size()), {}
         for j in tqdm(own, desc="SVD", unit="layer", disable=not (progress and rank() == 0)):
@@ -482,11 +482,11 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
     init        "hd_pissa" (disjoint slices), "top" (every shard the top r), "lora" (random A, zero B)
     alpha       s = alpha / rank scales the adapter as in PEFT; None: s = 1
     dropout     probability, on the adapter's input; 0 = off
-    aggregate   "mean" (the paper, 1/K) or "sum" (the published code; with Adam a K times larger step)
+    aggregate   "mean" (the paper, 1/K) or "sum" (the published code; a K times larger step)
     exchange    "all_gather" (factors), "all_reduce" (dense dU), "auto" (fewer bytes: all_gather)
     basis       "cached": A_i, B_i of all K shards on every process; "resend": gathered at each merge
     gradients   "local" (the paper: a shard learns from its own mini-batch) or "global" (from the whole batch:
-                losses add up over processes, so divide by all tokens of the step; equal backwards everywhere)
+                losses add up over processes, so divide by all tokens of the step; as many backwards on each)
     seed        of the random draws: dropout and the "lora" init
     dtype       torch.bfloat16: float32 weights become bfloat16, their exact rest is kept here; None = off
     device      of the adapters and the decomposition: "cuda" for W on the CPU until FSDP2 moves it; None: W's

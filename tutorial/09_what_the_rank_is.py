@@ -50,11 +50,12 @@ for T in (1, 2, 3, 4, 5, 8):
     rank = torch.linalg.matrix_rank(train(0.05, T)[0], rtol=1e-11)
     check(f"rank of {T} updates is {rank}, min((T + 1) K r, m, n)", rank, min((T + 1) * K * R, M, N))
 print("\nlr     steps  effective rank  sigma_17 / sigma_1  |P Q - dW| / |dW|")
-spectra, tail, error = {}, {}, {}
+spectra, tail, error, weyl = {}, {}, {}, []
 for lr in (1e-2, 1e-3, 1e-4):
     for T in (10, 100):
         dW, P, Q, second = train(lr, T)
         spectra[lr, T] = S = hd_pissa.update_spectrum(W0, W0 + dW)
+        weyl.append(bool(S[2 * K * R] <= torch.linalg.matrix_norm(second, 2) * (1 + 1e-9)))
         tail[lr, T], error[lr, T] = float(S[2 * K * R] / S[0]), float((P @ Q - dW).norm() / dW.norm())
         row = hd_pissa.effective_rank(S), tail[lr, T], error[lr, T]
         print(f"{lr:<6} {T:5}  {row[0]:14}  {row[1]:18.1e}  {row[2]:17.1e}")
@@ -62,6 +63,7 @@ before, after = W0.float(), (W0 + train(2e-5, 1)[0]).float()
 floor, whole = hd_pissa.update_spectrum(before, after), torch.linalg.matrix_rank(after - before)
 print(f"one step at lr 2e-5, W in float32: matrix_rank {whole}, effective {hd_pissa.effective_rank(floor)}\n")
 check("first and second order together are dW", P @ Q + second, dW, rtol=1e-9)
+check("sigma_{2Kr+1} <= |second order|_2", weyl, [True] * len(weyl))
 check("inner size of P Q", P.shape[1], 2 * K * R)
 for name, values in (("tail", tail), ("error of the LoRA", error)):
     check(f"{name} at a tenth of the lr", values[1e-3, 10] / values[1e-4, 10], 10.0, rtol=0.1)

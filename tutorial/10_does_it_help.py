@@ -65,7 +65,7 @@ for names in ((LOCAL, LORA), (LOCAL, PISSA), (WHOLE, LOCAL), (WHOLE, WIDE)):
     gap, error = mean(gaps), stdev(gaps) / 3**0.5
     print(f"{' - '.join(names):50}  {gap:+.4f}  {(both / 3)**0.5:.4f}  {error:.4f}  {gap / error:+5.1f}")
     errors, by_hand = [*errors, error], [*by_hand, ((both - 2 * covariance(a, b)) / 3) ** 0.5]
-limit = 0.95 * (2 / (1 - 0.95**2)) ** 0.5       # two degrees of freedom
+limit = 0.95 * (2 / (1 - 0.95**2)) ** 0.5       # two degrees of freedom: P(|t| < x) = x / (2 + x^2)^1/2
 print(f"chance alone stays within +-{limit:.2f} in 95 % of cases (Student's t, three pairs)\n")
 save_figure(__file__, draw, columns=2)
 check("paired standard error from variances and covariance", errors, by_hand, rtol=1e-9)
