@@ -635,7 +635,7 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
             adapters.merge_()
         else:
             if not extra:
-                raise ValueError(f"step {step}: a loss or gradient is not finite; this step left W untouched")
+                raise ValueError(f"step {step}: a loss or gradient is not finite; W is untouched; lower lr")
             skipped += 1
             extra.refuse_nonfinite(adapters, step, sums, tolerated=skipped <= skip_nonfinite)
             adapters.next_step()

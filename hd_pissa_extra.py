@@ -17,6 +17,7 @@ Notation as in hd_pissa.py.
 import datetime
 import math
 import os
+import shutil
 
 import torch
 import torch.distributed as dist
@@ -456,7 +457,7 @@ def check_state(adapters, own: dict, state: dict) -> None:
     def check():
         if wrong or missing:
             raise ValueError(f"adapter state of another run: (here, there) = {wrong}, tensors missing or "
-                             f"of another shape: {missing[:3]}")
+                             f"of another shape: {missing[:3]}; attach as that run did, or begin anew")
 
     everywhere(check)
 
@@ -536,10 +537,14 @@ def export_lora(adapters, folder: str, base: dict, base_name: str = "", rank: in
             raise ValueError("a LoRA export needs peft: pip install -r requirements-extra.txt") from None
         if adapters.first == 0:
             task = "CAUSAL_LM" if hasattr(adapters.model, "generate") else None
+            unfinished = f"{folder}.tmp"
+            shutil.rmtree(unfinished, ignore_errors=True)
             LoraConfig(r=rank, lora_alpha=rank, base_model_name_or_path=base_name, task_type=task,
                        fan_in_fan_out=adapters.slots[0].conv1d, inference_mode=True,
-                       target_modules=[slot.name for slot in adapters.slots]).save_pretrained(folder)
-            save_file(tensors, os.path.join(folder, "adapter_model.safetensors"))
+                       target_modules=[slot.name for slot in adapters.slots]).save_pretrained(unfinished)
+            save_file(tensors, os.path.join(unfinished, "adapter_model.safetensors"))
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(unfinished, folder)
 
     everywhere(write)
     wrong, whole = hd_pissa.gather_shards(squares).sum(0).tolist()      # of slices, or equal replicas

@@ -32,9 +32,18 @@ import hd_pissa
 import hd_pissa_extra
 from data import checkpoint, models, recipes
 from data.evaluate import evaluate, examiner, read_sets
-from data.report import append_log, cut_log, heartbeat, report_layers, report_losses, report_rank
+from data.report import (
+    append_log,
+    cut_log,
+    heartbeat,
+    read_result,
+    report_layers,
+    report_losses,
+    report_rank,
+    sampled,
+)
 from data.report_html import write_report
-from data.rows import load, step_batches
+from data.rows import enough, load, step_batches
 from data.svd_cache import cached_components
 from data.tokenizer import GPTTokenizer
 from hd_pissa_extra import everywhere, say
@@ -98,7 +107,7 @@ class GPT(nn.Module):
 
 def load_model(name: str, seed: int, weights: bool = True, tokenizer: str | None = None):
     """(float32 model, tokenizer, context length) of "scratch", a .pt file or a Hugging Face name."""
-    if name != "scratch" and not name.endswith(".pt"):
+    if not models.is_small(name):
         return models.hugging_face(name, weights, tokenizer)
     tokenizer = GPTTokenizer(tokenizer)
     model = (GPT(tokenizer.vocabulary, seed=seed) if name == "scratch"
@@ -120,8 +129,8 @@ class Baseline:
 
     whole_batch, applied = True, 1.0
 
-    def __init__(self, model, method: str, rank: int, K: int, targets, alpha, seed: int):
-        hd_pissa_extra.check_arguments(rank, K, alpha, 0.0)
+    def __init__(self, model, method: str, rank: int, K: int, targets, alpha, dropout: float, seed: int):
+        hd_pissa_extra.check_arguments(rank, K, alpha, dropout)
         self.K, self.S, self.step, self.mean_over = K, K // hd_pissa.world_size(), 0, 1
         self.seed, self._parameters = seed, {}
         self.first = hd_pissa.rank() * self.S
@@ -146,7 +155,8 @@ class Baseline:
                 W.data.sub_(self.s * A.detach() @ B.detach())
 
             def residual(module, inputs, output, A=A, B=B):
-                return output + self.s * (inputs[0] @ A) @ B
+                x = F.dropout(inputs[0], dropout, module.training) if dropout else inputs[0]
+                return output + self.s * (x @ A) @ B
 
             self.factors.append((W, A, B, module.register_forward_hook(residual)))
             self._parameters |= {name + ".A": A, name + ".B": B}
@@ -265,6 +275,7 @@ FLAGS = {
 }
 
 
+OWN = ("init", "aggregate", "exchange", "basis", "gradients", "svd_cache", "shard_weights")   # hd_pissa's
 ZERO = ("warmup", "max_grad_norm", "seed", "bucket_mb", "save_every", "save_minutes", "check_every",
         "eval_every", "heartbeat", "skip_nonfinite")          # numbers that may be 0
 
@@ -293,10 +304,13 @@ def parse(argv) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     if args.batch_size % args.shards:
         p.error(f"--batch_size {args.batch_size} is not a multiple of --shards {args.shards}; use "
                 f"--batch_size {max(1, args.batch_size // args.shards) * args.shards}")
-    if args.method != "hd_pissa" and (args.shard_weights or args.dtype == "bfloat16"):
-        p.error(f"--method {args.method} with --shard_weights or --dtype bfloat16: only hd_pissa adds its "
-                "updates to sharded or halved weights; leave the flag out")
-    if args.export_lora and (args.method != "hd_pissa" or args.model.endswith((".pt", "scratch"))):
+    own = [f"--{name} {getattr(args, name)}" for name in OWN if getattr(args, name) != p.get_default(name)]
+    own += ["--dtype bfloat16"] if args.dtype == "bfloat16" else []
+    if args.method != "hd_pissa" and own:
+        p.error(f"--method {args.method} with {own[0]}: only hd_pissa knows that; leave it out")
+    if args.lora_rank and not args.export_lora:
+        p.error(f"--lora_rank {args.lora_rank} without --export_lora: give both, or none")
+    if args.export_lora and (args.method != "hd_pissa" or models.is_small(args.model)):
         p.error(f"--export_lora with --method {args.method} --model {args.model}: it writes what hd_pissa "
                 "did to a Hugging Face model; leave it out")
     if args.export_lora and not importlib.util.find_spec("peft"):
@@ -403,9 +417,7 @@ def run(args) -> dict:
     block_size = min(args.block_size or min(context, 1024), context)
     rows, held, rows_hash = everywhere(
         lambda: load(args.data, args.eval_data, args.eval_rows, tokenizer, block_size))
-    if len(rows) < args.batch_size or not held:
-        raise ValueError(f"{args.data}: {len(rows)} rows to train on, {len(held)} held out: too few for "
-                         f"--batch_size {args.batch_size}; give more rows or a larger --block_size")
+    enough(args, rows, held)
     if args.max_steps is None:
         args.max_steps = max(1, round(args.epochs * (len(rows) // args.batch_size))) if args.epochs else STEPS
 
@@ -415,8 +427,8 @@ def run(args) -> dict:
     if resumed:
         manifest = checkpoint.read_manifest(resumed)
         checkpoint.same_run(manifest, config, resumed)
-        if (out / "result.json").exists() and resumed == out / "checkpoint" / f"step_{args.max_steps}":
-            result = json.loads((out / "result.json").read_text())
+        result = read_result(out / "result.json")
+        if result and resumed == out / "checkpoint" / f"step_{args.max_steps}":
             report_losses(result["before"], result["after"])
             say(f"\n{resumed} is the end of this run; choose another --out, or --resume never to train again")
             return result
@@ -424,13 +436,13 @@ def run(args) -> dict:
     probe, _ = hd_pissa.pad([row[:2] for row in held[:8]], model.get_input_embeddings().weight.device
                             if hasattr(model, "get_input_embeddings") else device)
     base_logits = None
-    if args.dtype != "bfloat16" and not args.shard_weights:
+    if args.method == "hd_pissa" and args.dtype != "bfloat16" and not (args.shard_weights or resumed):
         with torch.no_grad():
             base_logits = hd_pissa.logits_of(model.eval(), probe)
     names = [name for name, _ in hd_pissa.find_layers(model, args.targets)[0]]
-    # Rank of dW: a copy of up to 8 weights, evenly spaced over the model, taken before anything moves.
+    # Rank of dW: a copy of up to 8 weights, taken before anything moves.
     watched = {name: model.get_parameter(name + ".weight").detach().to(device, copy=True)
-               for name in names[::max(1, len(names) // 8)][:8]}
+               for name in sampled(names)}
     base = {}
     if args.export_lora:
         base = {name: checkpoint.weight_sum(model.get_parameter(name + ".weight").detach()) for name in names}
@@ -443,7 +455,8 @@ def run(args) -> dict:
             dtype=torch.bfloat16 if args.dtype == "bfloat16" else None, progress=True,
             decompose=None if resumed else decompose, accumulate=args.export_lora)
     else:
-        adapters = Baseline(model, args.method, args.rank, args.shards, args.targets, args.alpha, args.seed)
+        adapters = Baseline(model, args.method, args.rank, args.shards, args.targets, args.alpha,
+                            args.dropout, args.seed)
     if args.dtype == "bfloat16":
         for p in model.parameters():    # but no buffers: from_pretrained leaves rotary frequencies float32
             p.data = p.data.bfloat16()
@@ -460,7 +473,7 @@ def run(args) -> dict:
             f"; {key} was {value}, is {config[key]}" for key, value in was.items() if value != config[key]))
     else:
         before = evaluate(model, held, device, max(8, args.micro_batch_size), "evaluate base")
-        if args.method == "hd_pissa" and base_logits is not None:
+        if base_logits is not None:
             with torch.no_grad():
                 same = torch.equal(hd_pissa.logits_of(model.eval(), probe), base_logits)
             if not same:
@@ -484,27 +497,9 @@ def run(args) -> dict:
     spectra = report_rank(args, watched, after_training)
     result = {"before": extra["before"], "after": after, "effective_rank": spectra, "eval": exams}
     if args.export_lora:
-        result["lora_error"] = export(args, adapters, extra["base"], out / "lora")
+        result["lora_error"] = models.export(args, adapters, extra["base"], out / "lora", load_model)
     save(out, model, tokenizer, result)
     return result
-
-
-def export(args, adapters, sums: dict, folder: Path) -> float:
-    """Write the run as a PEFT adapter beside the model; its relative error."""
-    def load_base():
-        model = load_model(args.model, args.seed)[0]
-        base = (model.double() if args.dtype == "float64" else model).state_dict()
-        for name, there in sums.items():
-            if checkpoint.weight_sum(base[name + ".weight"]) != there:
-                raise ValueError(f"--model {args.model} is not what this run began with: {name}.weight "
-                                 "differs. A LoRA belongs to one base; put that back and run this again")
-        return base
-
-    base = everywhere(load_base)
-    error = hd_pissa.export_lora(adapters, str(folder), base, args.model, args.lora_rank)
-    say(f"\nLoRA of rank {args.lora_rank or 2 * args.shards * args.rank} in {folder}: relative error "
-        f"{error:.1e} of dW")
-    return error
 
 
 def save(out: Path, model, tokenizer, result) -> None:
@@ -520,7 +515,8 @@ def save(out: Path, model, tokenizer, result) -> None:
         else:
             models.save_folder(out / "model", model, tokenizer, state)
             how = f"transformers.AutoModelForCausalLM.from_pretrained({str(out / 'model')!r})"
-        (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "result.json.tmp").write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(out / "result.json.tmp", out / "result.json")
         write_report(out)
         say(f"\nthe result is a plain model under the base model's names:\n  {how}")
 

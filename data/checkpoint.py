@@ -65,7 +65,8 @@ class _Reader(dcp.FileSystemReader):
             with open(path, "rb") as file:
                 metadata = _Metadata(file).load()
         except (OSError, EOFError, AttributeError, IndexError, pickle.UnpicklingError) as e:
-            raise ValueError(f"{path} cannot be read: {e}; the checkpoint cannot be used") from None
+            raise ValueError(f"{path} cannot be read: {e}; the checkpoint cannot be used; give an "
+                             "older one to --resume, or never") from None
         if getattr(metadata, "storage_meta", None) is not None:
             metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -393,7 +394,8 @@ def load(path: Path, manifest: dict, model, adapters, optimizer, config: dict, d
 
     def check():
         if wrong:
-            raise ValueError(f"{path} does not hold {', '.join(wrong[:3])}; it is of another model")
+            raise ValueError(f"{path} does not hold {', '.join(wrong[:3])}; it is of another "
+                             "model; give another --resume, or --resume never")
 
     everywhere(check)
     with quiet():
@@ -406,5 +408,5 @@ def load(path: Path, manifest: dict, model, adapters, optimizer, config: dict, d
     sums = check_replicas(adapters, device)
     if off := [name for name, value in sums.items() if value != manifest["sums"].get(name)]:
         raise ValueError(f"{path}: {off[0]} is not the weight that was saved, although its file is whole; "
-                         "memory or the link is at fault")
+                         "memory or the link is at fault: start the same command again, here or elsewhere")
     return manifest["step"]

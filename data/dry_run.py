@@ -1,5 +1,6 @@
 """What a train.py command would need, computed without its weights: memory, traffic, work, steps."""
 
+import math
 import os
 import time
 from pathlib import Path
@@ -9,7 +10,8 @@ import torch.nn as nn
 
 import hd_pissa
 import hd_pissa_extra
-from data.rows import lengths, load
+from data.report import sampled
+from data.rows import enough, lengths, load
 from hd_pissa_extra import say
 
 
@@ -63,13 +65,14 @@ def dry_run(args, load_model, default_steps: int) -> dict:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, tokenizer, context = load_model(args.model, args.seed, False, args.tokenizer)
         layers, skipped = hd_pissa.find_layers(model, args.targets)
-        shapes = [tuple(module.weight.shape) for _, module in layers]
+        by_name = {name: tuple(module.weight.shape) for name, module in layers}
+        shapes, cuts = list(by_name.values()), 1 if args.init == "top" else K
         if not layers:
             hd_pissa_extra.check_layers(layers, skipped, r, K, args.targets)
         if not_fitting := [f"{name} {tuple(module.weight.shape)}" for name, module in layers
-                           if K * r > min(module.weight.shape) and args.init == "hd_pissa"]:
-            raise ValueError(f"{K} shards x rank {r} need {K * r} components, too many for "
-                             f"{not_fitting[:3]}; the largest rank is {min(map(min, shapes)) // K}")
+                           if cuts * r > min(module.weight.shape)]:
+            raise ValueError(f"{cuts} shards x rank {r} need {cuts * r} components, too many for "
+                             f"{not_fitting[:3]}; the largest rank is {min(map(min, shapes)) // cuts}")
         adapted = sum(a * b for a, b in shapes)
         everything = sum(p.numel() for p in model.parameters())
         dtype = torch.float32 if args.dtype == "autocast" else getattr(torch, args.dtype)
@@ -78,7 +81,9 @@ def dry_run(args, load_model, default_steps: int) -> dict:
             for name, p in module._parameters.items():
                 module._parameters[name] = p if p is None else cast[id(p)]
         block = min(args.block_size or min(context, 1024), context)
-        sizes = lengths(load(args.data, args.eval_data, args.eval_rows, tokenizer, block)[0])
+        rows, held, _ = load(args.data, args.eval_data, args.eval_rows, tokenizer, block)
+        enough(args, rows, held)
+        sizes = lengths(rows)
         longest = int(sizes.max()) - 1
         x = torch.zeros((min(args.micro_batch_size, args.batch_size // K), longest), dtype=torch.long)
         activations = saved_bytes(model.train(), layers, x, args.dtype == "autocast")
@@ -96,8 +101,9 @@ def dry_run(args, load_model, default_steps: int) -> dict:
     memory = {"W and all other weights": whole // cut, "low halves": low // cut,
               f"A_i, B_i of {kept} shards": kept * factors * width,
               f"increments, gradients, AdamW moments of {S} shards": 4 * S * factors * width,
-              "copies of 8 weights, for the rank of dW at the end":
-                  sum(a * b for a, b in shapes[::max(1, len(shapes) // 8)][:8]) * width,
+              "sums of increments, for --export_lora": S * factors * width * args.export_lora,
+              "copies of up to 8 weights, for the rank of dW at the end":
+                  sum(math.prod(by_name[name]) for name in sampled(list(by_name))) * width,
               f"the larger of activations ({x.shape[0]} rows of {longest} tokens) and exchange":
                   max(activations, exchange)}
     there = (processes - 1) / processes

@@ -179,7 +179,8 @@ def examiner(args, sets, tokenizer, context: int, device):
         pairs = [(tokenizer.prompt(row["instruction"]), tokenizer.response(row["response"])) for row in rows]
         encoded[name] = [((p + r)[:context], len(p), "all") for p, r in pairs if len(p) < context]
         if not encoded[name]:
-            raise ValueError(f"--eval: no prompt of {name} fits the model's context of {context} tokens")
+            raise ValueError(f"--eval: no prompt of {name} fits the model's context of {context} tokens; "
+                             "leave that set out")
 
     def examine(model, step: int, beat=lambda: None) -> list[dict]:
         lines, texts = [], {}

@@ -8,8 +8,15 @@ from pathlib import Path
 
 import torch
 
+import hd_pissa
 import hd_pissa_extra
+from data import checkpoint
 from data.tokenizer import HFTokenizer
+
+
+def is_small(name: str) -> bool:
+    """Is --model the small GPT, new or from a file, and not a Hugging Face name?"""
+    return name == "scratch" or name.endswith(".pt")
 
 
 @contextlib.contextmanager
@@ -33,8 +40,9 @@ def snapshot(name: str, weights: bool) -> str:
     remedy = ("it is no directory: give a hub id that exists and that you may read (hf auth login); without "
               f"a network run `hf download {name} --local-dir DIR` elsewhere, copy it here, give --model DIR")
     with one_line(f"--model {name}", remedy):
-        for patterns in (texts, ["model*.safetensors"], ["pytorch_model*.bin"])[:3 if weights else 1]:
-            folder = snapshot_download(name, allow_patterns=patterns)
+        folder = snapshot_download(name, allow_patterns=texts)
+        for patterns in (["model*.safetensors"], ["pytorch_model*.bin"]) if weights else ():
+            folder = snapshot_download(name, allow_patterns=patterns)      # the rest of one cut short, too
             if any(file.endswith(".safetensors") for file in os.listdir(folder)):
                 break
     return folder
@@ -108,6 +116,28 @@ def save_folder(folder: Path, model, tokenizer: HFTokenizer, state: dict) -> Non
     tokenizer.hf.save_pretrained(unfinished)
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(unfinished, folder)
+
+
+def export(args, adapters, sums: dict, folder: Path, load_model) -> float:
+    """Write the run as a PEFT adapter beside the model; its relative error.
+
+    sums        {layer: checkpoint.weight_sum of its weight} when the run began
+    load_model  train.py's
+    """
+    def load_base():
+        model = load_model(args.model, args.seed)[0]
+        base = (model.double() if args.dtype == "float64" else model).state_dict()
+        for name, there in sums.items():
+            if checkpoint.weight_sum(base[name + ".weight"]) != there:
+                raise ValueError(f"--model {args.model} is not what this run began with: {name}.weight "
+                                 "differs. A LoRA belongs to one base; put that back and run this again")
+        return base
+
+    base = hd_pissa_extra.everywhere(load_base)
+    error = hd_pissa.export_lora(adapters, str(folder), base, args.model, args.lora_rank)
+    rank = args.lora_rank or 2 * args.shards * args.rank
+    hd_pissa_extra.say(f"\nLoRA of rank {rank} in {folder}: relative error {error:.1e} of dW")
+    return error
 
 
 def read_state(path: str) -> dict:

@@ -384,7 +384,7 @@ def open_sources(name: str, given: list[str], fields: str | None) -> dict:
     for part, source in sources.items():
         where, row = next(source.rows(), (None, None))
         if row is None:
-            raise ValueError(f"{part}: its source holds no rows")
+            raise ValueError(f"{part}: its source holds no rows; give another --from file")
         try:
             source.how = conversion(part, row)
         except KeyError:

@@ -10,6 +10,7 @@ import torch
 
 import hd_pissa
 import hd_pissa_extra
+from data import models
 from hd_pissa_extra import say
 
 LLAMA, MISTRAL = 2e-5, 5e-6         # table 4: the learning rate by the base model
@@ -106,7 +107,7 @@ def begin(args, load_model) -> None:
     report(args)
 
     def fits():
-        with torch.device("cpu" if args.model.endswith((".pt", "scratch")) else "meta"):
+        with torch.device("cpu" if models.is_small(args.model) else "meta"):
             model = load_model(args.model, args.seed, False, args.tokenizer)[0]
         check_fit(args, hd_pissa.find_layers(model, args.targets)[0])
 

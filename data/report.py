@@ -1,6 +1,7 @@
 """What a run prints and logs: what is trained, losses, the rank of dW, and that a process still waits."""
 
 import contextlib
+import itertools
 import json
 import math
 import sys
@@ -62,6 +63,15 @@ def append_log(path: Path, record: dict) -> OSError | None:
         return e
 
 
+def sampled(names: list[str]) -> list[str]:
+    """Up to eight layers whose dW is looked at: of every kind in turn, spread over the depth."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(name.rsplit(".", 1)[-1], []).append(name)
+    turns = zip(range(8), itertools.cycle(kinds.values()))
+    return list(dict.fromkeys(group[(2 * i + 1) * len(group) // 16] for i, group in turns))
+
+
 def report_layers(args, adapters, names) -> None:
     kinds: dict[str, int] = {}
     for name in names:
@@ -71,6 +81,12 @@ def report_layers(args, adapters, names) -> None:
     say(f"trained: {trained}; {numbers:,} numbers with AdamW moments in this process")
     for name, why in adapters.skipped.items():
         say(f"skipped: {name} ({why})")
+
+
+def read_result(path: Path) -> dict | None:
+    """OUT/result.json, or None where there is none, or one that a full disk or a kill has cut."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
 
 
 def report_losses(before, after) -> None:

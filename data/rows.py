@@ -51,8 +51,14 @@ def read_rows(path: str) -> list[dict]:
                     raise ValueError(f"{path}:{i}: no text in {field!r}; rows need instruction and response")
             rows.append(row)
     if not rows:
-        raise ValueError(f"{path}: holds no rows")
+        raise ValueError(f"{path}: holds no rows; give one with instruction and response a row")
     return rows
+
+
+def domain_of(row: dict) -> str:
+    """Its `domain`, or "all" where that is missing or no text (null, say, as tables write a gap)."""
+    domain = row.get("domain")
+    return domain if isinstance(domain, str) and domain else "all"
 
 
 def held_out_number(rows: int) -> int:
@@ -79,7 +85,7 @@ def encode(rows: list[dict], tokenizer, block_size: int, what: str) -> list[tupl
         if len(prompt) >= block_size:
             dropped += 1
             continue
-        encoded.append((tokens[:block_size], len(prompt), row.get("domain", "all")))
+        encoded.append((tokens[:block_size], len(prompt), domain_of(row)))
     say(f"{what}: {len(encoded)} rows, {cut - dropped} cut at --block_size {block_size}, "
         f"{dropped} dropped because no response was left")
     return encoded
@@ -162,7 +168,7 @@ def packed(path: str, tokenizer) -> TokenFile:
     """A JSONL file as one of the sources of a list, in memory, four bytes a token."""
     rows = read_rows(path)
     bar = tqdm(rows, desc=f"tokenize {path}", unit="row", disable=hd_pissa.rank() > 0 or len(rows) < 20_000)
-    tokens, index, domains = pack(((r["instruction"], r["response"], r.get("domain", "all")) for r in bar),
+    tokens, index, domains = pack(((r["instruction"], r["response"], domain_of(r)) for r in bar),
                                   tokenizer)
     digest = hashlib.blake2b(tokens.tobytes() + index.tobytes() + repr(domains).encode(), digest_size=16)
     return TokenFile(tokens, index, domains, path, digest.hexdigest())
@@ -315,6 +321,9 @@ def load(data: str, eval_data: str | None, eval_rows: int, tokenizer, block_size
         if not eval_data:
             rows, held = rows.hold_out()
             held = list(held[:eval_rows])
+            for k, file in enumerate(rows.files):
+                if not (rows.which == k).any():
+                    raise ValueError(f"{file.name}: all its rows are held out; give more, or --eval_data")
             say(f"held out: {len(held)} of them")
     if held is None:
         held = open_rows(eval_data, tokenizer, block_size, "held out")
@@ -328,6 +337,13 @@ def load(data: str, eval_data: str | None, eval_rows: int, tokenizer, block_size
                 f"{draws / there:.2f} times")
     seen = (rows.digest() if isinstance(rows, Rows) else rows, held)
     return rows, held, hashlib.blake2b(repr(seen).encode(), digest_size=16).hexdigest()
+
+
+def enough(args, rows, held) -> None:
+    """ValueError where --data leaves no whole batch or nothing held out."""
+    if len(rows) < args.batch_size or not held:
+        raise ValueError(f"{args.data}: {len(rows)} rows to train on, {len(held)} held out: too few for "
+                         f"--batch_size {args.batch_size}; give more rows or a larger --block_size")
 
 
 def lengths(rows) -> np.ndarray:

@@ -229,6 +229,17 @@ def test_generate_is_greedy_decoding(kind):
         assert model.generation_config.repetition_penalty == 3.0
 
 
+def test_keys_and_values_are_cached():
+    """transformers models see the prompts once, then one new token a forward."""
+    model, lengths = MODELS[next(kind for kind in MODELS if kind != "small_gpt")](), []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    prompts = prompts_of(3)
+    with torch.no_grad():
+        evaluate.generate(model, prompts, [1], 6, "cpu")
+    assert lengths[0] == max(map(len, prompts)) and len(lengths) > 2 and set(lengths[1:]) == {1}
+
+
 def rows_of(model, n=7, new_tokens=20) -> list[dict]:
     """Rows whose answers are, for every second one, what the model says."""
     rows, words = [], Words()

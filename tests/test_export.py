@@ -146,6 +146,24 @@ def test_two_processes(exchange, dtype, tmp_path):
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
 
 
+def test_a_full_disk_leaves_no_adapter(tmp_path, monkeypatch):
+    """The folder is there when it is whole: not a config without its tensors."""
+    pytest.importorskip("peft")
+    safetensors = pytest.importorskip("safetensors.torch")
+    _, adapters, base = train_model(llama)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors, "save_file", full)
+        with pytest.raises(ValueError, match="No space"):
+            hd_pissa.export_lora(adapters, str(tmp_path / "lora"), base)
+    assert not (tmp_path / "lora").exists()
+    hd_pissa.export_lora(adapters, str(tmp_path / "lora"), base)
+    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
+
+
 def test_refusals(tmp_path):
     weights, bias, data = problem()
     _, adapters = run(weights, bias, data)
@@ -180,6 +198,30 @@ def test_float64_run_knows_its_base(tmp_path):
     pytest.importorskip("peft")
     result = train.main([*small_llama(tmp_path), "2", "--dtype", "float64", "--out", str(tmp_path / "out")])
     assert 0 < result["lora_error"] < 0.05 and (tmp_path / "out" / "lora").is_dir()
+
+
+def test_a_smaller_rank_on_the_command_line(tmp_path, capsys):
+    """--lora_rank 3: the file has that rank, and the error printed is that of the file."""
+    pytest.importorskip("peft")
+    flags = [*small_llama(tmp_path), "3", "--lora_rank"]
+    with pytest.raises(SystemExit):
+        train.main([*flags, "17"])
+    assert "dW has rank 2 K r = 16" in capsys.readouterr().err
+    result = train.main([*flags, "3", "--out", str(tmp_path / "out")])
+    config = json.loads((tmp_path / "out" / "lora" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 3
+    assert f"LoRA of rank 3 in {tmp_path / 'out' / 'lora'}: relative error {result['lora_error']:.1e}" in (
+        capsys.readouterr().out)
+    from safetensors.torch import load_file
+    lora = load_file(tmp_path / "out" / "lora" / "adapter_model.safetensors")
+    before, after = (load_file(tmp_path / f / "model.safetensors") for f in (".", "out/model"))
+    wrong = whole = 0.0
+    for name in (k for k in lora if "lora_A" in k):
+        weight = name.removeprefix("base_model.model.").replace("lora_A.weight", "weight")
+        dW = after[weight].double() - before[weight].double()
+        PQ = lora[name.replace("lora_A", "lora_B")].double() @ lora[name].double()
+        wrong, whole = wrong + (PQ - dW).square().sum(), whole + dW.square().sum()
+    assert abs((wrong / whole).sqrt() / result["lora_error"] - 1) < 1e-3
 
 
 def test_command_line_resume_and_changed_base(tmp_path, capsys):

@@ -15,7 +15,7 @@ MAKES = {
 }
 
 
-def train(model, adapters, data, make, rows_of=None):
+def train(model, adapters, data, make):
     """Every process backpropagates its own rows; losses add up to the mean over the whole batch."""
     optimizer, K = make(adapters.parameters()), len(data[0])
     adapters.check(optimizer)

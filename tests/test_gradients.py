@@ -149,7 +149,6 @@ def test_gamma_window_in_float32():
     g = torch.Generator().manual_seed(0)
     X, W, A, B = (torch.randn(s, generator=g) for s in ((5, M), (M, N), (M, RANK), (RANK, N)))
     dY = 1e-12 * torch.randn((5, N), generator=g)
-    torch.testing.assert_close(X @ (W + 1e-2 * A @ B) - X @ W, 1e-2 * X @ A @ B, rtol=1e-3, atol=1e-4)
     exact = X.double().T @ (dY.double() @ B.double().T)
     Z = A.clone().requires_grad_()
     (published,) = torch.autograd.grad((X @ (1e-32 * Z @ B) * dY).sum(), Z)
@@ -158,7 +157,7 @@ def test_gamma_window_in_float32():
     out = hd_pissa.Mute.apply(X, W.T, None, A.T[None], B[None], zero, torch.zeros_like(B), 1.0, False, None)
     (mine,) = torch.autograd.grad((out * dY).sum(), zero)
     assert error > 1e-3 and ((mine.double() - exact).norm() / exact.norm()).item() < 1e-6
-    assert torch.equal(out, F.linear(X, W.T))
+    assert torch.equal(out, F.linear(X, W.T)) and (X @ (W + 1e-2 * A @ B) - out).abs().max() > 1e-2
 
 
 def test_only_input_and_weight_are_saved():

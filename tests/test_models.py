@@ -12,7 +12,7 @@ from families import LAYERS, flags, folder, names
 
 import hd_pissa
 import train
-from data import tokenizer
+from data import models, tokenizer
 
 pytest.importorskip("transformers")
 FAMILIES = list(LAYERS)
@@ -461,6 +461,32 @@ def test_bad_names_are_one_line(tmp_path, capsys):
     refused(flags(path, "--tokenizer", "gpt2"), ["comes with its own"], tmp_path / "out", capsys)
     refused(["--model", "scratch", "--lr", "1", "--tokenizer", "gpt9"], ["no such file", "cl100k_base"],
             tmp_path / "out", capsys)  # fmt: skip
+
+
+def test_small_gpt_or_folder():
+    """A folder called ...scratch is a folder."""
+    names = {"scratch": True, "a/b.pt": True, "./llama-from-scratch": False, "gpt2": False}
+    assert {name: models.is_small(name) for name in names} == names
+
+
+@pytest.mark.parametrize("there", [[], ["model-00001-of-00003.safetensors"], ["pytorch_model.bin"]])
+def test_a_download_that_was_cut_off_is_asked_for_again(there, tmp_path, monkeypatch):
+    """Whatever the cache holds of the weights, the hub is asked for the rest of them."""
+    hub, asked = pytest.importorskip("huggingface_hub"), []
+    for name in there:
+        (tmp_path / name).write_text("")
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(allow_patterns)
+        return tmp_path
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    models.snapshot("some/model", True)
+    assert asked[1:2] == [["model*.safetensors"]] and "*.json" in asked[0]
+    assert (len(asked) == 3) == (not any("safetensors" in name for name in there))
+    asked.clear()
+    models.snapshot("some/model", False)
+    assert len(asked) == 1
 
 
 # ---- Real sizes without weights ----------------------------------------------------------------------------

@@ -835,8 +835,13 @@ def test_bad_lists(text, three, tmp_path):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_a_source_without_a_row_that_fits(three):
+def test_a_source_without_a_row_that_fits(three, tmp_path):
     with pytest.raises(ValueError, match="no row has a response within --block_size 2"):
         rows.load(f"{three[0][1]},{three[0][2]}", None, 10, GPTTokenizer(), 2)
+    one = tmp_path / "one.jsonl"
+    with pytest.raises(ValueError, match="all its rows are held out; give more, or --eval_data"):
+        for text in range(400):         # until the hash holds that row out
+            jsonl(one, [{"instruction": f"again {text}", "response": "and again"}] * 3)
+            rows.load(f"0.9:{three[0][1]},0.1:{one}", None, 10, GPTTokenizer(), 64)
     with pytest.raises(ValueError, match="every row is evaluated, so its sources have no weights"):
         rows.load(three[0][0], f"0.5:{three[0][1]}", 10, GPTTokenizer(), 64)

@@ -15,6 +15,7 @@ import torch
 
 import train
 from data import report_html
+from data.report import sampled
 
 SCRIPT = Path(train.__file__).parent / "data" / "report_html.py"
 
@@ -178,6 +179,16 @@ def test_thinned_keeps_every_peak():
     few = report_html.thinned(points)
     assert len(few) <= 1100 and (12_345, 7.0) in few and [x for x, _ in few] == sorted(x for x, _ in few)
     assert report_html.thinned(points[:1000]) == points[:1000]
+
+
+def test_every_kind_of_layer_is_looked_at():
+    """LLaMA's seven kinds, the small GPT's four: all of them, up to eight layers, over the whole depth."""
+    for kinds, depth in (("qkvogud", 32), ("qkvud", 32), ("apfm", 4), ("q", 3), ("qk", 1)):
+        names = [f"layers.{i}.{kind}" for i in range(depth) for kind in kinds]
+        got = sampled(names)
+        assert len(got) == len(set(got)) <= 8 and {name[-1] for name in got} == set(kinds)
+        at = sorted(int(name.split(".")[1]) for name in got)
+        assert at[0] <= depth / 8 and at[-1] >= depth - 1 - depth / 8
 
 
 def test_running_mean():

@@ -118,6 +118,16 @@ def test_a_finished_folder_prints_its_result_and_trains_nothing(tmp_path, capsys
     assert len(outcome(tmp_path / "out")[1]) == 6
 
 
+def test_a_result_that_was_cut_is_written_again(tmp_path):
+    """A full disk or a kill in the last write: the same command ends with the same result."""
+    first = main([], tmp_path / "out")
+    whole = (tmp_path / "out" / "result.json").read_text()
+    for text in ("", whole[:40]):
+        (tmp_path / "out" / "result.json").write_text(text)
+        assert main([], tmp_path / "out")["after"] == first["after"]
+        assert (tmp_path / "out" / "result.json").read_text() == whole
+
+
 def test_resume_from_a_path_leaves_that_folder_alone(tmp_path):
     main([], tmp_path / "whole")
     main([], tmp_path / "cut", kill_after=5)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 import hd_pissa
@@ -99,7 +100,7 @@ def test_baseline_forward_is_the_residual_adapter(method):
     x = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         start = model(x)
-    baseline = train.Baseline(model, method, 2, 1, "all-linear", 4.0, 0)
+    baseline = train.Baseline(model, method, 2, 1, "all-linear", 4.0, 0.0, 0)
     torch.testing.assert_close(model(x), start, rtol=1e-10, atol=1e-10)
     optimizer = torch.optim.AdamW(baseline.parameters(), lr=1e-2)
     for _ in range(3):
@@ -113,12 +114,28 @@ def test_baseline_forward_is_the_residual_adapter(method):
     assert (trained - start).abs().max() > 1e-3
 
 
+def test_baseline_dropout_is_on_the_adapters_input():
+    """Y = X W_res + s (mask X) A B in training, by hand with the same draw; no mask in evaluation."""
+    model = nn.Sequential(nn.Linear(12, 10, bias=False).double())
+    x = torch.randn(7, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        start = model(x)
+    baseline = train.Baseline(model, "pissa", 3, 1, "all-linear", 6.0, 0.4, 0)
+    (A, B), s = baseline.parameters(), 2.0
+    torch.manual_seed(5)
+    mask = torch.ones(12).double().expand(7, 12).bernoulli(0.6) / 0.6
+    torch.manual_seed(5)
+    expected = start - s * x @ A @ B + s * (mask * x) @ A @ B
+    torch.testing.assert_close(model.train()(x), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(model.eval()(x), start, rtol=1e-9, atol=1e-9)
+
+
 def test_baselines_minimise_the_whole_batch():
     """Gradient of the baseline at the first step: token mean over all rows, as autograd gives it."""
     g = torch.Generator().manual_seed(0)
     rows = [(torch.randint(0, 50, (n,), generator=g).tolist(), 2) for n in (5, 12, 7, 9)]
     model, kept = train.GPT(50, block_size=16, layers=1, width=32).double(), []
-    adapters = train.Baseline(model, "full", 2, 4, "all-linear", None, 0)
+    adapters = train.Baseline(model, "full", 2, 4, "all-linear", None, 0.0, 0)
     x, y = hd_pissa.pad(rows, "cpu")
     F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
     expected = [p.grad.clone() for p in adapters.parameters()]
@@ -169,6 +186,13 @@ def test_encode_cuts_and_drops(capsys):
         tokenizer.encoding.decode(tokens)
         == "Q: one\nA: two three four five"[: len(tokenizer.encoding.decode(tokens))]
     )
+
+
+def test_a_domain_that_is_no_text_is_all():
+    """null (a table's gap), numbers, lists, empty text: the row counts in "all" alone."""
+    tokenizer, row = train.GPTTokenizer(), {"instruction": "one", "response": "two"}
+    rows = [row, *(row | {"domain": d} for d in (None, 3, ["a"], "", "math"))]
+    assert [domain for *_, domain in encode(rows, tokenizer, 64, "train")] == ["all"] * 5 + ["math"]
 
 
 def test_loss_covers_the_response_alone():

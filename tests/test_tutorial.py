@@ -6,12 +6,14 @@ ones run every program and every cell of every notebook.
 
 import ast
 import json
+import math
 import os
 import re
 import resource
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -275,12 +277,31 @@ def test_numbers_in_prose_are_printed(chapter):
     text = chapter.read_text()
     linked = {(chapter.parent / name).resolve() for name in re.findall(r"\]\(([^)#\s:]+)\)", text)}
     shown = [path.read_text() for path in linked - {*CHAPTERS} if path.suffix in (".md", ".json")]
-    shown += FENCES.findall(text)
+    shown += re.findall(r"<!-- (?:output|program|excerpt).*?<!-- end -->", text, re.DOTALL)
     printed = {float(n) for part in [*shown, *CONSTANTS] for n in MEASURED.findall(part)}
     prose = FENCES.sub("", re.sub(r"<!--.*?-->|\]\(.*?\)", "", text))
     for paragraph in re.split(r"\n\s*\n|\n(?=\d+\. |- )", prose):
         unknown = [n for n in MEASURED.findall(paragraph) if float(n) not in printed]
         assert not unknown or "paper" in paragraph, f"{unknown} printed nowhere:\n{paragraph}"
+
+
+def test_arithmetic_in_prose_is_right():
+    """`2 x 7/8 x 25.90 GB = 45.3 GB`: both sides agree to the digits shown."""
+    found = 0
+    for chapter in CHAPTERS:
+        for left, right in re.findall(r"((?:[\d./]+ +x +)+[\d.]+) GB = +([\d.]+) GB", chapter.read_text()):
+            value = math.prod(float(Fraction(factor.strip())) for factor in left.split("x"))
+            assert abs(value - float(right)) <= 0.5 * 10.0 ** -len(right.partition(".")[2]), (chapter, left)
+            found += 1
+    assert found >= 2
+
+
+def test_the_rewrite_has_as_many_lines_as_the_text_says():
+    program = TUTORIAL / "11_using_it.py"
+    [anew] = [node for node in ast.parse(program.read_text()).body if getattr(node, "name", "") == "anew"]
+    for path in (program, program.with_suffix(".md"), TUTORIAL / "README.md"):
+        said = re.findall(r"(?:method is|method in|anew in) (\d+) lines", path.read_text())
+        assert said and set(said) == {str(anew.end_lineno - anew.lineno + 1)}, path
 
 
 def slug(heading: str) -> str:

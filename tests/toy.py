@@ -32,8 +32,8 @@ def module(weights, bias) -> nn.Sequential:
     return model
 
 
-def run(weights, bias, data, lr=1e-2, make=None, clip=None, local=None, **attach):
-    """Weights (m, n) after training with hd_pissa; `local` shards of this process, or all."""
+def run(weights, bias, data, lr=1e-2, make=None, clip=None, **attach):
+    """Weights (m, n) after training with hd_pissa."""
     model = module(weights, bias)
     adapters = hd_pissa.attach(
         model, attach.pop("rank", R), shards=attach.pop("shards", len(data[0])), **attach

@@ -9,9 +9,10 @@ import torch
 import torch.nn as nn
 
 import hd_pissa
+import train
 
 
-class Plain:
+class Plain(train.Baseline):
     """Named tensors trained on the whole step batch with any optimizer; nothing to merge during the run.
 
     model     the model that holds them
@@ -20,35 +21,9 @@ class Plain:
     finish    called by `detach_`: folds what was trained into plain weights, or None
     """
 
-    whole_batch, applied, aggregate, skipped = True, 1.0, "mean", {}
-
     def __init__(self, model, tensors: dict, K: int, seed: int = 0, finish=None):
-        self.model, self.tensors, self.K, self.S, self.first = model, tensors, K, K, 0
+        self.model, self._parameters, self.K, self.S, self.first = model, tensors, K, K, 0
         self.seed, self.step, self.finish, self.slots = seed, 0, finish, []
-
-    def named_parameters(self, first: int = 0):
-        return self.tensors.items()
-
-    def parameters(self):
-        return list(self.tensors.values())
-
-    def shard(self, i: int):
-        return contextlib.nullcontext()
-
-    def check(self, optimizer):
-        """Any optimizer works on plain tensors."""
-
-    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        norm = nn.utils.get_total_norm([p.grad for p in self.parameters() if p.grad is not None])
-        if norm.isfinite():
-            nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
-        return norm
-
-    def merge_(self):
-        self.next_step()
-
-    def next_step(self):
-        self.step += 1
 
     def result(self):
         """Context in which the model computes what the run would give if it ended now."""

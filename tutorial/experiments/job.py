@@ -66,7 +66,7 @@ def data(domain: str, rows: int):
 
 
 def attach(model, c: dict):
-    """(adapters, optimizer, numbers kept constant per device) of a configuration."""
+    """(adapters, optimizer) of a configuration."""
     method, r = c["method"], c["r"]
     if method == "hd_pissa":
         decompose = {"svd": hd_pissa.components, "orthonormal": bases.orthonormal,

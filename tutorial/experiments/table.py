@@ -42,9 +42,6 @@ class Arm:
         """Swept until the best is inside; the page shows no arm before that."""
         return self.interior
 
-    def at(self, lr) -> float | None:
-        return self.sweep.get(lr)
-
     def values(self, what: int = 0, domain: str = "all") -> list[float]:
         """Held-out loss (what = 0) or exact match (1) of every seed at the best learning rate."""
         return [r["final"][domain][what] for r in self.tuned]

@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 tutorial/using/trainer.py
 
 Trainer knows the model's own parameters alone, and none of them trains. Two hooks of the optimizer do what
-it would do to them (clip, zero the gradients) and merge; a training step of six lines gives every shard its
+it would do to them (clip, zero the gradients) and merge; a short training step gives every shard its
 own rows; a callback keeps what a checkpoint needs beside W. README.md here says what was found out about it.
 """
 
