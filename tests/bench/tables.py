@@ -50,16 +50,36 @@ def stress(result) -> str:
     return table(list(names.values()), [row])
 
 
+def longest(result) -> list[dict]:
+    """The runs of as many steps as the longest has: shorter ones are of an earlier try."""
+    return [row for row in result if row["steps"] == max(row["steps"] for row in result)]
+
+
 def real(result) -> str:
-    rows = [[row["data"], row["method"], f"{row['lr']:g}", f"{row['before']:.4f}", f"{row['after']:.4f}"]
-            for row in result]  # fmt: skip
-    return table(["data", "method", "lr", "held-out loss before", "after"], rows)
+    rows = [[row["data"], row["method"], f"{row['lr']:g}", str(row["steps"]), f"{row['before']:.4f}",
+             f"{row['after']:.4f}"] for row in longest(result)]  # fmt: skip
+    return table(["data", "method", "lr", "steps", "held-out loss before", "after"], rows)
+
+
+def real_output(result) -> str:
+    """What hd_pissa's runs left on the disk."""
+    percent = lambda value: None if value is None else f"{value:.0f} %"        # noqa: E731
+    rows = [[row["data"], f"{row['logits']:g}", f"{row['lora_error']:.1e}", percent(row.get("harness_base")),
+             percent(row.get("harness"))] for row in longest(result) if "logits" in row]
+    return table(["data", "largest difference of logits, saved folder against model in memory",
+                  "relative error of the LoRA of rank 256", "lm-eval, ARC-Easy, base", "result"], rows)
+
+
+def real_commands(result) -> str:
+    lines = [f"python train.py --model smollm2 {row['flags']}" for row in longest(result)]
+    return "\n".join(["```", *lines, "```"])
 
 
 def tables() -> dict[str, str]:
     """{marker: text} of all that has been measured."""
-    functions = {"step": step, "network": network, "stress": stress, "real": real}
-    found = {name: HERE / f"{name}.json" for name in functions if (HERE / f"{name}.json").exists()}
+    functions = {"step": step, "network": network, "stress": stress, "real": real,
+                 "real output": real_output, "real commands": real_commands}
+    found = {name: file for name in functions if (file := HERE / f"{name.split()[0]}.json").exists()}
     made = {name: functions[name](json.loads(path.read_text())) for name, path in found.items()}
     for name, part in json.loads((HERE / "parts.json").read_text()).items():
         made[f"parts {name}"] = table(part["columns"], part["rows"])
