@@ -59,10 +59,11 @@ def harness(model: str, work: Path, limit: int) -> float:
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (work / "arc_easy_local.yaml").write_text(TASK.format(choices=json.dumps(CHOICES)))
     where = f"pretrained={os.path.abspath(model)},dtype=float32"
-    subprocess.run(
-        ["lm-eval", "run", "--model", "hf", "--model_args", where, "--device", "cpu", "--include_path", ".", "--tasks",
-         "arc_easy_local", "--apply_chat_template", "--batch_size", "4", "--output_path", "scores"], cwd=work, check=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(work / "hf")})
+    command = ["lm-eval", "run", "--model", "hf", "--model_args", where, "--device", "cpu",
+               "--include_path", ".", "--tasks", "arc_easy_local", "--apply_chat_template", "--batch_size", "4",
+               "--output_path", "scores"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(work / "hf")}
+    subprocess.run(command, cwd=work, check=True, env={**os.environ, **offline})
     (file,) = (work / "scores").rglob("results*.json")
     return 100 * json.loads(file.read_text())["results"]["arc_easy_local"]["acc,none"]
 
