@@ -60,8 +60,8 @@ def harness(model: str, work: Path, limit: int) -> float:
     (work / "arc_easy_local.yaml").write_text(TASK.format(choices=json.dumps(CHOICES)))
     where = f"pretrained={os.path.abspath(model)},dtype=float32"
     command = ["lm-eval", "run", "--model", "hf", "--model_args", where, "--device", "cpu",
-               "--include_path", ".", "--tasks", "arc_easy_local", "--apply_chat_template", "--batch_size", "4",
-               "--output_path", "scores"]
+               "--include_path", ".", "--tasks", "arc_easy_local", "--apply_chat_template", "--batch_size",
+               "4", "--output_path", "scores"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(work / "hf")}
     subprocess.run(command, cwd=work, check=True, env={**os.environ, **offline})
     (file,) = (work / "scores").rglob("results*.json")
