@@ -9,12 +9,14 @@ import ast
 import copy
 import json
 import math
+import os
 import re
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,6 +281,22 @@ def test_a_terminated_runner_leaves_whole_lines_and_goes_on(tmp_path):
     subprocess.run(command, check=True)
     assert path.read_text().splitlines()[:len(lines)] == lines
     assert len(run.read(path)) == len(path.read_text().splitlines()) == 19      # none twice
+
+
+@pytest.mark.slow
+def test_a_killed_worker_ends_the_runner_with_a_remedy(tmp_path):
+    """SIGKILL, as the kernel sends it for lack of memory: no waiting for a run that nobody makes."""
+    pytest.importorskip("peft")
+    command = [sys.executable, ROOT / "tutorial/experiments/run.py", "--quick", "r", "K", "--out", tmp_path]
+    process, path = subprocess.Popen(command, stderr=subprocess.PIPE, text=True), tmp_path / "runs.jsonl"
+    deadline = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2 and "a worker was killed" in said and "--workers 1" in said
 
 
 def test_mute_errors_have_the_sizes_of_gamma_and_of_float32(tmp_path):

@@ -19,6 +19,8 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,22 +144,25 @@ def main(argv=None) -> dict:
         return done
     signal.signal(signal.SIGTERM, stop)
     os.nice(15)
-    pool = multiprocessing.get_context("spawn").Pool(args.workers, start_worker, maxtasksperchild=20)
+    fresh = {"max_tasks_per_child": 20} if sys.version_info >= (3, 11) else {}
+    pool = ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), start_worker, **fresh)
     try:
         while True:
             while len(running) < args.workers and (c := next_run()):
-                running[key(c)] = pool.apply_async(one, (c,))
+                running[key(c)] = pool.submit(one, c)
             if not running:
                 break
             for result in list(running.values()):
-                if result.ready():
-                    take(result.get())
+                if result.done():
+                    take(result.result())
             time.sleep(0.2)
-        pool.close()
+    except BrokenProcessPool:
+        p.error("a worker was killed, by lack of memory perhaps; the same command continues (--workers 1)")
     except KeyboardInterrupt:
         print(f"stopped; {len(running)} runs under way are dropped, the same command continues", flush=True)
-        pool.terminate()
-    pool.join()
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+    pool.shutdown()
     return done
 
 
