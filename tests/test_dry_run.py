@@ -96,3 +96,9 @@ def test_a_large_hugging_face_model_needs_no_weights(tmp_path):
     layer = [2048 * 2048, 256 * 2048, 256 * 2048, 2048 * 2048, *[5632 * 2048] * 3]
     everything = 22 * (sum(layer) + 2 * 2048) + 2 * 32000 * 2048 + 2048
     assert list(said["memory"].values())[0] == 4 * everything
+    pytest.importorskip("peft")
+    more = train.main(["--model", str(tmp_path / "model"), "--data", str(tmp_path / "rows.jsonl"),
+                       "--lr", "1", "--rank", "16", "--batch_size", "16", "--dry_run", "--export_lora"])
+    sides = 22 * (2 * (2048 + 2048) + 2 * (2048 + 256) + 3 * (2048 + 5632))
+    sums = sum(more["memory"].values()) - sum(said["memory"].values())
+    assert sums == 8 * 4 * 16 * sides           # one more of the increments of eight shards

@@ -370,7 +370,8 @@ def test_command_line(tmp_path, capsys):
                 logp = there(torch.tensor([prompt + response])).log_softmax(-1)[0]
             losses += [-float(logp[len(prompt) + k - 1, token]) for k, token in enumerate(response)]
         assert line["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    printed = capsys.readouterr().out
+    printed, bars = capsys.readouterr()
+    assert all(re.search(rf"{desc}: +\d+%.*/1 ", bars) for desc in ("one: loss", "one", "two: loss", "two"))
     assert lines[0]["exact_match"] >= 40 and f"step 4, two: loss {lines[5]['loss']:.4f}" in printed
 
     train.main([*common, "--out", str(tmp_path / "plain")])

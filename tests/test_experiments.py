@@ -354,6 +354,14 @@ def test_numbers_of_the_page_are_those_of_the_lines():
     assert checked or "Not run yet" in section
 
 
+def test_the_main_readme_shows_the_results():
+    from tutorial.experiments import figures
+    text, data = (ROOT / "README.md").read_text(), table.load()
+    [shown] = figures.SUMMARY.finditer(text)
+    assert shown[0] == shown[1] + page.summary(data) + shown[2]
+    assert f"{statistics.mean(data['lora'].values()):.3f} ±" in shown[0]
+
+
 def test_no_measured_number_is_typed_into_the_page():
     """String literals of page.py hold no decimal fraction: a figure of the text can only be computed."""
     tree = ast.parse((ROOT / "tutorial/experiments/page.py").read_text())

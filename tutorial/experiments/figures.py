@@ -1,10 +1,11 @@
-"""All figures and the results page from tutorial/results/*.jsonl.
+"""All figures, the results page and the main README's table from tutorial/results/*.jsonl.
 
     python tutorial/experiments/figures.py [--results DIR]
 """
 
 import argparse
 import math
+import re
 import statistics
 import sys
 from pathlib import Path
@@ -17,6 +18,9 @@ from tutorial.experiments.arms import LONG, MEDIUM, SHORT  # noqa: E402
 
 COLOURS = {"full": "black", "lora": "tab:orange", "pissa": "tab:green", "hd": "tab:blue",
            "hd global": "tab:red", "pissa r=16": "tab:olive"}
+
+
+SUMMARY = re.compile(r"(<!-- results: summary -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)     # in README.md
 
 
 def legend(ax, size: int):
@@ -186,6 +190,10 @@ def main(argv=None):
     written = draw(data, args.results)
     text = page.page(data, {path.name for path in written})
     (args.results / "README.md").write_text(text)
+    if args.results == table.RESULTS:
+        readme = ROOT / "README.md"
+        text = page.summary(data)
+        readme.write_text(SUMMARY.sub(lambda block: block[1] + text + block[2], readme.read_text()))
     print(f"{len(written)} figures and README.md in {args.results}")
 
 

@@ -388,6 +388,20 @@ def more_text(data) -> str:
             f"and with {best.first['constants']:,} constants beside it ({full.first['trained']:,} weights).")
 
 
+def summary(data) -> str:
+    """The table of the main README: tuned held-out loss of short and long runs."""
+    names = ("full", "pissa r=16", "hd global", "lora", "hd", "pissa")
+    rows = []
+    for name in names:
+        arms = [data.get(name + suffix) for suffix in ("", ", long")]
+        if any(arm and arm.there for arm in arms):
+            first = next(arm for arm in arms if arm and arm.there).first
+            rows.append([label(name), bytes_(first["moments"]),
+                         *(pm(arm) if arm and arm.there else "" for arm in arms)])
+    head = ["method", "optimizer memory of a device", f"{SHORT} steps", f"{LONG} steps"]
+    return "\n".join(markdown(head, rows)).rstrip()
+
+
 def large_text(data) -> str:
     config = ARMS["hd, large batch"][0]
     arms = shown(data, ("hd", "hd global"), ", large batch")
