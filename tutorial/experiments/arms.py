@@ -51,7 +51,7 @@ ARMS = {
     "global orthonormal muon": (hd(basis="orthonormal", optimizer="muon", **GLOBAL), 2),
     "global random": (hd(basis="random", **GLOBAL), 3),
     "hd interleaved": (hd(basis="interleaved"), 5),
-    **{f"global K={K}": (hd(K=K, **GLOBAL), 2) for K in (16, 32)}, "global K=64": (hd(K=64, **GLOBAL), 1),
+    "global K=16": (hd(K=16, **GLOBAL), 2), "global K=64": (hd(K=64, **GLOBAL), 1),
     "global K=64 muon": (hd(K=64, basis="orthonormal", optimizer="muon", **GLOBAL), 1),
     **{f"hd K={K}": (hd(K=K), 5) for K in (1, 2, 4, 16)},
     **{f"hd r={r}": (hd(r=r), 5) for r in (1, 4, 8, 16)},
@@ -60,8 +60,8 @@ ARMS = {
     **{f"{name}, {length}": (config | {"steps": steps}, guess, 3 if steps == LONG else 5)
        for length, steps in (("medium", MEDIUM), ("long", LONG)) for name, config, guess in (
         ("hd", hd(), 4), ("lora", {"method": "lora", "r": 2}, 4), ("pissa", {"method": "pissa", "r": 2}, 4),
-        ("hd global", hd(**GLOBAL), 2), ("full", {"method": "full"}, 2),
-        ("pissa r=16", {"method": "pissa", "r": 16}, 3))},
+        ("hd global", hd(**GLOBAL), 2), ("global K=64", hd(K=64, **GLOBAL), 2),
+        ("full", {"method": "full"}, 2), ("pissa r=16", {"method": "pissa", "r": 16}, 3))},
     **{f"{name}, large batch": (config | {"batch": 256, "steps": 60}, guess) for name, config, guess in (
         ("hd", hd(), 5), ("lora", {"method": "lora", "r": 2}, 4), ("pissa", {"method": "pissa", "r": 2}, 4),
         ("hd global", hd(**GLOBAL), 2))},
@@ -90,8 +90,8 @@ EXPERIMENTS = {
     "aggregate": ["hd sum"],
     "beyond": ["global orthonormal muon", "global orthonormal", "global random", "hd interleaved"],
     "medium": ["hd, medium", "lora, medium", "pissa, medium", "hd global, medium", "full, medium",
-               "pissa r=16, medium"],
-    "more devices": ["global K=64", "global K=16", "global K=32", "global K=64 muon"],
+               "pissa r=16, medium", "global K=64, medium"],
+    "more devices": ["global K=64", "global K=16", "global K=64, long", "global K=64 muon"],
     "large batch": ["hd, large batch", "lora, large batch", "pissa, large batch", "hd global, large batch"],
     "r": ["hd r=1", "hd r=4", "hd r=8", "hd r=16", "lora r=1", "lora r=4", "lora r=8", "lora r=16",
           "lora r=32", "lora r=64", "pissa r=1", "pissa r=4", "pissa r=8", "pissa r=32", "pissa r=64"],
