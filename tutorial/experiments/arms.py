@@ -61,6 +61,7 @@ ARMS = {
        for length, steps in (("medium", MEDIUM), ("long", LONG)) for name, config, guess in (
         ("hd", hd(), 4), ("lora", {"method": "lora", "r": 2}, 4), ("pissa", {"method": "pissa", "r": 2}, 4),
         ("hd global", hd(**GLOBAL), 2), ("global K=64", hd(K=64, **GLOBAL), 2),
+        ("global random", hd(basis="random", **GLOBAL), 3),
         ("full", {"method": "full"}, 2), ("pissa r=16", {"method": "pissa", "r": 16}, 3))},
     **{f"{name}, large batch": (config | {"batch": 256, "steps": 60}, guess) for name, config, guess in (
         ("hd", hd(), 5), ("lora", {"method": "lora", "r": 2}, 4), ("pissa", {"method": "pissa", "r": 2}, 4),
@@ -90,7 +91,8 @@ EXPERIMENTS = {
     "aggregate": ["hd sum"],
     "beyond": ["global orthonormal muon", "global orthonormal", "global random", "hd interleaved"],
     "medium": ["hd, medium", "lora, medium", "pissa, medium", "hd global, medium", "full, medium",
-               "pissa r=16, medium", "global K=64, medium"],
+               "pissa r=16, medium", "global K=64, medium", "global random, medium"],
+    "beyond, long": ["global random, long"],
     "more devices": ["global K=64", "global K=16", "global K=64, long", "global K=64 muon"],
     "large batch": ["hd, large batch", "lora, large batch", "pissa, large batch", "hd global, large batch"],
     "r": ["hd r=1", "hd r=4", "hd r=8", "hd r=16", "lora r=1", "lora r=4", "lora r=8", "lora r=16",

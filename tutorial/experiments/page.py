@@ -416,42 +416,48 @@ def large_text(data) -> str:
 def beyond_rows(data) -> list[str]:
     rows, word = [], {"ahead": "wins by more than the spread: kept", "behind": "loses: dropped",
                       "level": "no difference beyond the spread", "undecided": "seeds are missing"}
-    for arm in shown(data, BEYOND):
-        base = data["hd"] if arm.name == "hd interleaved" else data["hd global"]
-        if base.there:
-            rows.append([name_of(arm), f"{arm.best:g}", pm(arm), pm(base), bytes_(arm.first["moments"]),
-                         word[compare(arm, base)]])
+    for suffix in ("", ", long"):
+        for arm in shown(data, BEYOND, suffix):
+            base = data[("hd" if arm.name == "hd interleaved" else "hd global") + suffix]
+            if base.there:
+                rows.append([name_of(arm), str(arm.config["steps"]), f"{arm.best:g}", pm(arm), pm(base),
+                             bytes_(arm.first["moments"]), word[compare(arm, base)]])
     if not rows:
         return ["Not run yet.", ""]
-    head = ["candidate", "best lr", "held-out loss", "without it", "optimizer memory", "outcome"]
+    head = ["candidate", "steps", "best lr", "held-out loss", "without it", "optimizer memory", "outcome"]
     return markdown(head, rows)
 
 
 def recommendation(data) -> list[str]:
     out = []
     hd, lora, glob, wide = data["hd"], data["lora"], data["hd global"], data["pissa r=16"]
+
+    def each(name, other):
+        """"120 steps, ahead of ...; 480 steps, level with ..."."""
+        found = at_lengths(data, name, (other,))
+        return "; ".join(f"{steps} steps, {versus(arm, b)}" for steps, arm, (b,) in found)
+
     if glob.there and hd.there:
-        word = compare(glob, hd)
-        text = (f"whole-batch gradients (`gradients=\"global\"`, `aggregate=\"sum\"`, lr {glob.best:g} "
-                f"here) reach "
-                f"{pm(glob)}, the published local gradients {pm(hd)}, at the same optimizer memory.")
-        begin = {"ahead": "When several devices share a batch, use whole-batch gradients: ",
-                 "level": "Whole-batch gradients make no difference beyond the spread: ",
-                 "behind": "Keep the local gradients: ", "undecided": "One seed so far: "}[word]
-        out.append(f"- {begin}{text} They cost a backward of rank K·r on every device and the constants in "
-                   "the table.")
+        begin = {"ahead": "When several devices share a batch, use whole-batch gradients",
+                 "level": "Whole-batch gradients make no difference beyond the spread",
+                 "behind": "Keep the local gradients", "undecided": "One seed so far"}[compare(glob, hd)]
+        out.append(
+            f"- {begin} (`gradients=\"global\"`, `aggregate=\"sum\"`, lr {glob.best:g} here). Against the "
+            f"published local gradients, at the same optimizer memory: {each('hd global', 'hd')}. They "
+            "cost a backward of rank K·r on every device and the constants in the table.")
+    if glob.there and data["global random"].there:
+        out.append(
+            "- The basis need not come from the SVD. A random orthonormal one, made from a seed "
+            f"(`decompose=` of tutorial/baselines/bases.py): {each('global random', 'hd global')}.")
     if hd.there and lora.there:
-        text = [f"{steps} steps, {versus(arm, other)}"
-                for steps, arm, (other,) in at_lengths(data, "hd", ("lora",))]
-        out.append(f"- The published method (local gradients, mean): {'; '.join(text)}. Give it a "
-                   f"learning rate of "
-                   f"its own: {hd.best:g} here for the mean over {hd.config['K']}, {lora.best:g} for LoRA.")
+        out.append(
+            f"- The published method (local gradients, mean): {each('hd', 'lora')}. Give it a learning "
+            f"rate of its own: {hd.best:g} here for the mean over {hd.config['K']}, {lora.best:g} for LoRA.")
     if wide.there and glob.there:
-        out.append(f"- If one device has the memory for the optimizer state of rank K·r "
-                   f"({bytes_(wide.first['moments'])}, {bytes_(glob.first['moments'])} for rank r), plain "
-                   f"PiSSA of "
-                   f"that rank reaches {pm(wide)}: {compare(wide, glob)}, compared with whole-batch "
-                   f"HD-PiSSA.")
+        out.append(
+            "- If one device has the memory for the optimizer state of rank K·r "
+            f"({bytes_(wide.first['moments'])}, {bytes_(glob.first['moments'])} for rank r), there is "
+            f"plain PiSSA of that rank: {each('pissa r=16', 'hd global')}.")
     devices = shown(data, [name for _, name in DEVICES])
     if len(devices) >= 3:
         best = min(devices, key=Arm.mean)
