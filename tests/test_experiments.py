@@ -234,7 +234,7 @@ def check_quick(out, names):
     for arm in {a for e in names for a in arms.EXPERIMENTS[e]}:
         config = arms.FIXED[arm][0] if arm in arms.FIXED else arms.ARMS[arm][0] | {
             "lr": arms.grid(arms.ARMS[arm][1])}
-        rows = {"batch": 64 if "K=64" in arm else QUICK["batch"]}      # one a shard
+        rows = {"batch": max(QUICK["batch"], config.get("K", 0))}       # one a shard at least
         wanted.add(run.key(arms.complete(config | QUICK | rows)))
     records = run.read(out / "runs.jsonl")
     assert set(records) == wanted
