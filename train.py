@@ -129,7 +129,7 @@ class Baseline:
 
     whole_batch, applied = True, 1.0
 
-    def __init__(self, model, method: str, rank: int, K: int, targets, alpha, dropout: float, seed: int):
+    def __init__(self, model, method: str, rank: int, K: int, targets, alpha, seed: int, dropout=0.0):
         hd_pissa_extra.check_arguments(rank, K, alpha, dropout)
         self.K, self.S, self.step, self.mean_over = K, K // hd_pissa.world_size(), 0, 1
         self.seed, self._parameters = seed, {}
@@ -455,8 +455,8 @@ def run(args) -> dict:
             dtype=torch.bfloat16 if args.dtype == "bfloat16" else None, progress=True,
             decompose=None if resumed else decompose, accumulate=args.export_lora)
     else:
-        adapters = Baseline(model, args.method, args.rank, args.shards, args.targets, args.alpha,
-                            args.dropout, args.seed)
+        adapters = Baseline(model, args.method, args.rank, args.shards, args.targets, args.alpha, args.seed,
+                            args.dropout)
     if args.dtype == "bfloat16":
         for p in model.parameters():    # but no buffers: from_pretrained leaves rotary frequencies float32
             p.data = p.data.bfloat16()
