@@ -58,6 +58,8 @@ def length(ax, data):
         curve = arms[-1][1].first["curve"]
         ax.plot([c[0] for c in curve], [c[1] for c in curve], ":", lw=0.8, color=colour)
     ax.set(xscale="log", yscale="log", xlabel="steps of 64 rows", ylabel="held-out loss")
+    ax.set_xticks([SHORT, MEDIUM, LONG], [str(steps) for steps in (SHORT, MEDIUM, LONG)])
+    ax.xaxis.set_tick_params(which="minor", bottom=False, labelbottom=False)
     legend(ax, 7)
 
 
