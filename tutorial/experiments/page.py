@@ -12,7 +12,8 @@ NAMES = {
     "dora": "DoRA r=2", "hira": "HiRA r=2", "mora": "MoRA, budget of r=2", "hd top": "top r on every shard",
     "hd lora init": "LoRA init, direct update", "intermediate": "Intermediate Method",
     "hd sum": "HD-PiSSA, sum", "hd global mean": "whole-batch gradients, mean",
-    "global orthonormal": "whole batch, orthonormal U, V", "global orthonormal muon": "whole batch, orthonormal, Muon",
+    "global orthonormal": "whole batch, orthonormal U, V",
+    "global orthonormal muon": "whole batch, orthonormal, Muon",
     "global random": "whole batch, random basis", "hd interleaved": "HD-PiSSA, interleaved",
     "global": "whole-batch gradients, K=8", "global Kr=128": "whole-batch gradients, K·r=128",
 }
