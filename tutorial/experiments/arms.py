@@ -53,6 +53,7 @@ ARMS = {
     "hd interleaved": (hd(basis="interleaved"), 5),
     "global K=16": (hd(K=16, **GLOBAL), 2),
     "global Kr=128": (hd(K=1, r=128, **GLOBAL), 1),      # as 64 devices of r = 2 would: see FIXED["same"]
+    "random Kr=128": (hd(K=1, r=128, basis="random", **GLOBAL), 2),
     **{f"hd K={K}": (hd(K=K), 5) for K in (1, 2, 4, 16)},
     **{f"hd r={r}": (hd(r=r), 5) for r in (1, 4, 8, 16)},
     **{f"lora r={r}": ({"method": "lora", "r": r}, 5 if r < 8 else 4) for r in (1, 4, 8, 32, 64)},
@@ -61,6 +62,7 @@ ARMS = {
        for length, steps in (("medium", MEDIUM), ("long", LONG)) for name, config, guess in (
         ("hd", hd(), 4), ("lora", {"method": "lora", "r": 2}, 4), ("pissa", {"method": "pissa", "r": 2}, 4),
         ("hd global", hd(**GLOBAL), 2), ("global Kr=128", hd(K=1, r=128, **GLOBAL), 2),
+        ("random Kr=128", hd(K=1, r=128, basis="random", **GLOBAL), 3),
         ("global random", hd(basis="random", **GLOBAL), 3),
         ("full", {"method": "full"}, 2), ("pissa r=16", {"method": "pissa", "r": 16}, 3))},
     **{f"{name}, large batch": (config | {"batch": 256, "steps": 60}, guess) for name, config, guess in (
@@ -93,10 +95,12 @@ EXPERIMENTS = {
     "aggregate": ["hd sum"],
     "beyond": ["global orthonormal muon", "global orthonormal", "global random", "hd interleaved"],
     "medium": ["hd, medium", "lora, medium", "pissa, medium", "hd global, medium", "full, medium",
-               "pissa r=16, medium", "global Kr=128, medium", "global random, medium"],
+               "pissa r=16, medium", "global Kr=128, medium", "random Kr=128, medium",
+               "global random, medium"],
     "beyond, long": ["global random, long"],
-    "more devices": ["global Kr=128", "same", "global Kr=128, long", "global K=16"],
+    "more devices": ["global Kr=128", "same", "random Kr=128, long", "random Kr=128"],
     "large batch": ["hd, large batch", "lora, large batch", "pissa, large batch", "hd global, large batch"],
+    "more devices, long": ["global Kr=128, long", "global K=16"],
     "r": ["hd r=1", "hd r=4", "hd r=8", "hd r=16", "lora r=1", "lora r=4", "lora r=8", "lora r=16",
           "lora r=32", "lora r=64", "pissa r=1", "pissa r=4", "pissa r=8", "pissa r=32", "pissa r=64"],
     "global mean": ["hd global mean"],

@@ -16,10 +16,12 @@ NAMES = {
     "global orthonormal muon": "whole batch, orthonormal, Muon",
     "global random": "whole batch, random basis", "hd interleaved": "HD-PiSSA, interleaved",
     "global": "whole-batch gradients, K=8", "global Kr=128": "whole-batch gradients, K·r=128",
+    "random Kr=128": "whole batch, random basis, K·r=128",
 }
-METHODS = ("full", "lora", "pissa", "dora", "hira", "mora", "hd", "hd global", "pissa r=16", "global Kr=128")
+METHODS = ("full", "lora", "pissa", "dora", "hira", "mora", "hd", "hd global", "global random", "pissa r=16",
+           "global Kr=128", "random Kr=128")
 DEVICES = ((1, "hd K=1"), (2, "hd K=2"), (4, "hd K=4"), (8, "hd"), (16, "hd K=16"))
-MORE = ("hd global", "global K=16", "global Kr=128", "full")
+MORE = ("hd global", "global K=16", "global Kr=128", "global random", "random Kr=128", "full")
 BEYOND = ("hd interleaved", "hd global mean", "global orthonormal", "global orthonormal muon",
           "global random")
 
@@ -380,10 +382,11 @@ def global_text(data) -> str:
 
 def more_text(data) -> str:
     """Full fine-tuning's loss at a small share of its optimizer memory: is it reached?"""
-    found = at_lengths(data, "global Kr=128", ("full",))
-    if not found:
+    names = "hd global", "global random", "global Kr=128", "random Kr=128"
+    found = [pair for name in names for pair in at_lengths(data, name, ("full",))]
+    if not data["global Kr=128"].there:
         return ""
-    arm, text = found[0][1], []
+    arm, text = data["global Kr=128"], []
     same = complete(FIXED["same"][0])
     share = 100 * arm.first["moments"] / same["K"] / data["full"].first["moments"]
     text.append(f"K·r = {arm.config['r']}, all of W's rank, is what {same['K']} devices of r = {same['r']} "
@@ -394,14 +397,16 @@ def more_text(data) -> str:
         if r["config"] == same and r["final"] and one:
             text.append(f"At lr {same['lr']:g}, {same['K']} shards ended at {r['final']['all'][0]:.4f}, "
                         f"one at {one['final']['all'][0]:.4f}.")
-    text += [f"{steps} steps: {versus(arm, full)}." for steps, arm, (full,) in found]
+    for steps in sorted({steps for steps, *_ in found}):
+        text.append(f"{steps} steps: " + "; ".join(f"{name_of(arm)} is {versus(arm, full)}"
+                                                   for s, arm, (full,) in found if s == steps) + ".")
     text.append("Full fine-tuning trains embeddings and norms too, which no adapter here does.")
     return " ".join(text)
 
 
 def summary(data) -> str:
     """The table of the main README: tuned held-out loss of short and long runs."""
-    names = ("full", "pissa r=16", "hd global", "lora", "hd", "pissa")
+    names = ("full", "pissa r=16", "global random", "hd global", "lora", "hd", "pissa")
     rows = []
     for name in names:
         arms = [data.get(name + suffix) for suffix in ("", ", long")]
