@@ -5,7 +5,7 @@ hd_pissa.py is the method and works without this file. Here, each section for it
     agreement             an error on one process is raised on all of them
     W sharded by FSDP2    each process folds P Q into its own rows
     W in bfloat16         its exact float32 value in two halves of 16 bits
-    decomposition         eigenvectors of a Gram matrix instead of a full SVD, checked before they are used
+    decomposition         eigenvectors of a Gram matrix instead of a full SVD, checked; or random ones
     dropout               on the adapter's input, drawn in the backward (the paper's table 5)
     gradients="global"    every shard learns from the whole batch (not in the paper)
     refusals              a mistake gets one sentence with its remedy
@@ -206,6 +206,18 @@ def store_(slot, W: torch.Tensor) -> None:
 
 
 # ---- Decomposition: cheaper than a full SVD (section 4.1) --------------------------------------------------
+
+
+def random_components(W: torch.Tensor, k: int, name: str = "W"):
+    """Random orthonormal U (m, k) and Vt (k, n), S = 1, for attach(decompose=random_components): no SVD.
+
+    Drawn from a seed that the layer's name makes, for every process alike. Not from the paper; measured in
+    tutorial/results.
+    """
+    generator = torch.Generator().manual_seed(hd_pissa.seed_of("basis", name))
+    U, V = (torch.linalg.qr(torch.randn((side, k), generator=generator, dtype=torch.float64)).Q
+            for side in W.shape)                                                # (m, k), (n, k)
+    return U.to(W), torch.ones(k).to(W), V.T.to(W)
 
 
 def gram_components(W: torch.Tensor, k: int, name: str = "W"):

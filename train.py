@@ -234,7 +234,8 @@ FLAGS = {
         ("rank", int, 2, "r, components per shard and weight"),
         ("shards", int, 8, "K, over all processes; a multiple of their number"),
         ("targets", str, "all-linear", "all-linear, or comma-separated suffixes of module names"),
-        ("init", ("hd_pissa", "top", "lora"), "hd_pissa", "factors of the shards (appendix C)"),
+        ("init", ("hd_pissa", "top", "lora", "random"), "hd_pissa", "factors of the shards "
+         "(appendix C); random: orthonormal, of no SVD (not in the paper)"),
         ("alpha", float, None, "the adapter is scaled by alpha / rank; None = off (scale 1)"),
         ("dropout", float, 0.0, "probability on the adapter's input, 0 = off"),
         ("aggregate", ("mean", "sum"), "mean", "mean: the paper; sum: its published code"),
@@ -448,9 +449,10 @@ def run(args) -> dict:
         base = {name: checkpoint.weight_sum(model.get_parameter(name + ".weight").detach()) for name in names}
     if args.method == "hd_pissa":
         decompose = cached_components(args.svd_cache) if args.svd_cache else hd_pissa.components
+        decompose = hd_pissa_extra.random_components if args.init == "random" else decompose
         adapters = hd_pissa.attach(
-            model, args.rank, shards=args.shards, targets=args.targets, init=args.init, alpha=args.alpha,
-            dropout=args.dropout, aggregate=args.aggregate, exchange=args.exchange, basis=args.basis,
+            model, args.rank, shards=args.shards, targets=args.targets, alpha=args.alpha,
+            init="hd_pissa" if args.init == "random" else args.init, dropout=args.dropout, aggregate=args.aggregate, exchange=args.exchange, basis=args.basis,
             gradients=args.gradients, seed=args.seed, bucket_mb=args.bucket_mb, device=device,
             dtype=torch.bfloat16 if args.dtype == "bfloat16" else None, progress=True,
             decompose=None if resumed else decompose, accumulate=args.export_lora)

@@ -24,6 +24,7 @@ import torch.nn as nn
 from conftest import ROOT
 
 import hd_pissa
+import hd_pissa_extra
 from tutorial.baselines import bases, intermediate, mora, plain
 from tutorial.experiments import arms, job, mute, page, run, speed, table
 
@@ -152,11 +153,11 @@ def test_bases():
     u, s, vt = bases.orthonormal(W, 6)
     assert (s == 1).all()
     torch.testing.assert_close((u * (u.T @ W @ vt.T).diagonal()) @ vt, (U[:, :6] * S[:6]) @ Vh[:6])
-    u, s, vt = bases.random_orthonormal(W, 6, "a")
+    u, s, vt = hd_pissa_extra.random_components(W, 6, "a")
     torch.testing.assert_close(u.T @ u, torch.eye(6, dtype=torch.float64))
     torch.testing.assert_close(vt @ vt.T, torch.eye(6, dtype=torch.float64))
-    assert torch.equal(u, bases.random_orthonormal(W, 6, "a")[0])
-    assert not torch.equal(u, bases.random_orthonormal(W, 6, "b")[0])
+    assert torch.equal(u, hd_pissa_extra.random_components(W, 6, "a")[0])
+    assert not torch.equal(u, hd_pissa_extra.random_components(W, 6, "b")[0])
     u, s, vt = bases.interleaved(3)(W, 6)                       # r = 2: shards get (0, 3), (1, 4), (2, 5)
     torch.testing.assert_close(s, S[[0, 3, 1, 4, 2, 5]])
     torch.testing.assert_close((u * s) @ vt, (U[:, :6] * S[:6]) @ Vh[:6])

@@ -83,6 +83,28 @@ def test_two_processes_save_what_one_does(flags, exact, tmp_path):
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
 
 
+def test_random_init(tmp_path, monkeypatch):
+    """--init random: all factors of a layer orthonormal, of no SVD, the same in every run; the loss falls."""
+    flags = ["--max_steps", "3", "--eval_rows", "16", "--batch_size", "16", "--shards", "4", "--lr", "4e-3",
+             "--gradients", "global", "--aggregate", "sum", "--init", "random"]  # fmt: skip
+    kept, attach = [], hd_pissa.attach
+
+    def keeping(model, *args, **kwargs):
+        kept.append(attach(model, *args, **kwargs))
+        return kept[-1]
+
+    monkeypatch.setattr(hd_pissa, "attach", keeping)
+    results = [train.main([*flags, "--out", str(tmp_path / out)]) for out in "ab"]
+    for slot in kept[0].slots:
+        At, B = (x.flatten(0, 1) for x in slot.views(kept[0].basis))           # (K r, m), (K r, n)
+        for Q in (At, B):
+            torch.testing.assert_close(Q @ Q.T, torch.eye(8), rtol=0, atol=1e-5)
+    assert torch.equal(kept[0].basis, kept[1].basis) and results[0]["after"] == results[1]["after"]
+    assert results[0]["after"]["all"]["loss"] < results[0]["before"]["all"]["loss"]
+    top = torch.linalg.svd(kept[0].slots[0].module.weight)[0][:, :8]
+    assert (kept[0].slots[0].views(kept[0].basis)[1].flatten(0, 1) @ top).norm() < 2      # 8^1/2 if it were
+
+
 @pytest.mark.parametrize("method", ["lora", "pissa", "full"])
 def test_baselines_run_in_process(method, tmp_path):
     """Through the same loop; loss falls, and the effective rank is the method's."""

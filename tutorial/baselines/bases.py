@@ -15,15 +15,6 @@ def orthonormal(W, k, name="W"):
     return U, torch.ones_like(S), Vt
 
 
-def random_orthonormal(W, k, name="W"):
-    """A random orthonormal basis: no SVD, and a seed is all that another process needs to know of it."""
-    generator = torch.Generator().manual_seed(hd_pissa.seed_of("basis", name))
-    m, n = W.shape
-    U = torch.linalg.qr(torch.randn((m, k), generator=generator, dtype=torch.float64)).Q
-    V = torch.linalg.qr(torch.randn((n, k), generator=generator, dtype=torch.float64)).Q
-    return U.to(W), torch.ones(k).to(W), V.T.to(W)
-
-
 def interleaved(K: int):
     """Shard i gets components i, i + K, i + 2K, ... instead of a block: shards of nearly equal size."""
     def decompose(W, k, name="W"):

@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:
 import torch  # noqa: E402
 
 import hd_pissa  # noqa: E402
+import hd_pissa_extra  # noqa: E402
 import train  # noqa: E402
 from data.evaluate import evaluate  # noqa: E402
 from data.rows import encode, hold_out, read_rows, step_batches  # noqa: E402
@@ -70,7 +71,8 @@ def attach(model, c: dict):
     method, r = c["method"], c["r"]
     if method == "hd_pissa":
         decompose = {"svd": hd_pissa.components, "orthonormal": bases.orthonormal,
-                     "random": bases.random_orthonormal, "interleaved": bases.interleaved(c["K"])}[c["basis"]]
+                     "interleaved": bases.interleaved(c["K"]),
+                     "random": hd_pissa_extra.random_components}[c["basis"]]
         adapters = hd_pissa.attach(model, r, shards=c["K"], init=c["init"], aggregate=c["aggregate"],
                                    gradients=c["gradients"], seed=c["seed"], decompose=decompose)
     elif method == "full":

@@ -463,8 +463,9 @@ def recommendation(data) -> list[str]:
             "cost a backward of rank K·r on every device and the constants in the table.")
     if glob.there and data["global random"].there:
         out.append(
-            "- The basis need not come from the SVD. A random orthonormal one, made from a seed "
-            f"(`decompose=` of tutorial/baselines/bases.py): {each('global random', 'hd global')}.")
+            "- The basis need not come from the SVD. A random orthonormal one (`--init random`, "
+            "`decompose=hd_pissa_extra.random_components`), with whole-batch gradients: "
+            f"{each('global random', 'hd global')}; {each('global random', 'lora')}.")
     if hd.there and lora.there:
         out.append(
             f"- The published method (local gradients, mean): {each('hd', 'lora')}. Give it a learning "
