@@ -452,9 +452,10 @@ def run(args) -> dict:
         decompose = hd_pissa_extra.random_components if args.init == "random" else decompose
         adapters = hd_pissa.attach(
             model, args.rank, shards=args.shards, targets=args.targets, alpha=args.alpha,
-            init="hd_pissa" if args.init == "random" else args.init, dropout=args.dropout, aggregate=args.aggregate, exchange=args.exchange, basis=args.basis,
-            gradients=args.gradients, seed=args.seed, bucket_mb=args.bucket_mb, device=device,
-            dtype=torch.bfloat16 if args.dtype == "bfloat16" else None, progress=True,
+            init="hd_pissa" if args.init == "random" else args.init, dropout=args.dropout,
+            aggregate=args.aggregate, exchange=args.exchange, basis=args.basis, gradients=args.gradients,
+            seed=args.seed, bucket_mb=args.bucket_mb, device=device, progress=True,
+            dtype=torch.bfloat16 if args.dtype == "bfloat16" else None,
             decompose=None if resumed else decompose, accumulate=args.export_lora)
     else:
         adapters = Baseline(model, args.method, args.rank, args.shards, args.targets, args.alpha, args.seed,
