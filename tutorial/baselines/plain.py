@@ -40,6 +40,15 @@ def full(model: nn.Module, K: int, seed: int = 0) -> Plain:
     return Plain(model, dict(model.named_parameters()), K, seed)
 
 
+def linear(model: nn.Module, K: int, seed: int = 0) -> Plain:
+    """Full fine-tuning of the layers that adapters adapt, and of nothing else."""
+    model.requires_grad_(False)
+    trained = {name: module.weight for name, module in hd_pissa.find_layers(model, "all-linear")[0]}
+    for weight in trained.values():
+        weight.requires_grad_(True)
+    return Plain(model, trained, K, seed)
+
+
 def with_peft(model: nn.Module, method: str, r: int, K: int, seed: int = 0) -> Plain:
     """PEFT's "lora", "pissa", "dora" or "hira" of rank r on every linear layer but the head, scale 1."""
     try:

@@ -33,6 +33,7 @@ SHORT, MEDIUM, LONG = 120, 240, 480       # steps of 64 rows; an epoch is 118
 # The guesses for hd_pissa, pissa, lora and full are the sweep in data/README.md; others were guessed by size.
 ARMS = {
     "full": ({"method": "full"}, 2),
+    "linear": ({"method": "linear"}, 2),
     "lora": ({"method": "lora", "r": 2}, 5),
     "pissa": ({"method": "pissa", "r": 2}, 4),
     "hd": (hd(), 5),
@@ -64,7 +65,8 @@ ARMS = {
         ("hd global", hd(**GLOBAL), 2), ("global Kr=128", hd(K=1, r=128, **GLOBAL), 2),
         ("random Kr=128", hd(K=1, r=128, basis="random", **GLOBAL), 3),
         ("global random", hd(basis="random", **GLOBAL), 3),
-        ("full", {"method": "full"}, 2), ("pissa r=16", {"method": "pissa", "r": 16}, 3))},
+        ("full", {"method": "full"}, 2), ("linear", {"method": "linear"}, 1),
+        ("pissa r=16", {"method": "pissa", "r": 16}, 3))},
     **{f"{name}, large batch": (config | {"batch": 256, "steps": 60}, guess) for name, config, guess in (
         ("hd", hd(), 5), ("lora", {"method": "lora", "r": 2}, 4), ("pissa", {"method": "pissa", "r": 2}, 4),
         ("hd global", hd(**GLOBAL), 2))},
@@ -96,10 +98,11 @@ EXPERIMENTS = {
     "beyond": ["global orthonormal muon", "global orthonormal", "global random", "hd interleaved"],
     "medium": ["hd, medium", "lora, medium", "pissa, medium", "hd global, medium", "full, medium",
                "pissa r=16, medium", "global Kr=128, medium", "random Kr=128, medium",
-               "global random, medium"],
+               "global random, medium", "linear, medium"],
     "beyond, long": ["global random, long"],
     "more devices": ["global Kr=128", "same", "random Kr=128, long", "random Kr=128"],
     "large batch": ["hd, large batch", "lora, large batch", "pissa, large batch", "hd global, large batch"],
+    "linear layers": ["linear, long", "linear"],
     "more devices, long": ["global Kr=128, long", "global K=16"],
     "r": ["hd r=1", "hd r=4", "hd r=8", "hd r=16", "lora r=1", "lora r=4", "lora r=8", "lora r=16",
           "lora r=32", "lora r=64", "pissa r=1", "pissa r=4", "pissa r=8", "pissa r=32", "pissa r=64"],

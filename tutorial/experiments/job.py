@@ -77,6 +77,8 @@ def attach(model, c: dict):
                                    gradients=c["gradients"], seed=c["seed"], decompose=decompose)
     elif method == "full":
         adapters = plain.full(model, 8, c["seed"])
+    elif method == "linear":
+        adapters = plain.linear(model, 8, c["seed"])
     elif method == "mora":
         adapters = mora.attach(model, r, 8, c["seed"])
     elif method == "intermediate":

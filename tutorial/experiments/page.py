@@ -7,7 +7,8 @@ from tutorial.experiments.arms import ARMS, COMMON, FIXED, LONG, MEDIUM, SHORT, 
 from tutorial.experiments.table import Arm, compare
 
 NAMES = {
-    "full": "full fine-tuning", "lora": "LoRA r=2", "pissa": "PiSSA r=2", "hd": "HD-PiSSA K=8 r=2",
+    "full": "full fine-tuning", "linear": "full, linear layers alone",
+    "lora": "LoRA r=2", "pissa": "PiSSA r=2", "hd": "HD-PiSSA K=8 r=2",
     "hd global": "HD-PiSSA, whole-batch gradients",
     "dora": "DoRA r=2", "hira": "HiRA r=2", "mora": "MoRA, budget of r=2", "hd top": "top r on every shard",
     "hd lora init": "LoRA init, direct update", "intermediate": "Intermediate Method",
@@ -18,10 +19,10 @@ NAMES = {
     "global": "whole-batch gradients, K=8", "global Kr=128": "whole-batch gradients, K·r=128",
     "random Kr=128": "whole batch, random basis, K·r=128",
 }
-METHODS = ("full", "lora", "pissa", "dora", "hira", "mora", "hd", "hd global", "global random", "pissa r=16",
-           "global Kr=128", "random Kr=128")
+METHODS = ("full", "linear", "lora", "pissa", "dora", "hira", "mora", "hd", "hd global", "global random",
+           "pissa r=16", "global Kr=128", "random Kr=128")
 DEVICES = ((1, "hd K=1"), (2, "hd K=2"), (4, "hd K=4"), (8, "hd"), (16, "hd K=16"))
-MORE = ("hd global", "global K=16", "global Kr=128", "global random", "random Kr=128", "full")
+MORE = ("hd global", "global K=16", "global Kr=128", "global random", "random Kr=128", "linear", "full")
 BEYOND = ("hd interleaved", "hd global mean", "global orthonormal", "global orthonormal muon",
           "global random")
 
@@ -401,12 +402,14 @@ def more_text(data) -> str:
         text.append(f"{steps} steps: " + "; ".join(f"{name_of(arm)} is {versus(arm, full)}"
                                                    for s, arm, (full,) in found if s == steps) + ".")
     text.append("Full fine-tuning trains embeddings and norms too, which no adapter here does.")
+    text += [f"With the linear layers alone, after {steps} steps, it is at {pm(arm)}."
+             for steps, arm, _ in at_lengths(data, "linear", ("full",))]
     return " ".join(text)
 
 
 def summary(data) -> str:
     """The table of the main README: tuned held-out loss of short and long runs."""
-    names = ("full", "pissa r=16", "global random", "hd global", "lora", "hd", "pissa")
+    names = ("full", "linear", "pissa r=16", "global random", "hd global", "lora", "hd", "pissa")
     rows = []
     for name in names:
         arms = [data.get(name + suffix) for suffix in ("", ", long")]
