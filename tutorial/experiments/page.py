@@ -402,8 +402,13 @@ def more_text(data) -> str:
         text.append(f"{steps} steps: " + "; ".join(f"{name_of(arm)} is {versus(arm, full)}"
                                                    for s, arm, (full,) in found if s == steps) + ".")
     text.append("Full fine-tuning trains embeddings and norms too, which no adapter here does.")
-    text += [f"With the linear layers alone, after {steps} steps, it is at {pm(arm)}."
-             for steps, arm, _ in at_lengths(data, "linear", ("full",))]
+    fair = [f"{steps} steps: {name_of(arm)} is {versus(arm, linear)}."
+            for name in names for steps, arm, (linear,) in at_lengths(data, name, ("linear",))]
+    if fair:
+        linear = data["linear"].first["moments"]
+        text += ["Against full fine-tuning of the same linear layers, at "
+                 f"{100 * arm.first['moments'] / same['K'] / linear:.1f} % of its optimizer memory a device:",
+                 *fair]
     return " ".join(text)
 
 
@@ -433,7 +438,7 @@ def large_text(data) -> str:
 
 
 def beyond_rows(data) -> list[str]:
-    rows, word = [], {"ahead": "wins by more than the spread: kept", "behind": "loses: dropped",
+    rows, word = [], {"ahead": "wins by more than the spread", "behind": "loses",
                       "level": "no difference beyond the spread", "undecided": "seeds are missing"}
     for suffix in ("", ", long"):
         for arm in shown(data, BEYOND, suffix):
