@@ -393,7 +393,7 @@ def test_other_data_give_another_verdict(tmp_path):
 
 def test_figures_are_drawn_from_the_results(tmp_path):
     pytest.importorskip("matplotlib")
-    for name in ("runs.jsonl", "mute.jsonl"):
+    for name in ("runs.jsonl", "mute.jsonl", "speed.jsonl"):
         (tmp_path / name).write_bytes((RESULTS / name).read_bytes())
     from tutorial.experiments import figures
     figures.main(["--results", str(tmp_path)])
