@@ -95,7 +95,7 @@ def filled(text: str) -> str:
             raise ValueError(f"a page asks for {match[1]!r}; there are {', '.join(made)}")
         return f"<!-- {match[1]} -->\n\n{made[match[1]]}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- (\w[\w ]*) -->\n.*?<!-- end -->", block, text, flags=re.S)
+    return re.sub(r"<!-- (?!end )(\w[\w ]*) -->\n.*?<!-- end -->", block, text, flags=re.S)
 
 
 if __name__ == "__main__":
