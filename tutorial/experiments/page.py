@@ -420,9 +420,9 @@ def summary(data) -> str:
         arms = [data.get(name + suffix) for suffix in ("", ", long")]
         if any(arm and arm.there for arm in arms):
             first = next(arm for arm in arms if arm and arm.there).first
-            rows.append([label(name), bytes_(first["moments"]),
+            rows.append([label(name), bytes_(first["moments"]), bytes_(first["constants"]),
                          *(pm(arm) if arm and arm.there else "" for arm in arms)])
-    head = ["method", "optimizer memory of a device", f"{SHORT} steps", f"{LONG} steps"]
+    head = ["method", "optimizer memory of a device", "constant A_i, B_i", f"{SHORT} steps", f"{LONG} steps"]
     return "\n".join(markdown(head, rows)).rstrip()
 
 
