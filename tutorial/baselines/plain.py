@@ -40,10 +40,11 @@ def full(model: nn.Module, K: int, seed: int = 0) -> Plain:
     return Plain(model, dict(model.named_parameters()), K, seed)
 
 
-def linear(model: nn.Module, K: int, seed: int = 0) -> Plain:
-    """Full fine-tuning of the layers that adapters adapt, and of nothing else."""
+def linear(model: nn.Module, K: int, seed: int = 0, also: str | None = None) -> Plain:
+    """Full fine-tuning of the layers that adapters adapt, and of parameters with `also` in their name."""
     model.requires_grad_(False)
     trained = {name: module.weight for name, module in hd_pissa.find_layers(model, "all-linear")[0]}
+    trained |= {name: p for name, p in model.named_parameters() if also and also in name}
     for weight in trained.values():
         weight.requires_grad_(True)
     return Plain(model, trained, K, seed)

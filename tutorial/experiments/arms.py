@@ -5,14 +5,22 @@ COMMON = {"method": None, "r": None, "lr": None, "seed": 0, "steps": 120, "batch
           "schedule": "cosine", "dtype": "float32", "rows": 400}
 SHARDED = {"K": 8, "init": "hd_pissa", "aggregate": "mean", "gradients": "local", "basis": "svd",
            "optimizer": "adamw"}
+GLOBAL = dict(gradients="global", aggregate="sum")
+# What is trained beside the linear layers, by a part of the parameters' names; left out of a run's key if
+# nothing is. Full fine-tuning of the linear layers takes any, adapters the tied embedding and output head.
+ALSO = {"linear": ("ln_", "wpe", "wte"), "hd_pissa": ("wte",), "lora": ("wte",), "pissa": ("wte",)}
 
 
 def complete(config: dict) -> dict:
     """`config` with every default written out: the key of a run."""
     known = COMMON | (SHARDED if config["method"] == "hd_pissa" else
                       {"K": 8} if config["method"] == "intermediate" else {})
-    if unknown := set(config) - set(known):
+    if unknown := set(config) - set(known) - {"also"}:
         raise ValueError(f"{unknown} mean nothing to method {config['method']!r}; it knows {sorted(known)}")
+    if "also" in config and config["also"] not in (there := ALSO.get(config["method"], ())):
+        raise ValueError(f"also={config['also']!r} with method {config['method']!r}: it takes one of {there}")
+    if config.get("also") and config["method"] == "hd_pissa" and GLOBAL.items() - config.items():
+        raise ValueError(f"also={config['also']!r} needs {GLOBAL}: an embedding's shards see all rows")
     return known | config
 
 
@@ -26,7 +34,6 @@ def hd(**kw) -> dict:
 
 
 SEEDS = (0, 1, 2)
-GLOBAL = dict(gradients="global", aggregate="sum")
 SHORT, MEDIUM, LONG = 120, 240, 480       # steps of 64 rows; an epoch is 118
 
 # An arm: configuration without lr and seed, index of the first guess in the grid, number of rates (5).
@@ -55,6 +62,9 @@ ARMS = {
     "global K=16": (hd(K=16, **GLOBAL), 2),
     "global Kr=128": (hd(K=1, r=128, **GLOBAL), 1),      # as 64 devices of r = 2 would: see FIXED["same"]
     "random Kr=128": (hd(K=1, r=128, basis="random", **GLOBAL), 2),
+    "linear norms": ({"method": "linear", "also": "ln_"}, 1),
+    "linear positions": ({"method": "linear", "also": "wpe"}, 1),
+    "linear embedding": ({"method": "linear", "also": "wte"}, 1),
     **{f"hd K={K}": (hd(K=K), 5) for K in (1, 2, 4, 16)},
     **{f"hd r={r}": (hd(r=r), 5) for r in (1, 4, 8, 16)},
     **{f"lora r={r}": ({"method": "lora", "r": r}, 5 if r < 8 else 4) for r in (1, 4, 8, 32, 64)},
@@ -67,6 +77,11 @@ ARMS = {
         ("global random", hd(basis="random", **GLOBAL), 3),
         ("full", {"method": "full"}, 2), ("linear", {"method": "linear"}, 1),
         ("pissa r=16", {"method": "pissa", "r": 16}, 3))},
+    **{f"{name} embedding{suffix}": (config | {"also": "wte", "steps": steps}, guess, points)
+       for suffix, steps, points in (("", SHORT, 5), (", long", LONG, 3)) for name, config, guess in (
+        ("lora", {"method": "lora", "r": 2}, 4), ("pissa r=16", {"method": "pissa", "r": 16}, 3),
+        ("hd global", hd(**GLOBAL), 3), ("global random", hd(basis="random", **GLOBAL), 3),
+        ("random Kr=128", hd(K=1, r=128, basis="random", **GLOBAL), 1))},
     **{f"{name}, large batch": (config | {"batch": 256, "steps": 60}, guess) for name, config, guess in (
         ("hd", hd(), 5), ("lora", {"method": "lora", "r": 2}, 4), ("pissa", {"method": "pissa", "r": 2}, 4),
         ("hd global", hd(**GLOBAL), 2))},
@@ -107,4 +122,10 @@ EXPERIMENTS = {
     "r": ["hd r=1", "hd r=4", "hd r=8", "hd r=16", "lora r=1", "lora r=4", "lora r=8", "lora r=16",
           "lora r=32", "lora r=64", "pissa r=1", "pissa r=4", "pissa r=8", "pissa r=32", "pissa r=64"],
     "global mean": ["hd global mean"],
+    "embedding": ["global random embedding", "lora embedding", "pissa r=16 embedding"],
+    "embedding, long": ["global random embedding, long", "lora embedding, long",
+                        "pissa r=16 embedding, long"],
+    "what full trains": ["linear embedding", "linear norms", "linear positions"],
+    "embedding, more": ["hd global embedding", "random Kr=128 embedding, long", "hd global embedding, long",
+                        "random Kr=128 embedding"],
 }

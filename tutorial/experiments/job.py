@@ -26,13 +26,14 @@ import hd_pissa_extra  # noqa: E402
 import train  # noqa: E402
 from data.evaluate import evaluate  # noqa: E402
 from data.rows import encode, hold_out, read_rows, step_batches  # noqa: E402
-from tutorial.baselines import bases, intermediate, mora, plain  # noqa: E402
+from tutorial.baselines import bases, embedding, intermediate, mora, plain  # noqa: E402
 from tutorial.experiments.arms import complete  # noqa: E402
 
 SOURCES = ("hd_pissa.py", "hd_pissa_extra.py", "train.py", "data/rows.py", "data/evaluate.py", "data/base.pt",
            "data/multi_domain.jsonl", "data/tokenizer.tiktoken")
 RUNNER = ("tutorial/experiments/job.py", "tutorial/baselines/plain.py", "tutorial/baselines/mora.py",
-          "tutorial/baselines/intermediate.py", "tutorial/baselines/bases.py")
+          "tutorial/baselines/intermediate.py", "tutorial/baselines/bases.py",
+          "tutorial/baselines/embedding.py")
 
 EVALUATIONS = 5         # on the way, the last one at the end
 
@@ -68,26 +69,33 @@ def data(domain: str, rows: int):
 
 def attach(model, c: dict):
     """(adapters, optimizer) of a configuration."""
-    method, r = c["method"], c["r"]
+    method, r, beside = c["method"], c["r"], []
+    also = [(name, p) for name, p in model.named_parameters() if "also" in c and c["also"] in name]
     if method == "hd_pissa":
         decompose = {"svd": hd_pissa.components, "orthonormal": bases.orthonormal,
                      "interleaved": bases.interleaved(c["K"]),
                      "random": hd_pissa_extra.random_components}[c["basis"]]
         adapters = hd_pissa.attach(model, r, shards=c["K"], init=c["init"], aggregate=c["aggregate"],
                                    gradients=c["gradients"], seed=c["seed"], decompose=decompose)
+        beside = [embedding.Shards(p, c["K"], r, decompose, name) for name, p in also]
     elif method == "full":
         adapters = plain.full(model, 8, c["seed"])
     elif method == "linear":
-        adapters = plain.linear(model, 8, c["seed"])
+        adapters = plain.linear(model, 8, c["seed"], c.get("also"))
     elif method == "mora":
         adapters = mora.attach(model, r, 8, c["seed"])
     elif method == "intermediate":
         adapters = intermediate.Intermediate(model, r, c["K"], c["seed"])
     else:
         adapters = plain.with_peft(model, method, r, 8, c["seed"])
+        beside = [embedding.LowRank(p, r, method, name, c["seed"]) for name, p in also]
     if c.get("optimizer") == "muon":
         return adapters, bases.Muon(adapters.parameters(), c["lr"])
-    return adapters, torch.optim.AdamW(adapters.parameters(), c["lr"], weight_decay=0.0, foreach=True)
+    parameters = adapters.parameters() + [p for one in beside for p in one.parameters()]
+    optimizer = torch.optim.AdamW(parameters, c["lr"], weight_decay=0.0, foreach=True)
+    for one in beside:
+        one.join(optimizer)
+    return adapters, optimizer
 
 
 def batches(rows, c: dict, whole_batch: bool):
@@ -112,7 +120,7 @@ def run(config: dict) -> dict:
     names = [name for name, _ in hd_pissa.find_layers(model, "all-linear")[0]]
     start = {name: model.get_parameter(name + ".weight").detach().clone() for name in names}
     adapters, optimizer = attach(model, c)
-    trained = sum(p.numel() for p in adapters.parameters())
+    trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     devices = c["K"] if c["method"] in ("hd_pissa", "intermediate") else 1
     every, curve, train_losses = max(1, c["steps"] // EVALUATIONS), [], []
     seconds, began = 0.0, time.perf_counter()
@@ -137,7 +145,7 @@ def run(config: dict) -> dict:
     # numbers of optimizer state that one device holds, and constants beside W
     moments = sum(t.numel() for state in optimizer.state.values() for t in state.values()
                   if isinstance(t, torch.Tensor) and t.numel() > 1) // devices
-    constants = adapters.basis.numel() if c["method"] == "hd_pissa" else 0
+    constants = trained if c["method"] == "hd_pissa" else 0      # A_i, B_i of all shards: as many numbers
     for p in adapters.parameters():
         p.grad = None
     adapters.detach_()
