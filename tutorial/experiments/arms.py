@@ -76,11 +76,12 @@ ARMS = {
         ("random Kr=128", hd(K=1, r=128, basis="random", **GLOBAL), 3),
         ("global random", hd(basis="random", **GLOBAL), 3),
         ("full", {"method": "full"}, 2), ("linear", {"method": "linear"}, 1),
-        ("pissa r=16", {"method": "pissa", "r": 16}, 3))},
+        ("pissa r=16", {"method": "pissa", "r": 16}, 3), ("lora r=16", {"method": "lora", "r": 16}, 3))},
     **{f"{name} embedding{suffix}": (config | {"also": "wte", "steps": steps}, guess, points)
        for suffix, steps, points in (("", SHORT, 5), (", long", LONG, 3)) for name, config, guess in (
         ("lora", {"method": "lora", "r": 2}, 4), ("pissa r=16", {"method": "pissa", "r": 16}, 3),
-        ("hd global", hd(**GLOBAL), 3), ("global random", hd(basis="random", **GLOBAL), 3),
+        ("lora r=16", {"method": "lora", "r": 16}, 3), ("hd global", hd(**GLOBAL), 3),
+        ("global random", hd(basis="random", **GLOBAL), 3),
         ("random Kr=128", hd(K=1, r=128, basis="random", **GLOBAL), 1))},
     **{f"{name}, large batch": (config | {"batch": 256, "steps": 60}, guess) for name, config, guess in (
         ("hd", hd(), 5), ("lora", {"method": "lora", "r": 2}, 4), ("pissa", {"method": "pissa", "r": 2}, 4),
@@ -113,7 +114,7 @@ EXPERIMENTS = {
     "beyond": ["global orthonormal muon", "global orthonormal", "global random", "hd interleaved"],
     "medium": ["hd, medium", "lora, medium", "pissa, medium", "hd global, medium", "full, medium",
                "pissa r=16, medium", "global Kr=128, medium", "random Kr=128, medium",
-               "global random, medium", "linear, medium"],
+               "global random, medium", "linear, medium", "lora r=16, medium"],
     "beyond, long": ["global random, long"],
     "more devices": ["global Kr=128", "same", "random Kr=128, long", "random Kr=128"],
     "large batch": ["hd, large batch", "lora, large batch", "pissa, large batch", "hd global, large batch"],
@@ -126,6 +127,7 @@ EXPERIMENTS = {
     "embedding, long": ["global random embedding, long", "lora embedding, long",
                         "pissa r=16 embedding, long"],
     "what full trains": ["linear embedding", "linear norms", "linear positions"],
+    "LoRA of rank Kr": ["lora r=16, long", "lora r=16 embedding", "lora r=16 embedding, long"],
     "embedding, more": ["hd global embedding", "random Kr=128 embedding, long", "hd global embedding, long",
                         "random Kr=128 embedding"],
 }

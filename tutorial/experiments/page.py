@@ -7,6 +7,7 @@ from tutorial.experiments.arms import ARMS, COMMON, FIXED, LONG, MEDIUM, SHORT, 
 from tutorial.experiments.table import Arm, compare
 
 NAMES = {
+    "lora r=16": "LoRA r=16",
     "full": "full fine-tuning", "linear": "full, linear layers alone",
     "lora": "LoRA r=2", "pissa": "PiSSA r=2", "hd": "HD-PiSSA K=8 r=2",
     "hd global": "HD-PiSSA, whole-batch gradients",
@@ -18,11 +19,16 @@ NAMES = {
     "global random": "whole batch, random basis", "hd interleaved": "HD-PiSSA, interleaved",
     "global": "whole-batch gradients, K=8", "global Kr=128": "whole-batch gradients, K·r=128",
     "random Kr=128": "whole batch, random basis, K·r=128",
+    "linear norms": "full, linear layers and norms", "linear positions": "full, linear layers and positions",
+    "linear embedding": "full, linear layers and embedding",
 }
 METHODS = ("full", "linear", "lora", "pissa", "dora", "hira", "mora", "hd", "hd global", "global random",
-           "pissa r=16", "global Kr=128", "random Kr=128")
+           "pissa r=16", "lora r=16", "global Kr=128", "random Kr=128")
 DEVICES = ((1, "hd K=1"), (2, "hd K=2"), (4, "hd K=4"), (8, "hd"), (16, "hd K=16"))
 MORE = ("hd global", "global K=16", "global Kr=128", "global random", "random Kr=128", "linear", "full")
+PARTS = ("linear", "linear norms", "linear positions", "linear embedding", "full")
+EMBEDDING = ("lora embedding", "pissa r=16 embedding", "lora r=16 embedding", "hd global embedding",
+             "global random embedding", "random Kr=128 embedding")
 BEYOND = ("hd interleaved", "hd global mean", "global orthonormal", "global orthonormal muon",
           "global random")
 
@@ -77,6 +83,8 @@ def versus(a: Arm, b: Arm) -> str:
 def label(name: str) -> str:
     """What the page calls an arm."""
     name = name.split(",")[0]
+    if name.endswith(" embedding") and name not in NAMES:
+        return label(name.removesuffix(" embedding")) + " + embedding"
     for letter, default in (("r", 2), ("K", 8)):
         family, _, number = name.partition(f" {letter}=")
         if number and name not in NAMES:
@@ -131,7 +139,13 @@ def claim_methods(data):
     outcomes = [compare(arm, other) for _, arm, others in found for other in others]
     text = " ".join(f"{steps} steps: {joined([versus(arm, other) for other in others])}."
                     for steps, arm, others in found)
-    return claim, verdict(outcomes, on="the baseline and the length of the run"), text
+    large = "hd, large batch", "lora, large batch", "pissa, large batch"
+    if all(data[name].there for name in large):
+        arm, *others = (data[name] for name in large)
+        outcomes += [compare(arm, other) for other in others]
+        text += f" {arm.config['steps']} steps of {arm.config['batch']} rows: " \
+                f"{joined([versus(arm, other) for other in others])}."
+    return claim, verdict(outcomes, on="the batch, the baseline and the length of the run"), text
 
 
 def claim_recent(data):
@@ -363,7 +377,7 @@ def aggregation_text(data) -> list[str]:
 
 
 def global_text(data) -> str:
-    found = at_lengths(data, "hd global", ("pissa r=16", "full", "lora", "pissa", "hd"))
+    found = at_lengths(data, "hd global", ("pissa r=16", "lora r=16", "full", "lora", "pissa", "hd"))
     if not found:
         return "Not run yet."
     first = data["hd global"].first if data["hd global"].there else found[0][1].first
@@ -412,9 +426,43 @@ def more_text(data) -> str:
     return " ".join(text)
 
 
+def parts_text(data) -> str:
+    """Which part of the model full fine-tuning owes its lead over the linear layers to."""
+    linear, full = data["linear"], data["full"]
+    arms = [arm for arm in shown(data, PARTS) if arm not in (linear, full)]
+    if not (linear.there and full.there and arms):
+        return "Not run yet."
+    each = "; ".join(f"{name_of(arm)}: {versus(arm, linear)}, {versus(arm, full)}" for arm in arms)
+    return (f"Full fine-tuning trains more than the linear layers. Each part added to them alone, {SHORT} "
+            f"steps: {each}.")
+
+
+def embedding_text(data) -> str:
+    """Adapters on the embedding too: is full fine-tuning's loss reached, and at which memory?"""
+    found = [(name, *row) for name in EMBEDDING for row in at_lengths(data, name, ("full",))]
+    if not found:
+        return "Not run yet."
+    text = []
+    for steps in sorted({steps for _, steps, *_ in found}):
+        text.append(f"{steps} steps: " + "; ".join(f"{name_of(arm)} is {versus(arm, full)}"
+                                                   for _, s, arm, (full,) in found if s == steps) + ".")
+    for name in ("global random embedding", "hd global embedding"):
+        for steps, arm, others in at_lengths(data, name, EMBEDDING[:3]):
+            text.append(f"{steps} steps: {name_of(arm)} is {joined([versus(arm, o) for o in others])}.")
+    arm = next((data[name] for name in ("global random embedding", "hd global embedding")
+                if data[name].there), None)
+    if arm:
+        share = 100 * arm.first["moments"] / data["full"].first["moments"]
+        text.append(f"A device of {name_of(arm)} keeps {bytes_(arm.first['moments'])} of optimizer state, "
+                    f"{share:.1f} % of full fine-tuning's, and {bytes_(arm.first['constants'])} of A_i, B_i "
+                    "that never change.")
+    return " ".join(text)
+
+
 def summary(data) -> str:
     """The table of the main README: tuned held-out loss of short and long runs."""
-    names = ("full", "linear", "pissa r=16", "global random", "hd global", "lora", "hd", "pissa")
+    names = ("full", "global random embedding", "lora r=16 embedding", "lora embedding", "linear",
+             "lora r=16", "pissa r=16", "global random", "hd global", "lora", "hd", "pissa")
     rows = []
     for name in names:
         arms = [data.get(name + suffix) for suffix in ("", ", long")]
@@ -482,7 +530,13 @@ def recommendation(data) -> list[str]:
         out.append(
             "- If one device has the memory for the optimizer state of rank K·r "
             f"({bytes_(wide.first['moments'])}, {bytes_(glob.first['moments'])} for rank r), there is "
-            f"plain PiSSA of that rank: {each('pissa r=16', 'hd global')}.")
+            f"plain PiSSA or LoRA of that rank: {each('pissa r=16', 'hd global')}; "
+            f"{each('lora r=16', 'global random')}.")
+    if data["global random embedding"].there:
+        out.append(
+            "- Adapt the embedding too, if it is the output head as well: with whole-batch gradients and the "
+            f"random basis, {each('global random embedding', 'global random')}; "
+            f"{each('global random embedding', 'full')}.")
     devices = shown(data, [name for _, name in DEVICES])
     if len(devices) >= 3:
         best = min(devices, key=Arm.mean)
@@ -571,6 +625,12 @@ def page(data, figures: set) -> str:
         "## Whole-batch gradients, and equal parameters", "", global_text(data), "",
         "More devices, the same r and so the same optimizer memory on each:", "", *method_table(data, MORE),
         more_text(data), "",
+        "## The embedding too", "", parts_text(data), "", *method_table(data, PARTS),
+        "The embedding is tied to the output head, so no linear layer's mute reaches it. "
+        "`tutorial/baselines/embedding.py` gives every method the same adapter there: the gradients of its "
+        "factors are products with the whole gradient of W.", "",
+        *method_table(data, ("full", *EMBEDDING)),
+        f"{LONG} steps.", "", *method_table(data, ("full", *EMBEDDING), ", long"), embedding_text(data), "",
         "## Ablations (table 7)", "", *method_table(data, ("hd", "hd top", "hd lora init", "intermediate")),
         *picture("ablations", "Ablations"),
         "The Intermediate Method trains each device's slice against its own residual weight, alone; the K "
