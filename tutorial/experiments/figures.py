@@ -17,7 +17,8 @@ from tutorial.experiments import page, table  # noqa: E402
 from tutorial.experiments.arms import LONG, MEDIUM, SHORT  # noqa: E402
 
 COLOURS = {"full": "black", "lora": "tab:orange", "pissa": "tab:green", "hd": "tab:blue",
-           "hd global": "tab:red", "pissa r=16": "tab:olive"}
+           "hd global": "tab:red", "pissa r=16": "tab:olive",
+           "global random": "tab:purple", "global random embedding": "tab:pink"}
 
 
 SUMMARY = re.compile(r"(<!-- results: summary -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)     # in README.md
@@ -104,7 +105,7 @@ def ranks(ax, data):
 def spectrum(ax, data):
     """Singular values of dW of one layer at each method's best learning rate."""
     for name, colour in COLOURS.items():
-        if data[name].there and name != "pissa r=16":
+        if data[name].there and name not in ("pissa r=16", "global random", "global random embedding"):
             S = data[name].first["spectrum"]["sigma"]
             ax.semilogy(range(1, len(S) + 1), [s / S[0] for s in S], color=colour, label=page.label(name))
     ax.set(xlabel="index", ylabel="singular value / largest", ylim=(1e-8, 2))
@@ -152,7 +153,7 @@ def mute(ax, data):
 
 ABLATIONS = ("hd", "hd top", "hd lora init", "intermediate", "lora", "pissa")
 BEYOND = ("hd", "hd interleaved", "pissa r=16", "hd global", "global orthonormal", "global orthonormal muon",
-          "global random")
+          "global random", "global random embedding", "full")
 FIGURES = {
     "rate": rate, "length": length, "devices": devices, "ranks": ranks, "spectrum": spectrum, "tail": tail,
     "domains": domains, "mute": mute,

@@ -415,7 +415,7 @@ def more_text(data) -> str:
     for steps in sorted({steps for steps, *_ in found}):
         text.append(f"{steps} steps: " + "; ".join(f"{name_of(arm)} is {versus(arm, full)}"
                                                    for s, arm, (full,) in found if s == steps) + ".")
-    text.append("Full fine-tuning trains embeddings and norms too, which no adapter here does.")
+    text.append("Full fine-tuning trains embeddings and norms too, which none of these adapters does.")
     fair = [f"{steps} steps: {name_of(arm)} is {versus(arm, linear)}."
             for name in names for steps, arm, (linear,) in at_lengths(data, name, ("linear",))]
     if fair:
