@@ -530,8 +530,8 @@ def recommendation(data) -> list[str]:
         out.append(
             "- If one device has the memory for the optimizer state of rank K·r "
             f"({bytes_(wide.first['moments'])}, {bytes_(glob.first['moments'])} for rank r), there is "
-            f"plain PiSSA or LoRA of that rank: {each('pissa r=16', 'hd global')}; "
-            f"{each('lora r=16', 'global random')}.")
+            f"plain PiSSA of that rank: {each('pissa r=16', 'hd global')}. And LoRA of that rank: "
+            f"{each('lora r=16', 'hd global')}; {each('lora r=16', 'global random')}.")
     if data["global random embedding"].there:
         out.append(
             "- Adapt the embedding too, if it is the output head as well: with whole-batch gradients and the "
