@@ -84,6 +84,8 @@ def test_low_rank_is_lora_and_pissa(method):
 
 @pytest.mark.parametrize("config, words", [
     ({"method": "hd_pissa", "r": 2, "also": "wte"}, "see all rows"),
+    ({"method": "hd_pissa", "r": 2, "also": "wte", "gradients": "global", "aggregate": "sum",
+      "optimizer": "muon"}, "adamw"),
     ({"method": "hd_pissa", "r": 2, "also": "ln_", "gradients": "global", "aggregate": "sum"}, "one of"),
     ({"method": "full", "also": "wte"}, "one of"),
     ({"method": "lora", "r": 2, "also": ""}, "one of")])

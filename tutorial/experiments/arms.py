@@ -19,8 +19,9 @@ def complete(config: dict) -> dict:
         raise ValueError(f"{unknown} mean nothing to method {config['method']!r}; it knows {sorted(known)}")
     if "also" in config and config["also"] not in (there := ALSO.get(config["method"], ())):
         raise ValueError(f"also={config['also']!r} with method {config['method']!r}: it takes one of {there}")
-    if config.get("also") and config["method"] == "hd_pissa" and GLOBAL.items() - config.items():
-        raise ValueError(f"also={config['also']!r} needs {GLOBAL}: an embedding's shards see all rows")
+    needs = GLOBAL | {"optimizer": "adamw"}
+    if config.get("also") and config["method"] == "hd_pissa" and needs.items() - (known | config).items():
+        raise ValueError(f"also={config['also']!r} needs {needs}: an embedding's shards see all rows")
     return known | config
 
 
