@@ -7,7 +7,6 @@ from tutorial.experiments.arms import ARMS, COMMON, FIXED, LONG, MEDIUM, SHORT, 
 from tutorial.experiments.table import Arm, compare
 
 NAMES = {
-    "lora r=16": "LoRA r=16",
     "full": "full fine-tuning", "linear": "full, linear layers alone",
     "lora": "LoRA r=2", "pissa": "PiSSA r=2", "hd": "HD-PiSSA K=8 r=2",
     "hd global": "HD-PiSSA, whole-batch gradients",
@@ -295,10 +294,11 @@ def method_table(data, names, suffix: str = "") -> list[str]:
     speed, rows = {row["arm"]: row["seconds_per_step"] for row in data["speed"]}, []
     for arm in shown(data, names, suffix):
         first, name = arm.first, arm.name.split(",")[0]
+        timed = name in speed and arm.config["batch"] == COMMON["batch"]        # speed.py's batch
         share = f" ({100 * first['moments'] / full:.1f} %)" if full else ""
         rows.append([name_of(arm), f"{arm.best:g}", pm(arm), pm(arm, 1, digits=1), str(len(arm.tuned)),
                      f"{first['trained']:,}", bytes_(first["moments"]) + share, f"{first['constants']:,}",
-                     f"{speed[name]:.3f}" if name in speed else "", str(len(arm.sweep))])
+                     f"{speed[name]:.3f}" if timed else "", str(len(arm.sweep))])
     if not rows:
         return ["Not run yet.", ""]
     return markdown(["method", "best lr", "held-out loss", "exact match, %", "seeds", "trained numbers",
@@ -455,7 +455,7 @@ def embedding_text(data) -> str:
         share = 100 * arm.first["moments"] / data["full"].first["moments"]
         text.append(f"A device of {name_of(arm)} keeps {bytes_(arm.first['moments'])} of optimizer state, "
                     f"{share:.1f} % of full fine-tuning's, and {bytes_(arm.first['constants'])} of A_i, B_i "
-                    "that never change.")
+                    "that never change. K·r=128 is run as one shard, as in the section above.")
     return " ".join(text)
 
 
@@ -534,7 +534,8 @@ def recommendation(data) -> list[str]:
             f"{each('lora r=16', 'hd global')}; {each('lora r=16', 'global random')}.")
     if data["global random embedding"].there:
         out.append(
-            "- Adapt the embedding too, if it is the output head as well: with whole-batch gradients and the "
+            "- Adapt the embedding too, if it is the output head as well (no flag yet: "
+            "`tutorial/baselines/embedding.py`): with whole-batch gradients and the "
             f"random basis, {each('global random embedding', 'global random')}; "
             f"{each('global random embedding', 'full')}.")
     devices = shown(data, [name for _, name in DEVICES])
