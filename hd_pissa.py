@@ -1,71 +1,67 @@
 """HD-PiSSA (High-rank Distributed PiSSA) in one file.
 
-Every linear weight W is cut by its SVD into K slices of r components. Device i trains slice i on its own
-mini-batch, and the small updates of all devices are added to the one shared W:
+Every linear weight W is cut by its SVD into K slices of r components. Device i trains slice i on
+its own mini-batch, and the small updates of all devices are added to the one shared W:
 
-    A_i = U[:, ir:(i+1)r] S^1/2     B_i = S^1/2 V^T[ir:(i+1)r]      fixed for the whole run  (section 4.1)
-    Y = X W                         forward: the adapter is muted                            (section 4.3)
-    dU_i = dA_i B_i + A_i dB_i + dA_i dB_i                          dA_i, dB_i from AdamW    (section 4.2)
-    W <- W + 1/K sum_i dU_i                                         on every device alike    (section 4.2)
+    A_i = U[:, ir:(i+1)r] S^1/2    B_i = S^1/2 V^T[ir:(i+1)r]    fixed for the run   (section 4.1)
+    Y = X W                        forward: the adapter is muted                     (section 4.3)
+    dU_i = dA_i B_i + A_i dB_i + dA_i dB_i                  dA_i, dB_i from AdamW    (section 4.2)
+    W <- W + 1/K sum_i dU_i                                 on every device alike    (section 4.2)
 
-Data-parallel PiSSA gives every device the same top-r slice and its update has rank up to 2r; here one update
-has rank up to 2Kr at the optimizer memory of rank r. The trained tensors are the increments dA_i, dB_i,
-zero at the start of every step: then the output is X W exactly, their gradients are those of residual PiSSA,
-and after optimizer.step() they are the dA_i, dB_i above. (The paper multiplies the adapter by a tiny "mute
-scalar" in the forward and divides the gradients by it; at zero increments there is nothing to mute.)
+Data-parallel PiSSA gives every device the same top-r slice, and its update has rank up to 2r. Here
+one update has rank up to 2Kr, at the optimizer memory of rank r. The trained tensors are the
+increments dA_i, dB_i. They are zero at the start of every step: the output is then X W exactly,
+their gradients are those of residual PiSSA, and after optimizer.step() they are the dA_i, dB_i
+above. (The paper multiplies the adapter by a tiny "mute scalar" in the forward and divides the
+gradients by it. At zero increments there is nothing to mute.)
 
-    adapters = hd_pissa.attach(model, rank=16)      # under torchrun: after dist.init_process_group()
+    adapters = hd_pissa.attach(model, rank=16)      # torchrun: after dist.init_process_group()
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=2e-5, weight_decay=0.0)
     for batch in loader:
         model(**batch).loss.backward()
         optimizer.step()            # fills dA_i, dB_i
         adapters.merge_()           # dU_i of all K shards into W; increments back to zero
-        optimizer.zero_grad()
-
-    python train.py                              one process holds all K shards in turn ("virtual devices")
-    torchrun --nproc_per_node=8 train.py         one shard each, over NCCL on GPUs, over gloo on CPUs
 
 Notation (the paper's letters; an nn.Linear stores W^T, a transformers Conv1D stores W):
 
-    K         number of shards, "devices" in the paper        A, B      (m, r), (r, n) factors of a shard
-    r         components per shard, the argument rank=        dA, dB    (m, r), (r, n) increments of one step
-    m, n      input, output features; W is (m, n)             P, Q      (m, 2Kr), (2Kr, n); P Q = sum_i dU_i
-    X, Y      (T, m), (T, n) input and output, T tokens       s         alpha / r, PEFT's scaling
-    U, S, Vt  (m, d), (d,), (d, n), d = min(m, n)             At, dAt   transposes, as they lie in memory
+    K         number of shards, "devices" in the paper   A, B    (m, r), (r, n) factors of a shard
+    r         components per shard, the argument rank=   dA, dB  their increments in one step
+    m, n      input, output features; W is (m, n)        P, Q    (m, 2Kr), (2Kr, n); P Q = sum dU_i
+    X, Y      (T, m), (T, n) of T tokens                 s       alpha / r, PEFT's scaling
+    U, S, Vt  (m, d), (d,), (d, n); d = min(m, n)        S       in classes: shards of this process
 
-This file works alone, unchecked. hd_pissa_extra.py beside it adds refusals with a remedy, faster
-decompositions, W in bfloat16 or sharded by FSDP2, gradients="global", dropout and LoRA files.
+This file is complete; torch and tqdm are all it needs. hd_pissa_extra.py builds on it: W in bfloat16
+or sharded by FSDP2, whole-batch gradients, faster decompositions, dropout, LoRA files.
 Paper: Wang et al., "HD-PiSSA: High-Rank Distributed Orthogonal Adaptation".
 """
 
+import collections
 import contextlib
+import copy
 import hashlib
 import math
+import os
+import threading
 import time
+import warnings
+import weakref
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
-try:
-    import hd_pissa_extra as extra
-except ModuleNotFoundError:
-    extra = None                # copied alone: float32 or float64 W, whole on every process, nothing checked
+# ---- Processes: one process runs the same code, its collectives are the identity -----------------
 
-# ---- Processes: one process runs the same code, its collectives are the identity ---------------------------
-
-
-def rank() -> int:
+def process_index() -> int:
     """Index of this process, 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
 
 def world_size() -> int:
     """Number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
 
 def gather_shards(local: torch.Tensor) -> torch.Tensor:
     """(S, ...), the S shards of each process -> (K, ...) on every process, in shard order."""
@@ -76,195 +72,319 @@ def gather_shards(local: torch.Tensor) -> torch.Tensor:
     getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, local.contiguous())
     return out
 
+def everywhere(work) -> list:
+    """What work() returns (a text, a number, None) on each process, by index.
 
-# ---- Orthogonal adapters initialization (section 4.1) ------------------------------------------------------
-
-
-def components(W: torch.Tensor, k: int, name: str = "W") -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The k largest singular triplets of W (m, n): U (m, k), S (k,) descending, Vt (k, n).
-
-    Single components are dealt out to shards, so each must be right, not their span alone: randomized SVD
-    mixes neighbours. `extra` tries the cheaper eigenvectors of a Gram matrix, and checks what they give.
+    If it fails on one, all raise its error as ValueError: none waits in the next collective in vain.
     """
-    if extra and W.dtype != torch.float64 and (found := extra.gram_components(W, k, name)):
-        return found
+    result = error = None
+    try:
+        result = work()
+    except Exception as e:
+        error = e
+    said = [(result, error and (str(error) or repr(error)))] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(said, said[0])
+    if error and not isinstance(error, (ValueError, OSError, RuntimeError)):
+        raise error                     # a fault in the program: here with its own traceback
+    for _, message in said:
+        if message:
+            raise ValueError(message) from error
+    return [result for result, _ in said]
+
+# ---- Orthogonal adapters initialization (section 4.1) --------------------------------------------
+
+def components(W: torch.Tensor, k: int, name: str = "W"):
+    """The k largest singular triplets of W (m, n): U (m, k), S (k,) descending, Vt (k, n), float64.
+
+    Single components are dealt out to shards, so each must be right, and not their span alone:
+    randomized SVD mixes neighbours. hd_pissa_extra.components is faster and checks what it gives.
+    """
     U, S, Vt = torch.linalg.svd(W.detach().double(), full_matrices=False)
     return U[:, :k], S[:k], Vt[:k]
 
-
 def seed_of(*parts) -> int:
-    """A 63-bit generator seed that depends on `parts` alone (Python's own hash changes between runs)."""
+    """A 63-bit generator seed that depends on `parts` alone (Python's own hash changes by run)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
-
 def shard_factors(W, K: int, r: int, init: str, s: float, seed: int, decompose=components, name="W"):
-    """A_i^T and B_i of all K shards of W (m, n), flattened side by side: (K, r m + r n).
+    """A_i and B_i of all K shards of W (m, n), flattened side by side: (K, m r + r n).
 
-        hd_pissa   A_i = U_i (S_i/s)^1/2, B_i = (S_i/s)^1/2 V_i^T, components ir .. (i+1)r - 1   (section 4.1)
-        top        every shard the components 0 .. r - 1                                       (appendix C)
-        lora       A_i Kaiming-uniform as in PEFT, another draw per shard, B_i = 0             (appendix C)
+        hd_pissa  A_i = U_i (S_i/s)^1/2, B_i = (S_i/s)^1/2 V_i^T, components ir..(i+1)r-1      (4.1)
+        top       every shard the components 0 .. r-1                                   (appendix C)
+        lora      A_i Kaiming-uniform as in PEFT, another draw per shard, B_i = 0       (appendix C)
 
-    Dividing S by s makes s A_i B_i the slice of W, as in PEFT. `decompose`: `components` or a cache of it.
+    Dividing S by s makes s A_i B_i the slice of W, as in PEFT. decompose: `components` or its like.
     """
     m, n = W.shape
     if init == "lora":
         draws = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(K)]
-        At = torch.stack([torch.rand((r, m), generator=g, dtype=torch.float64) for g in draws])
-        At, B = (2 * At - 1) / math.sqrt(m), torch.zeros((K, r, n), dtype=torch.float64)    # (K, r, m)
+        A = torch.stack([torch.rand((r, m), generator=g, dtype=torch.float64) for g in draws]).mT
+        A, B = (2 * A - 1) / math.sqrt(m), torch.zeros((K, r, n), dtype=torch.float64)  # (K, m, r)
     else:
         k = r if init == "top" else K * r
         U, S, Vt = decompose(W, k, name)
         if max(torch.dist(Q @ Q.T, torch.eye(k).to(Q), p=math.inf) for Q in (U.T, Vt)) > 1e-4:
-            raise ValueError(f"{name}: components not orthonormal, shards would overlap; mend decompose=")
+            raise ValueError(f"{name}: components not orthonormal, shards overlap; mend decompose=")
+        if not S[-1] > (zero := 2 * torch.finfo(W.dtype).eps * S[0]):
+            raise ValueError(f"{name}.weight has rank {int((S > zero).sum())} of the {k} components that"
+                             f" are needed; a shard of zeros never trains: use exclude=[{name!r}]")
         root = (S / s).sqrt()
-        At = (U * root).T.reshape(-1, r, m).expand(K, r, m)                     # (m, Kr) -> (K, r, m)
-        B = (root[:, None] * Vt).reshape(-1, r, n).expand(K, r, n)              # (Kr, n) -> (K, r, n)
-    return torch.cat((At.flatten(1), B.flatten(1)), dim=1)                      # (K, r m + r n)
+        A = (U * root).unflatten(1, (-1, r)).transpose(0, 1).expand(K, m, r)    # (m, Kr) -> (K, m, r)
+        B = (root[:, None] * Vt).unflatten(0, (-1, r)).expand(K, r, n)          # (Kr, n) -> (K, r, n)
+    return torch.cat((A.flatten(1), B.flatten(1)), dim=1)                       # (K, m r + r n)
 
-
-# ---- Muting mechanism (section 4.3) ------------------------------------------------------------------------
-
+# ---- Muting mechanism (section 4.3) --------------------------------------------------------------
 
 class Mute(torch.autograd.Function):
     """Y = X W forward; the backward gives dX and the gradients that residual PiSSA would have.
 
-    Equation (1), Y = X (W_res,i + A_i B_i), is X W at dA = dB = 0: the forward computes nothing of the
-    adapter and keeps nothing but its input. At (k, r, m) and B (k, r, n) hold the factors of one shard, or of
-    all K side by side for gradients="global". They travel as attributes, not as saved tensors: a forward
-    recomputed by activation checkpointing cannot swap them for another shard's. dA, dB only take gradients.
+    Equation (1), Y = X (W_res,i + A_i B_i), is X W at dA = dB = 0: the forward computes nothing of
+    the adapter and keeps nothing but its input. A (k, m, r) and B (k, r, n) are the factors of one
+    shard (k = 1) or of several side by side. They travel as attributes, not as saved tensors: a
+    forward recomputed by activation checkpointing cannot swap them for another shard's. dA and dB
+    only take gradients. trainable: W took gradients before attach; torch picks a matmul by that.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, At, B, dA, dB, s, conv1d, mask):
+    def forward(ctx, x, weight, bias, A, B, dA, dB, s, conv1d, mask=None, trainable=False):
         ctx.save_for_backward(x, weight)
-        ctx.At, ctx.B, ctx.s, ctx.conv1d, ctx.mask = At, B, s, conv1d, mask
-        # Y = X W      (4.3), by the very call of the plain layer, so that logits are equal bit for bit
-        if conv1d:
-            return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], weight.shape[1])
-        return F.linear(x, weight, bias)
+        ctx.A, ctx.B, ctx.s, ctx.conv1d, ctx.mask = A, B, s, conv1d, mask
+        ctx.shapes = dA.shape, dB.shape                 # (m, r), (r, n), or with k in front
+        if trainable and not torch.compiler.is_compiling():
+            weight = weight.detach().requires_grad_()
+        # Y = X W      (4.3), by the very call of the plain layer: logits are equal bit for bit
+        Y = torch.addmm(bias, x.flatten(0, -2), weight) if conv1d else F.linear(x, weight, bias)
+        # (..., n); not a view of a tensor that autograd does not know: in-place ops may follow
+        return torch.ops.aten._unsafe_view(Y, (*x.shape[:-1], Y.shape[-1]))
 
     @staticmethod
     def backward(ctx, dY):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise NotImplementedError("create_graph=True: a muted layer has first derivatives alone; "
+                                      "call adapters.detach_() for second ones")
         x, weight = ctx.saved_tensors
-        dtype = dY.dtype                                                # under autocast: the matmuls' dtype
-        dX = None
-        if ctx.needs_input_grad[0]:
-            # dX = dY W^T
-            dX = dY @ (weight.T if ctx.conv1d else weight).to(dtype)    # (..., n) (n, m) -> (..., m)
-        dY = dY.reshape(-1, dY.shape[-1])                               # (T, n)
-        X = x.reshape(-1, x.shape[-1]).to(dtype)                        # (T, m)
-        if ctx.mask is not None:
-            X = X * ctx.mask(X)                                         # dropout on the adapter's input alone
-        At, B = (ctx.s * ctx.At.flatten(0, 1)).to(dtype), (ctx.s * ctx.B.flatten(0, 1)).to(dtype)
-        # g_A = s X^T (dY B_i^T)      (4.3); computed as its transpose, which is how dA lies in memory
-        gA = ((dY @ B.T).T @ X).T                                       # ((T, kr)^T (T, m))^T -> (m, kr)
-        # g_B = s (X A_i)^T dY        (4.3)
-        gB = (X @ At.T).T @ dY                                          # (T, kr)^T (T, n) -> (kr, n)
-        return dX, None, None, None, None, gA.to(ctx.At.dtype), gB.to(ctx.B.dtype), None, None, None
-
+        dtype, dX, db = dY.dtype, None, None            # under autocast: the matmuls' dtype
+        with torch.autocast(dY.device.type, enabled=False):
+            if ctx.needs_input_grad[0]:
+                # dX = dY W^T
+                dX = dY @ (weight.T if ctx.conv1d else weight).to(dtype)    # (..., n) -> (..., m)
+            dY = dY.reshape(-1, dY.shape[-1])                               # (T, n)
+            X = x.reshape(-1, x.shape[-1]).to(dtype)                        # (T, m)
+            if ctx.needs_input_grad[2]:
+                db = dY.sum(0)                          # a bias that trains beside the adapters
+            if ctx.mask is not None:
+                X = X * ctx.mask(X)                     # dropout on the adapter's input alone
+            At = (ctx.s * ctx.A).mT.flatten(0, 1).contiguous().to(dtype)    # (k, m, r) -> (kr, m)
+            B = (ctx.s * ctx.B).flatten(0, 1).to(dtype)                     # (k, r, n) -> (kr, n)
+            # g_A = s X^T (dY B_i^T)      (4.3)
+            gA = X.T @ (dY @ B.T)                                           # (m, T) (T, kr) -> (m, kr)
+            gA = gA.unflatten(1, ctx.B.shape[:2]).transpose(0, 1)           # (k, m, r)
+            # g_B = s (X A_i)^T dY        (4.3)
+            gB = (X @ At.T).T @ dY                                          # (kr, T) (T, n) -> (kr, n)
+            gA, gB = (g.reshape(shape).to(ctx.A.dtype) for g, shape in zip((gA, gB), ctx.shapes))
+        return dX, None, db, None, None, gA, gB, *[None] * 4
 
 class Muted:
-    """Mixed in front of nn.Linear or Conv1D by `attach`: the same module and weight, the muted forward."""
+    """Mixed in front of nn.Linear or Conv1D by `attach`: the same module and W, the muted forward."""
 
-    def forward(self, x):
+    def forward(self, input):
         slot = self.hd_pissa
-        mask = extra.dropout_mask(slot) if slot.dropout > 0 and self.training else None
-        factors = slot.At, slot.B, slot.dA, slot.dB
-        return Mute.apply(x, self.weight, self.bias, *factors, slot.s, slot.conv1d, mask)
+        if not torch.compiler.is_compiling():
+            slot.adapters.refuse_unmerged()
+        mask = slot.mask if self.training else None
+        return Mute.apply(input, self.weight, self.bias, slot.A, slot.B, slot.dA, slot.dB, slot.s,
+                          slot.conv1d, mask, slot.trainable)
 
+    def __reduce_ex__(self, protocol):
+        """Pickled or copied it is the plain layer: W holds all that was merged."""
+        state = {key: value for key, value in vars(self).items() if key != "hd_pissa"}
+        return object.__new__, (self.hd_pissa.plain_class,), state
 
-MUTED: dict[type, type] = {}    # one muted class per plain class: torch.compile then sees one kind of layer
+MUTED: dict[type, type] = {}    # one muted class a plain class: torch.compile sees one kind of layer
 
+# ---- Direct weight update (section 4.2) ----------------------------------------------------------
 
-class Slot:
-    """One adapted layer: its place in the flat buffers, and the factors of the shard its forward uses."""
+def update_factors(A, B, dA, dB) -> tuple[torch.Tensor, torch.Tensor]:
+    """P^T (2Kr, m) and Q (2Kr, n) with P Q = sum_i dU_i, exactly.
 
-    def __init__(self, name: str, module: nn.Module, r: int, s: float, dropout: float, start: int, adapters):
-        self.name, self.module, self.plain_class, self.adapters = name, module, type(module), adapters
-        self.conv1d = not isinstance(module, nn.Linear)
-        self.m, self.n = module.weight.shape if self.conv1d else module.weight.T.shape
-        self.r, self.s, self.dropout = r, s, dropout
-        self.start, self.size = start, r * (self.m + self.n)            # columns of A^T and B in a row
-        self.At = self.B = self.dA = self.dB = None
-        self.low = None             # int16 low halves of a bfloat16 weight
-        self.leaves = []            # (dA, dB) of each local shard, for the optimizer
+        dU_i = dA_i B_i + A_i dB_i + dA_i dB_i = dA_i (B_i + dB_i) + A_i dB_i        (section 4.2)
 
-    def views(self, flat: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """This layer's (rows, r, m) and (rows, r, n) in rows of factors, whose columns begin at `offset`."""
-        a, r = self.start - offset, self.r
-        At, B = flat[:, a:a + self.size].split((r * self.m, r * self.n), dim=1)
-        return At.unflatten(1, (r, self.m)), B.unflatten(1, (r, self.n))
-
-
-# ---- Direct weight update (section 4.2) --------------------------------------------------------------------
-
-
-def update_factors(At, B, dAt, dB) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pt (2Kr, m) and Q (2Kr, n) with Pt^T Q = sum_i dU_i, exactly.
-
-        dU_i = dA_i B_i + A_i dB_i + dA_i dB_i = dA_i (B_i + dB_i) + A_i dB_i                  (section 4.2)
-
-    At, dAt: (K, r, m). B, dB: (K, r, n). Any number of shards may stand in for K.
+    A and dA are (K, m, r), B and dB (K, r, n). Any number of shards may stand in for K.
     """
-    Pt = torch.stack((dAt, At)).flatten(0, 2)                           # (2, K, r, m) -> (2Kr, m)
-    Q = torch.stack((B + dB, dB)).flatten(0, 2)                         # (2, K, r, n) -> (2Kr, n)
+    Pt = torch.stack((dA.mT, A.mT)).flatten(0, 2)                   # (2, K, r, m) -> (2Kr, m)
+    Q = torch.stack((B + dB, dB)).flatten(0, 2)                     # (2, K, r, n) -> (2Kr, n)
     return Pt, Q
-
 
 def fold_(W: torch.Tensor, left: torch.Tensor, right: torch.Tensor, share: float) -> None:
     """W += share left right in place, without an (m, n) temporary.
 
-    In blocks of 1024 rows: a matrix product rounds by its shape, and processes that hold some rows of a
-    sharded W compute the same blocks.
+    In blocks of 1024 rows: a matrix product rounds by its shape, and processes that hold some rows
+    of a sharded W compute the same blocks.
     """
     for a in range(0, len(left), 1024):
         W[a:a + 1024].addmm_(left[a:a + 1024], right, alpha=share)
 
+class Slot:
+    """One adapted layer: how its W is stored, its place in the flat buffers, the factors in use now.
 
-class Adapters:
-    """HD-PiSSA's state on one process: fixed A_i, B_i, increments, and the merge into W. Made by `attach`.
-
-    A row of a flat buffer is one shard, all layers side by side: one collective then moves many layers.
+    Here W is whole on every process, float32 or float64. hd_pissa_extra has slots for other storage.
     """
 
-    def __init__(self, model, found, config, exchange, basis, device, seed, bucket_mb, accumulate):
-        self.model, self.config, self.K, self.r = model, config, config["shards"], config["rank"]
-        self.S, K = self.K // world_size(), self.K                      # shards of this process
-        self.first = rank() * self.S                                    # global index of local shard 0
-        self.aggregate, self.exchange, self.seed, self.device = config["aggregate"], exchange, seed, device
-        self.mean_over = K              # stays when a checkpoint's components are dealt to other K
-        self.step, self.idle, self.current, self.skipped = 0, 0, 0, {}
+    dtypes = (torch.float32, torch.float64)
+
+    def __init__(self, name: str, module: nn.Module, adapters, start: int):
+        self.name, self.module, self.adapters, self.start = name, module, adapters, start
+        self.plain_class, self.trainable = type(module), module.weight.requires_grad
+        self.conv1d = not isinstance(module, nn.Linear)
+        self.m, self.n = module.weight.shape if self.conv1d else module.weight.T.shape
+        self.r, self.s = adapters.r, adapters.s
+        self.size = self.r * (self.m + self.n)          # columns of A and B in a row of a buffer
+        self.leaves = []                                # (dA, dB) of each local shard
+        self.A = self.B = self.dA = self.dB = self.mask = None     # of the shard that trains now
+        self.stored = self.description()
+
+    def views(self, flat: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows, m, r) and (rows, r, n) in `rows` of factors, whose columns begin at `offset`."""
+        a, r = self.start - offset, self.r
+        A, B = flat[:, a:a + self.size].split((r * self.m, r * self.n), dim=1)
+        return A.unflatten(1, (self.m, r)), B.unflatten(1, (r, self.n))
+
+    def add_(self, left: torch.Tensor, right: torch.Tensor, share: float) -> None:
+        """W += share left right, for factors of all shards."""
+        fold_(self.module.weight, left, right, share)
+
+    def add_sum_(self, dU: torch.Tensor, share: float) -> torch.Tensor:
+        """W += share times the sum of dU over the processes; that sum."""
+        if world_size() > 1:
+            dist.all_reduce(dU)
+        self.module.weight.add_(dU, alpha=share)
+        return dU
+
+    def description(self) -> tuple:
+        W = self.module._parameters.get("weight")       # None: somebody has parametrized it
+        return type(W), getattr(W, "dtype", None), getattr(W, "device", None), getattr(W, "shape", None)
+
+    def fault(self) -> str:
+        """Why dU cannot be added to W, asked before every merge, or ""."""
+        W = self.module._parameters.get("weight")
+        if W is not None and W.dtype not in self.dtypes:
+            return (f"is {W.dtype}, where small updates are lost; load the model in float32, or use "
+                    "hd_pissa_extra.attach, which keeps 16 more bits of a bfloat16 weight")
+        if self.description() != self.stored or hasattr(W, "to_local"):
+            return (f"is {self.description()}, was {self.stored}; cast, move and parametrize before "
+                    "attach, shard with hd_pissa_extra.attach")
+        trains = self.module.__class__ is not self.plain_class and W.requires_grad
+        return "was made trainable, but only merge_ changes it" if trains else ""
+
+def counting(row: list, j: int):
+    """A gradient hook that counts the backwards of layer j; it holds no adapters, which would leak."""
+    def hook(leaf):
+        row[j] += 1
+        if row[j] == 500:
+            warnings.warn("500 backwards without adapters.merge_(): nothing has trained yet. Is the "
+                          "optimizer built from adapters.parameters(), does the loop call merge_?")
+    return hook
+
+LIVE = weakref.WeakSet()        # all adapters that are attached
+
+def notice(optimizer, *_):
+    """Mark the increments that an optimizer has changed: fused ones do not say so themselves."""
+    for adapters in list(LIVE):
+        if adapters.holds(optimizer):
+            torch.autograd.graph.increment_version(adapters.increments)
+
+register_optimizer_step_post_hook(notice)
+
+def check_optimizer(ours: list, optimizer) -> str:
+    """A description of `optimizer`. ValueError unless its step is a function of gradients and state.
+
+    Increments start every step at zero. So two copies of it train stand-ins with the same gradients:
+    one lets them move on from 1, the other resets them to zero as merge_ does. Steps must be equal.
+    """
+    name, held = type(optimizer).__name__, [p for g in optimizer.param_groups for p in g["params"]]
+    ids = {id(p) for p in ours}
+    if missing := len(ids - {id(p) for p in held}):
+        raise ValueError(f"{name} lacks {missing} of the {len(ids)} increments; build it from "
+                         "adapters.parameters()")
+    if (others := sum(id(p) not in ids for p in held)) and world_size() > 1:
+        raise ValueError(f"{name} holds {others} tensors beside the increments, whose gradients no one "
+                         "adds up over processes; train them with hd_pissa_extra.attach(also=...)")
+    steps, why = [], "reads the parameter itself"
+    for reset in (False, True):
+        stand = {id(p): torch.full((4, 2), 1.0 - reset, dtype=torch.float64, device=p.device) for p in held}
+        no_hooks = {id(h): type(h)() for key, h in vars(optimizer).items() if key.endswith("_hooks")}
+        try:
+            probe = copy.deepcopy(optimizer, {**stand, **no_hooks, id(optimizer.state): collections.defaultdict(dict)})
+            for t in range(9):
+                before = [p.clone() for p in stand.values()]
+                for p in stand.values():
+                    p.grad = torch.linspace(1, 2 + t % 3, 8).to(p).view(4, 2)
+                type(probe).step(probe)
+                steps += [p - q for p, q in zip(stand.values(), before)]
+                for p in stand.values() if reset else ():
+                    p.zero_()
+        except Exception as e:
+            why = f"takes no step on a copy ({e})"
+            break
+    a, b = steps[:len(steps) // 2], steps[len(steps) // 2:]
+    if any(g.get("weight_decay") for g in optimizer.param_groups if ids & {id(p) for p in g["params"]}):
+        why = "has weight_decay, which does nothing to increments that start at zero"
+    elif len(steps) == 18 * len(stand) and all(torch.allclose(p, q, rtol=1e-6, atol=0) for p, q in zip(a, b)):
+        return repr([name, [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]])
+    raise ValueError(f"{name} {why}; use one whose step depends on gradients and its own state alone: AdamW "
+                     "with weight_decay=0.0 (the paper's), SGD, RMSprop, Lion")
+
+class Adapters:
+    """HD-PiSSA's state on one process: fixed A_i, B_i, increments, the merge. Made by `attach`.
+
+    A row of a flat buffer is one shard, all layers side by side: one collective moves them all.
+    """
+
+    Slot, whole_batch = Slot, False     # each shard learns from its own mini-batch
+
+    def __init__(self, model, found, skipped, config: dict, exchange: str, seed: int, device):
+        self.model, self.skipped, self.config, self.seed = model, skipped, config, seed
+        self.K, self.r, self.aggregate = config["shards"], config["rank"], config["aggregate"]
         self.s = 1.0 if config["alpha"] is None else config["alpha"] / self.r
-        self.whole_batch, self.applied = config["gradients"] == "global", torch.ones(())
-        dtype = torch.float64 if any(x.weight.dtype == torch.float64 for _, x in found) else torch.float32
-        self.slots, self.buckets, width = [], [], 0
+        self.exchange, self.device = "all_gather" if exchange == "auto" else exchange, device
+        self.S = self.K // world_size()                 # shards of this process
+        self.first = process_index() * self.S           # global index of local shard 0
+        self.step = self.idle = self.current = 0
+        self.state, self.lock = "empty", threading.RLock()
+        self.slots, width = [], 0
         for name, module in found:
-            slot = Slot(name, module, self.r, self.s, config["dropout"], width, self)
-            width += slot.size
-            first = self.buckets[-1][0].start if self.buckets else -math.inf
-            if (width - first) * K * dtype.itemsize > bucket_mb * 2**20:
-                self.buckets.append([])
-            self.buckets[-1].append(slot)
-            self.slots.append(slot)
-        # Folding factors and whole-batch gradients need A_i, B_i of all K shards here; else only the own.
-        everything = self.whole_batch or exchange == "all_gather" and basis == "cached"
-        self.kept = slice(0, K) if everything else slice(self.first, self.first + self.S)
+            self.slots.append(self.Slot(name, module, self, width))
+            width += self.slots[-1].size
+        double = found[0][1].weight.dtype == torch.float64
+        like = dict(dtype=torch.float64 if double else torch.float32, device=device)
+        # Folding factors needs A_i, B_i of all K shards here, a dense dU the own.
+        self.kept = slice(0, self.K) if self.keeps_all() else slice(self.first, self.first + self.S)
         self.own = slice(self.first - self.kept.start, self.first - self.kept.start + self.S)
-        self.basis = torch.zeros((self.kept.stop - self.kept.start, width), dtype=dtype, device=device)
-        self.increments = torch.zeros((self.S, width), dtype=dtype, device=device)
-        self.sums = torch.zeros_like(self.increments) if accumulate else None   # of all merged increments
-        self.touched: set[int] = set()          # local shards with a gradient since the last merge
-        self.backwards: dict[tuple, int] = {}   # how many, by (layer, shard): dropout draws anew each time
-        for slot in self.slots:
-            for i, (dAt, dB) in enumerate(zip(*slot.views(self.increments))):
-                # detach: a leaf of its own on the buffer's memory. dA lies transposed, as the merge reads it.
-                slot.leaves.append((dAt.T.detach().requires_grad_(), dB.detach().requires_grad_()))
-                slot.leaves[i][1].register_post_accumulate_grad_hook(lambda leaf, i=i: self.touched.add(i))
-        if self.whole_batch:
-            extra.gather_whole_batch(self)
+        self.basis = torch.zeros((self.kept.stop - self.kept.start, width), **like)
+        self.increments = torch.zeros((self.S, width), **like)
+        self.seen = [[0] * len(self.slots) for _ in range(self.S)]  # backwards since the last merge
+        for j, slot in enumerate(self.slots):
+            for row, dA, dB in zip(self.seen, *slot.views(self.increments)):
+                # detach: a leaf of its own on the buffer's memory
+                slot.leaves.append((dA.detach().requires_grad_(), dB.detach().requires_grad_()))
+                slot.leaves[-1][1].register_post_accumulate_grad_hook(counting(row, j))
+        self.merged = self.increments._version
+        LIVE.add(self)
+
+    def keeps_all(self) -> bool:
+        return self.exchange == "all_gather"
+
+    def __repr__(self):
+        adapted = sum(slot.m * slot.n for slot in self.slots)
+        share = adapted / sum(p.numel() for p in self.model.parameters())
+        why = "; ".join(f"{n} x {w}" for w, n in collections.Counter(self.skipped.values()).items())
+        return (f"HD-PiSSA: {len(self.slots)} layers with {adapted:,} weights ({share:.1%} of the "
+                f"model); {self.K} shards of rank {self.r}, {self.S} of them here, each trains "
+                f"{self.increments.shape[1]:,} numbers. Left out: {why or 'nothing'}")
 
     def named_parameters(self, first: int = 0):
-        """Pairs ("<module path>.shard<s>.dA", (m, r)) and ("....dB", (r, n)), s counted from `first`."""
+        """Pairs ("<module path>.shard<s>.dA", (m, r)), ("....dB", (r, n)), s counted from `first`."""
         for i in range(self.S):
             for slot in self.slots:
                 for kind, leaf in zip(("dA", "dB"), slot.leaves[i]):
@@ -274,299 +394,429 @@ class Adapters:
         """The increments of this process, for any optimizer that `check` accepts."""
         return [leaf for _, leaf in self.named_parameters()]
 
-    def _select(self, i: int) -> None:
+    def holds(self, optimizer) -> bool:
+        return any(p is self.slots[0].leaves[0][0] for g in optimizer.param_groups for p in g["params"])
+
+    def select(self, i: int) -> None:
+        """Let the forwards from here on train local shard i."""
         # Tensors are swapped, not an index: under torch.compile one graph then serves every shard.
         self.current, own = i, self.own.start + i
         for slot in self.slots:
-            slot.At, slot.B = slot.views(self.basis if self.whole_batch else self.basis[own:own + 1])
-            if not self.whole_batch:
-                slot.dA, slot.dB = slot.leaves[i]
+            slot.A, slot.B = slot.views(self.basis[own:own + 1])
+            slot.dA, slot.dB = slot.leaves[i]
 
     @contextlib.contextmanager
     def shard(self, i: int):
-        """The enclosed forward (and backward, where reentrant checkpointing recomputes) trains shard `i`."""
+        """The enclosed forward (and backward, where checkpointing recomputes) trains shard `i`."""
         if not 0 <= i < self.S:
-            raise ValueError(f"shard({i}): this process holds shards 0..{self.S - 1} ({self.K} shards over "
-                             f"{world_size()} processes)")
+            raise ValueError(f"shard({i}): this process holds shards 0..{self.S - 1} ({self.K} shards "
+                             f"over {world_size()} processes)")
+        if not self.lock.acquire(blocking=False):
+            raise ValueError("shard() is in use by another thread; train shards one after another")
         before = self.current
-        self._select(i)
+        self.select(i)
         try:
             yield
         finally:
-            self._select(before)
+            self.select(before)
+            self.lock.release()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scale the gradients of all K shards to a joint 2-norm of at most `max_norm`; return what it was."""
+        """Scale the gradients of all K shards to a joint 2-norm of at most `max_norm`; what it was."""
         squares = torch.zeros(self.S, dtype=torch.float64, device=self.device)
         for i in range(self.S):
-            leaves = [p for slot in self.slots for p in slot.leaves[i] if p.grad is not None]
-            squares[i] = sum(p.grad.norm().double().square() for p in leaves)
-        # Per shard first, then in shard order: the sum does not depend on how shards are dealt to processes.
+            grads = [p.grad for s in self.slots for p in s.leaves[i] if p.grad is not None]
+            if grads:
+                squares[i] = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+        # Per shard, then in shard order: the sum does not depend on how shards are dealt out.
         norm = gather_shards(squares).sum().sqrt()
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0)    # else one NaN would hide where
-        for p in self.parameters():
-            if p.grad is not None:
-                p.grad.mul_(scale.to(p))
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        if max_norm < math.inf and grads:
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0)   # a NaN stays where it is
+            torch._foreach_mul_(grads, scale.to(grads[0]))
         return norm
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise ValueError for an optimizer whose step depends on more than gradients and its own state."""
-        if extra:
-            extra.check_optimizer(self, optimizer)
+        """Raise ValueError, on every process, for an optimizer that cannot train increments."""
+        said = everywhere(lambda: check_optimizer(self.parameters(), optimizer))
+        if len({*said}) > 1:
+            raise ValueError(f"processes have different optimizers: {' and '.join(sorted({*said}))}")
+
+    def refuse_unmerged(self) -> None:
+        """Raise ValueError if increments were filled and not merged: nothing would reach W."""
+        if self.increments._version != self.merged:
+            raise ValueError("increments were filled and not merged; call adapters.merge_() after every "
+                             "optimizer.step(), before the next forward")
 
     @torch.no_grad()
     def merge_(self) -> None:
-        """W <- W + (s/K) sum_i dU_i on every process, dA_i = dB_i = 0     (section 4.2; "sum": no 1/K).
+        """W <- W + (s/K) sum_i dU_i on every process, dA_i = dB_i = 0 (section 4.2; "sum": no 1/K).
 
         1. agree that every shard has a gradient and finite increments, else raise everywhere
-        2. exchange   all_gather: K r (m + n) increments a weight; all_reduce: the m n numbers of dU, twice
+        2. exchange   all_gather: K r (m + n) increments a weight; all_reduce: the m n of dU, twice
         3. fold       one matrix product of inner size 2Kr a weight, added in place
-        4. zero the increments
+        4. zero the increments, drop the gradients that they came from
 
         Shards are summed in the same order everywhere, so replicas of W stay equal bit for bit.
-        Raises ValueError for a shard without gradient, non-finite increments, or zero increments twice.
         """
-        if extra:
-            extra.before_merge(self)
-        gather = gather_shards if self.exchange == "all_gather" else lambda local: local
-        for slots in self.buckets:
-            a, b = slots[0].start, slots[-1].start + slots[-1].size     # the bucket's columns
-            increments, basis = gather(self.increments[:, a:b]), self.basis[:, a:b]     # (S, ...) -> (K, ...)
-            if self.exchange == "all_reduce":
-                basis = basis[self.own]
-            elif len(basis) < self.K:
-                basis = gather(basis)           # basis="resend"
-            for slot in slots:
-                Pt, Q = update_factors(*slot.views(basis, a), *slot.views(increments, a))
-                # sum_i dU_i = P Q, in the layout W is stored in: Conv1D (m, n), Linear (n, m)
-                self._fold(slot, *((Pt.T, Q) if slot.conv1d else (Q.T, Pt)))
-        if self.sums is not None:
-            self.sums += self.increments
+        with torch.autocast(self.device.type, enabled=False):
+            self.refuse()
+            self.exchange_and_fold()
         self.next_step()
 
-    def _fold(self, slot, left, right) -> None:
-        W, rows, share = slot.module.weight, slice(None), self.share()
-        sharded, sampled = hasattr(W, "to_local"), slot is self.slots[self.step % len(self.slots)]
-        if sharded or slot.low is not None:
-            W, rows = extra.stored(slot)        # in float32, and only this process's rows
-        before = W[:8].clone() if sampled else None
+    def refuse(self) -> None:
+        """Raise ValueError, on every process alike, where a merge would not do what is meant."""
+        faults = [f"{slot.name}.weight {fault}" for slot in self.slots if (fault := slot.fault())]
+        there = [[n > 0 or any(p.grad is not None for p in slot.leaves[i])
+                  for n, slot in zip(row, self.slots)] for i, row in enumerate(self.seen)]  # (S, L)
+        low, high = self.increments.aminmax(dim=1)
+        flags = torch.tensor([[any(row), bool(faults)] for row in there]).to(low)
+        # A (K, 3) gather tells every process the state of every shard, so that all refuse alike.
+        table = torch.cat((flags, torch.maximum(-low, high)[:, None]), dim=1)   # NaN and Inf survive
+        trained, faulty, size = gather_shards(table).T.tolist()
+        if any(faulty):
+            raise ValueError("merge_: " + max(everywhere(lambda: "; ".join(faults[:3]))))
+        if self.state == "empty":
+            raise ValueError("merge_: attach(decompose=None) left A_i = B_i = 0; call load_state_dict")
+        if without := [i for i, pair in enumerate(zip(trained, size)) if not any(pair)]:
+            raise ValueError(f"merge_: shards {without} of {self.K} got no gradient since the last merge. "
+                             f"Every step trains each shard of a process:\n    for s in range({self.S}):\n"
+                             "        with adapters.shard(s):\n            loss_of_mini_batch(s).backward()")
+        if bad := [i for i, value in enumerate(size) if not math.isfinite(value)]:
+            raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched. "
+                             "Lower the learning rate or clip the gradients")
+        # A GradScaler that leaves a step out leaves infinite gradients; that is not idle.
+        idle = not any(size) and 0 < float(self.clip_grad_norm_(math.inf)) < math.inf
+        self.idle = self.idle + 1 if idle else 0
+        if self.idle >= 2:
+            raise ValueError("merge_: all increments are zero in two successive merges although there "
+                             "are gradients; call optimizer.step() before merge_(), build the optimizer "
+                             "from adapters.parameters(), and use a learning rate above 0")
+        if self.state == "filled":      # at the first merge alone: layers that no backward has reached
+            reached = gather_shards(torch.tensor(there, device=self.device)).any(dim=0).tolist()
+            dead = [slot.name for slot, yes in zip(self.slots, reached) if not yes]
+            if dead and process_index() == 0:
+                warnings.warn(f"{len(dead)} of {len(reached)} adapted layers got no gradient, {dead[:4]}: "
+                              "the model does not call them; leave them out with exclude=", stacklevel=3)
+            self.state = "running"
+
+    def exchange_and_fold(self) -> None:
+        factors = self.exchange == "all_gather"
+        increments = gather_shards(self.increments) if factors else self.increments     # (K or S, ...)
+        basis = self.basis if factors else self.basis[self.own]
+        for slot in self.slots:
+            self.fold(slot, *update_factors(*slot.views(basis), *slot.views(increments)))
+
+    def fold(self, slot: Slot, Pt: torch.Tensor, Q: torch.Tensor) -> None:
+        # sum_i dU_i = P Q, in the layout W is stored in: Conv1D (m, n), Linear (n, m)
+        left, right = (Pt.T, Q) if slot.conv1d else (Q.T, Pt)
         if self.exchange == "all_gather":
-            extra.fold_rows_(W, rows, left, right, share) if sharded else fold_(W, left, right, share)
-            dU = left[rows][:8] @ right if sampled else None
+            slot.add_(left, right, self.share())
         else:
-            dU = left @ right                                           # of this process's shards
-            if sharded:
-                dU = extra.reduce_rows(dU, W)
-            elif world_size() > 1:
-                dist.all_reduce(dU)
-            W.add_(dU, alpha=share)
-        if slot.low is not None:
-            extra.store_(slot, W)
-        if sampled:     # share of dW that rounding let through: (W' - W) . dW / |dW|^2 in 8 rows of a weight
-            dW = share * dU[:8]
-            self.applied = ((W[:8] - before) * dW).sum() / dW.square().sum()
+            slot.add_sum_(left @ right, self.share())
 
     def share(self) -> float:
         """What sum_i dU_i is multiplied by on its way into W."""
-        return self.s / self.mean_over if self.aggregate == "mean" else self.s
+        return self.s / self.K if self.aggregate == "mean" else self.s
 
     @torch.no_grad()
     def next_step(self) -> None:
-        """Increments back to zero; alone, without merge_, it drops a step whose gradients are not finite."""
+        """Zero the increments and drop gradients; without merge_ before it, this step is left out."""
         self.increments.zero_()
-        self.touched.clear()
-        self.backwards.clear()
-        if self.whole_batch:
-            extra.drop_unsent(self)             # of a backward that has failed
+        self.merged = self.increments._version
+        for p in self.parameters():
+            p.grad = None               # a loop that zeroes the model alone would add to them
+        for row in self.seen:
+            row[:] = [0] * len(row)
         self.step += 1
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The state: "<module path>.shard<i>.A" and ".B" of this process's shards, low halves, sums."""
-        own = {slot.name + ".low": extra.own_low(slot) for slot in self.slots if slot.low is not None}
-        for flat, a, b in ((self.basis[self.own], "A", "B"), (self.sums, "dA.sum", "dB.sum")):
-            for slot in self.slots if flat is not None else ():
-                for i, At, B in zip(range(self.first, self.K), *slot.views(flat)):
-                    own[f"{slot.name}.shard{i}.{a}"], own[f"{slot.name}.shard{i}.{b}"] = At.T, B
-        return own
+        """The state: "<module path>.shard<i>.A" and ".B" of this process's shards, i over all."""
+        return {f"{slot.name}.shard{self.first + i}.{kind}": factor for slot in self.slots for kind, factors
+                in zip("AB", slot.views(self.basis[self.own])) for i, factor in enumerate(factors)}
 
     def state_dict(self) -> dict:
-        """A copy of `tensors`, the configuration and the number of merges."""
-        return {"config": dict(self.config), "step": self.step, "mean_over": self.mean_over,
+        """A copy of `tensors`, the configuration and the number of merges. W is the model's own."""
+        return {"config": dict(self.config), "step": self.step,
                 **{name: tensor.clone() for name, tensor in self.tensors().items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
-        """Take A_i, B_i and the step from `state`; ValueError if it is of another configuration or model."""
-        own = self.tensors()
-        if extra:
-            extra.check_state(self, own, state)
+        """Take A_i, B_i and the step of `state`; ValueError if another run or model has written it."""
+        own, there = self.tensors(), state.get("config", {})
+        def check():
+            wrong = {k: (v, there.get(k)) for k, v in self.config.items() if there.get(k) != v}
+            missing = [k for k in own if k not in state or state[k].shape != own[k].shape]
+            if wrong or missing:
+                raise ValueError(f"adapter state of another run: (here, there) = {wrong}, tensors missing "
+                                 f"or of another shape: {missing[:3]}; attach as that run did")
+        everywhere(check)
         for name, tensor in own.items():
             tensor.copy_(state[name])
-        self.resume(state["step"], state["mean_over"])
+        self.resume(state["step"])
 
-    def resume(self, step: int, mean_over: int) -> None:
-        """Go on after `step` merges, once `tensors` are filled; "mean" divides by `mean_over`, a former K."""
+    def resume(self, step: int) -> None:
+        """Go on after `step` merges, once `tensors` are filled."""
         if len(self.basis) > self.S:
             self.basis.copy_(gather_shards(self.basis[self.own]))
         self.next_step()
-        self.step, self.mean_over, self.idle = step, mean_over, 0
+        self.step, self.idle, self.state = step, 0, "filled"
 
     def detach_(self) -> None:
-        """Make the modules plain again; W keeps what was merged (bfloat16: rounded) and stays frozen."""
+        """Make the modules plain again. W keeps what was merged and stays frozen."""
+        LIVE.discard(self)
         for slot in self.slots:
             slot.module.__class__ = slot.plain_class
             del slot.module.hd_pissa
 
+# ---- Attaching -----------------------------------------------------------------------------------
 
-# ---- Attaching ---------------------------------------------------------------------------------------------
+CHOICES = {"init": ("hd_pissa", "top", "lora"), "aggregate": ("mean", "sum"),
+           "exchange": ("auto", "all_gather", "all_reduce")}
+HEADS = {"lm_head", "head", "output", "score", "classifier"}
 
+def check_arguments(rank, shards, alpha=None, **choices) -> None:
+    """Raise ValueError for arguments of `attach` that no model could be trained with."""
+    for name, value in choices.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(CHOICES[name])}")
+    for name, value in (("rank", rank), ("shards", shards)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: must be a whole number, 1 or more")
+    if world_size() == 1 < int(os.environ.get("WORLD_SIZE", 1)) and not dist.is_initialized():
+        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but no process group: each process would "
+                         "train alone; call torch.distributed.init_process_group before attach")
+    if shards % world_size():
+        raise ValueError(f"shards={shards} is not a multiple of the {world_size()} processes; use shards="
+                         f"{max(1, shards // world_size()) * world_size()} or another number of processes")
+    if alpha is not None and not 0 < alpha < math.inf:
+        raise ValueError(f"alpha={alpha}: gradients are scaled by alpha/rank, so nothing would train; use "
+                         "alpha > 0, or None for a scale of 1")
 
-def find_layers(model: nn.Module, targets) -> tuple[list[tuple[str, nn.Module]], dict[str, str]]:
-    """The (name, module) pairs that `targets` selects, and {name: reason} for the linear layers left out."""
-    named, found, skipped = dict(model.named_modules()), [], {}
+def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int = 1):
+    """[(name, module)] of the linear layers that `targets` selects, {name: reason} of those left out.
+
+    targets, exclude    lists of name suffixes that begin at a dot, or one; targets also "all-linear"
+    least               components that a layer must have; with "all-linear" others are left out
+    """
+    everything, (targets, exclude) = targets == "all-linear", ([t] if isinstance(t, str) else list(t)
+                                                               for t in (targets, exclude))
+    named, found, skipped, used = dict(model.named_modules()), [], {}, set()
+    linear = [name for name, module in named.items() if isinstance(module, nn.Linear)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None:
-        head = next((named[k] for k in ("lm_head", "head", "output", "score") if k in named), None)
-    weights = [id(p) for module in named.values() for p in module._parameters.values()]
+    if head is None and linear and HEADS & {linear[-1].split(".")[0], linear[-1].split(".")[-1]}:
+        head = named[linear[-1]]        # it ends the model
+    uses = collections.Counter(id(p) for module in named.values() for p in module._parameters.values())
+    attention = {id(x.out_proj) for x in named.values() if isinstance(x, nn.MultiheadAttention)}
     for name, module in named.items():
-        linear = isinstance(module, nn.Linear)
-        if not linear and type(module).__name__ != "Conv1D":
+        kind, W = type(module), module._parameters.get("weight")
+        conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
+        if not conv1d and name not in linear:
+            skipped |= {f"{name}.{key}".strip("."): "experts' or other 3-D parameter, no linear layer"
+                        for key, p in module._parameters.items()
+                        if p is not None and p.dim() == 3 and not kind.__module__.endswith(".conv")}
             continue
-        if targets != "all-linear" and not any(f".{name}".endswith(f".{t}") for t in targets):
-            skipped[name] = "not in targets"
-        elif (linear and type(module).forward is not nn.Linear.forward) or "weight" not in module._parameters:
-            skipped[name] = "a forward or a weight of its own kind"
-        elif weights.count(id(module.weight)) > 1:
+        hits, outs = ({t for t in ts if f".{name}".endswith(f".{t}")} for ts in (targets, exclude))
+        used |= hits | outs
+        if outs or not (everything or hits):
+            skipped[name] = "in exclude" if outs else "not in targets"
+        elif id(module) in attention:
+            skipped[name] = "nn.MultiheadAttention uses its weight and never calls it"
+        elif W is None or "forward" in vars(module) or not conv1d and kind.forward is not nn.Linear.forward:
+            skipped[name] = "a weight or a forward of its own kind"
+        elif nn.parameter.is_lazy(W):
+            skipped[name] = "its weight has no shape yet: run one forward before attach"
+        elif uses[id(W)] > 1:
             skipped[name] = "tied weight"
-        elif module is head and targets == "all-linear":
+        elif everything and module is head:
             skipped[name] = "output head"
+        elif everything and min(W.shape) < least:
+            skipped[name] = f"fewer than K r = {least} components"
         else:
             found.append((name, module))
+    if unused := {*targets, *exclude} - used - {"all-linear"}:
+        raise ValueError(f"{sorted(unused)[0]!r} in targets or exclude ends no linear layer's name; they end in "
+                         f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}")
     return found, skipped
 
+def check_layers(found, skipped, least: int) -> None:
+    """Raise ValueError, with the layer's name, for a weight without `least` = K r components or damaged."""
+    if not found:
+        left_out = ", ".join(f"{name} ({why})" for name, why in list(skipped.items())[:8]) or "none"
+        raise ValueError(f"no layer to adapt; linear layers left out: {left_out}. Lower rank or shards if they "
+                         "are too small, or name others in targets")
+    for name, module in found:
+        W, (first, V) = module.weight, (found[0][0], found[0][1].weight)
+        if min(W.shape) < least:
+            raise ValueError(f"{name} is {tuple(W.shape)}: K r = {least} components are needed, it has "
+                             f"{min(W.shape)}; lower rank or shards, or use exclude=[{name!r}]")
+        if W.device != V.device or (W.dtype == torch.float64) != (V.dtype == torch.float64):
+            raise ValueError(f"{name}.weight is {W.dtype} on {W.device}, {first}.weight {V.dtype} on {V.device}; "
+                             "one process trains on one device, in float64 all of them or none")
+        if W.is_inference():
+            raise ValueError(f"{name}.weight was made under torch.inference_mode; load the model outside of it")
+        if not W.is_meta and not torch.isfinite(W).all():
+            raise ValueError(f"{name}.weight holds NaN or Inf; the checkpoint is damaged, load it again")
 
-@torch.no_grad()
-def _deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
-    # Each weight is decomposed by exactly one process and sent to the others. SVDs of one matrix on two
-    # machines may differ: in order, and shards overlap; in sign, and dA_i of one meets the other's -B_i.
+def checksum(tensor: torch.Tensor, start: int = 0) -> int:
+    """sum_p bits[p] (2p + 1) mod 2^64 over positions p = start, start + 1, ..., as a signed number.
+
+    Positions weigh, so that two swapped numbers show; sums of a tensor's parts add up to the whole's.
+    """
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in tensor.detach().contiguous().flatten().view(bits).split(1 << 20):
+        at = torch.arange(start, start + len(part), device=tensor.device)
+        total, start = total + (part.long() * (2 * at + 1)).sum(), start + len(part)
+    return int(total)
+
+def send_model(model: nn.Module, device: torch.device) -> None:
+    """Give all processes process 0's parameters and buffers, as DDP does, where checksums differ."""
+    if world_size() == 1:
+        return
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if not (t.is_meta or hasattr(t, "to_local"))]
+    sums = gather_shards(torch.tensor([[checksum(t) for t in tensors]], device=device))     # (processes, tensors)
+    other = [t for t, differs in zip(tensors, (sums != sums[0]).any(dim=0).tolist()) if differs]
+    for t in other:
+        sent = t.detach().to(device).contiguous()
+        dist.broadcast(sent.flatten().view(torch.uint8), src=0)
+        t.copy_(sent)
+    if other and process_index() == 0:
+        warnings.warn(f"{len(other)} of {len(tensors)} parameters and buffers differed between processes; all "
+                      "have those of process 0 now", stacklevel=3)
+
+def deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
+    """Fill A_i, B_i. Each weight is decomposed by exactly one process and sent to the others.
+
+    SVDs of one matrix on two machines may differ: in order, and shards overlap; in sign, and dA_i of
+    one meets -B_i of the other.
+    """
+    mine = {}
     def work():
-        own, mine = range(rank(), len(adapters.slots), world_size()), {}
-        for j in tqdm(own, desc="SVD", unit="layer", disable=not (progress and rank() == 0)):
+        own = range(process_index(), len(adapters.slots), world_size())
+        for j in tqdm(own, desc="SVD", unit="layer", disable=not (progress and process_index() == 0)):
             slot = adapters.slots[j]
             W = slot.module.weight.to(adapters.device)
-            W = W if slot.conv1d else W.T                               # (m, n)
-            seed = seed_of(adapters.seed, slot.name)
-            factors = shard_factors(W, adapters.K, slot.r, init, slot.s, seed, decompose, slot.name)
-            mine[j] = factors.to(adapters.basis)
-        return mine
-
-    mine = extra.everywhere(work) if extra else work()
+            W, seed = W if slot.conv1d else W.T, seed_of(adapters.seed, slot.name)          # (m, n)
+            mine[j] = shard_factors(W, adapters.K, slot.r, init, slot.s, seed, decompose,
+                                    slot.name).to(adapters.basis)
+    everywhere(work)
     for j, slot in enumerate(adapters.slots):
         rows = mine.pop(j) if j in mine else adapters.basis.new_empty((adapters.K, slot.size))
         if world_size() > 1:
             dist.broadcast(rows, src=j % world_size())
         adapters.basis[:, slot.start:slot.start + slot.size] = rows[adapters.kept]
+    adapters.state = "filled"
 
-
-def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="all-linear",
-           init: str = "hd_pissa", alpha: float | None = None, dropout: float = 0.0, aggregate: str = "mean",
-           exchange: str = "auto", basis: str = "cached", gradients: str = "local", seed: int = 0,
-           dtype: torch.dtype | None = None, device=None, bucket_mb: int = 256, decompose=components,
-           accumulate: bool = False, progress: bool = False) -> Adapters:
+@torch.inference_mode(False)
+@torch.no_grad()
+def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="all-linear", exclude=(),
+           init: str = "hd_pissa", alpha: float | None = None, aggregate: str = "mean", exchange: str = "auto",
+           seed: int = 0, decompose=components, progress: bool = False, make=Adapters) -> Adapters:
     """Cut the targeted weights of `model` into K shards of `rank` components, mute them, freeze all else.
 
-    rank        r, components per shard and weight                                             (section 4.1)
-    shards      K, the total over all processes and a multiple of their number (default: one per process)
-    targets     "all-linear" (every Linear and Conv1D but the output head and tied weights), or name suffixes
+    rank        r, components per shard and weight                                        (section 4.1)
+    shards      K, the total over all processes and a multiple of their number (default: one each)
+    targets     "all-linear" (every Linear and Conv1D but the output head, tied weights and layers without
+                K r components), or a list of name suffixes; exclude: suffixes that are left out
     init        "hd_pissa" (disjoint slices), "top" (every shard the top r), "lora" (random A, zero B)
     alpha       s = alpha / rank scales the adapter as in PEFT; None: s = 1
-    dropout     probability, on the adapter's input; 0 = off
     aggregate   "mean" (the paper, 1/K) or "sum" (the published code; a K times larger step)
     exchange    "all_gather" (factors), "all_reduce" (dense dU), "auto" (fewer bytes: all_gather)
-    basis       "cached": A_i, B_i of all K shards on every process; "resend": gathered at each merge
-    gradients   "local" (the paper: a shard learns from its own mini-batch) or "global" (from the whole batch:
-                losses add up over processes, so divide by all tokens of the step; as many backwards on each)
-    seed        of the random draws: dropout and the "lora" init
-    dtype       torch.bfloat16: float32 weights become bfloat16, their exact rest is kept here; None = off
-    device      of the adapters and the decomposition: "cuda" for W on the CPU until FSDP2 moves it; None: W's
-    bucket_mb   MiB of gathered factors per collective
-    decompose   `components`, or a function like it, for instance a cache; None: load_state_dict follows
-    accumulate  keep the sums of all merged dA_i, dB_i, as large as the increments, for `export_lora`
+    seed        of the random draws
+    decompose   `components` or a function like it, a cache say; None: load_state_dict follows
+    make        `Adapters` or a subclass; hd_pissa_extra.attach makes its own
 
-    Module classes change, names and state_dict keys do not. Call it after moving the model to its device and
-    before fully_shard. Raises ValueError, on every process alike, for what cannot be trained.
+    Module classes change, names and state_dict keys do not. Call it when the model is on its device.
+    Raises ValueError, on every process alike, for what cannot be trained.
     """
     config = dict(rank=rank, shards=world_size() if shards is None else shards, init=init, alpha=alpha,
-                  aggregate=aggregate, dropout=dropout, gradients=gradients)
-    found, skipped = find_layers(model, targets)
-    if extra:
-        extra.check(model, found, skipped, targets, config, exchange, basis, seed, dtype)
-    elif dropout or gradients == "global" or torch.bfloat16 in (dtype, *(x.weight.dtype for _, x in found)):
-        raise ValueError("dropout, gradients='global' and bfloat16 need hd_pissa_extra.py on the import path")
-    exchange = "all_gather" if exchange == "auto" else exchange
-    device = torch.device(device or found[0][1].weight.device)
-    adapters = Adapters(model, found, config, exchange, basis, device, seed, bucket_mb, accumulate)
-    adapters.skipped = skipped
+                  aggregate=aggregate)
+    made = []
+    def build():
+        check_arguments(rank, config["shards"], alpha, init=init, aggregate=aggregate, exchange=exchange)
+        for name, module in model.named_modules():
+            if isinstance(module, Muted):
+                raise ValueError(f"{name or 'the model'} already has HD-PiSSA attached; detach_() that first")
+            if type(module).__module__.startswith("peft."):
+                raise ValueError(f"{name or 'the model'} is PEFT's, its adapters would be trained through; "
+                                 "call merge_and_unload() first")
+        least = rank * (1 if init == "top" else config["shards"])
+        found, skipped = find_layers(model, targets, exclude, least)
+        check_layers(found, skipped, least)
+        made.append(make(model, found, skipped, config, exchange, seed, found[0][1].weight.device))
+        for slot in made[0].slots:
+            if fault := slot.fault():
+                raise ValueError(f"{slot.name}.weight {fault}")
+        shapes = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
+        return repr((config, exchange, seed, [name for name, _ in found], shapes))
+    here, *others = everywhere(build)
+    for i, there in enumerate(others, 1):
+        if there != here:
+            a = max(0, len(os.path.commonprefix((here, there))) - 30)
+            raise ValueError(f"processes disagree: process 0 attaches ...{here[a:a + 80]}..., process {i} "
+                             f"...{there[a:a + 80]}...; start all with the same command and model")
+    adapters, = made
+    send_model(model, adapters.device)
     if decompose is not None:
-        _deal(adapters, init, decompose, progress)
+        with torch.autocast(adapters.device.type, enabled=False):
+            deal(adapters, init, decompose, progress)
     model.requires_grad_(False)
     for slot in adapters.slots:
-        if torch.bfloat16 in (dtype, slot.module.weight.dtype):
-            extra.halve_(slot)
-        slot.module.hd_pissa = slot
-        muted = type(f"Muted{slot.plain_class.__name__}", (Muted, slot.plain_class), {})
-        slot.module.__class__ = MUTED.setdefault(slot.plain_class, muted)
-    adapters._select(0)
+        plain, slot.module.hd_pissa = slot.plain_class, slot
+        muted = type(f"Muted{plain.__name__}", (Muted, plain), {})
+        slot.module.__class__ = MUTED.setdefault(plain, muted)
+    adapters.select(0)
     return adapters
 
-
-# ---- What an update looks like (section 6) -----------------------------------------------------------------
-
+# ---- What an update looks like (section 6) -------------------------------------------------------
 
 def update_spectrum(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """Singular values of after - before, descending, float64. Both weights: (m, n) or (n, m)."""
     return torch.linalg.svdvals(after.detach().double() - before.detach().double())
 
-
 def effective_rank(S: torch.Tensor, tolerance: float = 1e-2) -> int:
     """#{ sigma > tolerance * sigma_1 }. Counting nonzero singular values would count the rounding of W."""
     return int((S > tolerance * S[0]).sum()) if S[0] > 0 else 0
 
+# ---- The loop ------------------------------------------------------------------------------------
 
-def export_lora(adapters, folder: str, base: dict, base_name: str = "", rank: int | None = None) -> float:
-    """Write a run with attach(accumulate=True) as a PEFT LoRA of `rank` (None: 2Kr); |P Q - dW| / |dW|."""
-    return extra.export_lora(adapters, folder, base, base_name, rank)
-
-
-# ---- The loop ----------------------------------------------------------------------------------------------
-
+SCHEDULES = {"cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)), "linear": lambda done: 1 - done,
+             "constant": lambda done: 1.0}
 
 def lr_factor(step: int, max_steps: int, warmup: float, schedule: str) -> float:
-    """Share of the peak rate at `step` (from 0): linear warm-up, then "cosine", "linear" or "constant".
+    """Share of the peak rate at `step` (from 0): linear warm-up, then one of SCHEDULES.
 
     warmup: steps if 1 or more, below 1 a share of max_steps, 0 = off. The first step has 1/warmup, never 0.
     """
     ramp = round(warmup) if warmup >= 1 else math.ceil(warmup * max_steps)
     if step < ramp:
         return (step + 1) / ramp
-    done = (step - ramp) / max(1, max_steps - ramp)
-    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
+    return SCHEDULES[schedule]((step - ramp) / max(1, max_steps - ramp))
 
+def spans(row) -> list[tuple[int, int]]:
+    """Where the loss of a row (tokens, prompt length or [(start, stop), ...], ...) is; ValueError if nowhere."""
+    tokens, where = row[:2]
+    found = [(where, len(tokens))] if isinstance(where, int) else [tuple(span) for span in where]
+    if not found or not all(1 <= a < b <= len(tokens) for a, b in found):
+        raise ValueError(f"a row of {len(tokens)} tokens with its response at {found}: a response has a token "
+                         "or more, inside the row and behind a prompt of at least one; drop rows cut before it")
+    return found
 
 def pad(rows, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets (b, t) of `rows`, each (tokens, prompt length of 1 or more); no loss is -100.
+    """Inputs and targets (b, t) of `rows`, as `spans` reads them; -100 where there is no loss.
 
-    Padding stands on the right of causal attention, so no real token sees it and no attention mask is needed.
+    Padding stands on the right of causal attention, so no real token sees it and no mask is needed.
     """
-    length = max(len(tokens) for tokens, _ in rows) - 1
+    length = max(len(row[0]) for row in rows) - 1
     x = torch.zeros((len(rows), length), dtype=torch.long)
     y = torch.full((len(rows), length), -100, dtype=torch.long)
-    for i, (tokens, prompt) in enumerate(rows):
-        x[i, :len(tokens) - 1] = torch.tensor(tokens[:-1])
-        y[i, prompt - 1:len(tokens) - 1] = torch.tensor(tokens[prompt:])
+    for i, row in enumerate(rows):
+        x[i, :len(row[0]) - 1] = torch.tensor(row[0][:-1])
+        for a, b in spans(row):
+            y[i, a - 1:b - 1] = torch.tensor(row[0][a:b])
     return x.to(device), y.to(device)
-
 
 def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """(b, t) -> (b, t, vocabulary), float32 or wider, of a model that returns a tensor or `.logits`."""
@@ -574,77 +824,79 @@ def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     logits = out if isinstance(out, torch.Tensor) else out.logits
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-
 def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float = 0.03,
           schedule: str = "cosine", max_grad_norm: float = 0.0, micro_batch_size: int = 8, device="cpu",
-          autocast: bool = False, optimizer=None, start: int = 0, skip_nonfinite: int = 0,
-          progress: bool = True):
-    """Fine-tune `model` and yield a record a step: step, loss, lr, grad_norm, applied, tokens_per_second.
+          autocast: bool = False, optimizer=None, start: int = 0, skip_nonfinite: int = 0, progress=True):
+    """Fine-tune `model` and yield a record a step: step, loss, lr, grad_norm, tokens_per_second.
 
-    adapters          from `attach`, or a baseline with the same interface (train.py)
-    batches           step batches, each a list of B rows (tokens, prompt length), the same on every process;
+    adapters          from `attach`, or a baseline with the same interface
+    batches           step batches, each a list of B rows that `spans` reads, alike on every process;
                       shard i trains on rows iB/K .. (i+1)B/K - 1, wherever shard i lives
-    lr                peak learning rate; it belongs to adapters.aggregate ("sum" steps K times further);
-                      warmup and schedule as in lr_factor
+    lr                peak learning rate; it belongs to adapters.aggregate ("sum" steps K times further)
     max_grad_norm     joint 2-norm over all shards; 0 = off
     micro_batch_size  rows a forward; autocast: its matmuls in bfloat16, weights as they are
-    optimizer         None: AdamW (foreach) without weight decay, the paper's
+    optimizer         its groups keep their own peak rates; None: AdamW without weight decay, the paper's
     start             steps done before, when a run goes on; `batches` begins behind them
     skip_nonfinite    steps with a NaN or infinite loss or gradient that are dropped before an error
 
-    A shard minimises the mean over its own response tokens; with `whole_batch`, that of the whole step batch.
-    Raises ValueError, on every process alike, for a shard without response tokens or a value not finite.
+    A shard minimises the mean over its own response tokens; with `whole_batch`, that of the step batch.
+    Raises ValueError, on every process alike, for rows without a response or a value not finite.
     """
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr={lr}: nothing would train; use a learning rate above 0 (the paper: 2e-5)")
+    if not 0 < lr < math.inf or schedule not in SCHEDULES:
+        raise ValueError(f"lr={lr}, schedule={schedule!r}: lr must be above 0 (the paper: 2e-5), schedule one "
+                         f"of {', '.join(SCHEDULES)}")
     optimizer = optimizer or torch.optim.AdamW(adapters.parameters(), lr, weight_decay=0.0, foreach=True)
     adapters.check(optimizer)
-    K, S, first, skipped = adapters.K, adapters.S, adapters.first, 0
-    bar = tqdm(total=max_steps, initial=start, desc="train", unit="step", disable=rank() > 0 or not progress)
+    peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    K, S, first, device, skipped = adapters.K, adapters.S, adapters.first, torch.device(device), 0
+    bar = tqdm(total=max_steps, initial=start, desc="train", unit="step",
+               disable=process_index() > 0 or not progress)
     model.train()
     for step, batch in zip(range(start + 1, max_steps + 1), batches):
         began, size = time.perf_counter(), len(batch) // K
         mini = [batch[i * size:(i + 1) * size] for i in range(K)]
-        counts = [sum(len(tokens) - prompt for tokens, prompt in rows) for rows in mini]
+        counts = [sum(b - a for row in rows for a, b in spans(row)) for rows in mini]
         if size * K != len(batch) or 0 in counts:
-            raise ValueError(f"step {step}: {len(batch)} rows with {counts} response tokens per shard; "
-                             f"each of the {K} shards needs the same number of rows and a response token")
+            raise ValueError(f"step {step}: {len(batch)} rows for {K} shards; each needs the same number of rows")
 
         # Local backward: each shard of this process on its own mini-batch.
         losses = torch.zeros(S, dtype=torch.float64, device=device)
         for i in range(S):
             norm = sum(counts) if adapters.whole_batch else counts[first + i]
             for a in range(0, size, micro_batch_size):
-                # The model's own dropout draws from torch's generator: by step, shard and row, nothing else.
-                torch.manual_seed(seed_of(adapters.seed, step, first + i, a))
                 x, y = pad(mini[first + i][a:a + micro_batch_size], device)
-                with adapters.shard(i):
-                    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+                # The model's own dropout draws from torch's generator: by step, shard and row, nothing
+                # else. It is put back: a data loader that draws from it deals alike on every process.
+                with adapters.shard(i), torch.random.fork_rng([device] if device.type == "cuda" else []):
+                    torch.manual_seed(seed_of(adapters.seed, step, first + i, a))
+                    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                         logits = logits_of(model, x)                    # (b, t, vocabulary)
                         loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
                     (loss / norm).backward()
                 losses[i] += loss.detach()
-        sums, lr_now = gather_shards(losses).tolist(), lr * lr_factor(step - 1, max_steps, warmup, schedule)
+        sums = gather_shards(losses).tolist()
         grad_norm = float(adapters.clip_grad_norm_(max_grad_norm or math.inf))
 
         # AdamW turns gradients into dA_i, dB_i; all shards go into the one W.
-        if finite := math.isfinite(grad_norm + sum(sums)):
-            for group in optimizer.param_groups:
-                group["lr"] = lr_now
+        factor = lr_factor(step - 1, max_steps, warmup, schedule)
+        if math.isfinite(grad_norm + sum(sums)):
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = peak * factor
             optimizer.step()
             adapters.merge_()
         else:
-            if not extra:
-                raise ValueError(f"step {step}: a loss or gradient is not finite; W is untouched; lower lr")
             skipped += 1
-            extra.refuse_nonfinite(adapters, step, sums, tolerated=skipped <= skip_nonfinite)
+            bad = [i for i, value in enumerate(sums) if not math.isfinite(value)]
+            text = f"step {step}: the loss of shards {bad} or a gradient is not finite; W is untouched"
+            if skipped > skip_nonfinite:
+                raise ValueError(f"{text}. Lower lr, clip, or look at these rows of the batch")
+            bar.write(text)
             adapters.next_step()
         optimizer.zero_grad(set_to_none=True)
 
         loss = sum(sums) / sum(counts)                                  # token mean over the step batch
-        speed = sum(len(tokens) for tokens, _ in batch) / (time.perf_counter() - began)
-        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr_now:.2e}, {speed:.0f} tokens/s", refresh=False)
+        speed = sum(len(row[0]) for row in batch) / (time.perf_counter() - began)
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr * factor:.2e}, {speed:.0f} tokens/s", refresh=False)
         bar.update()
-        yield dict(step=step, loss=loss, lr=lr_now, grad_norm=grad_norm,
-                   applied=float(adapters.applied) if finite else 0.0, tokens_per_second=speed)
+        yield dict(step=step, loss=loss, lr=lr * factor, grad_norm=grad_norm, tokens_per_second=speed)
     bar.close()

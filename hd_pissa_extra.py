@@ -1,127 +1,69 @@
-"""What long and large runs want beside hd_pissa.py: other storage of W, fast drivers, refusals, LoRA files.
+"""What long and large runs want beside hd_pissa.py, built on it: `attach` here takes what it takes there, and
 
-hd_pissa.py is the method and works without this file. Here, each section for itself:
-
-    agreement             an error on one process is raised on all of them
-    W sharded by FSDP2    each process folds P Q into its own rows
-    W in bfloat16         its exact float32 value in two halves of 16 bits
-    decomposition         eigenvectors of a Gram matrix instead of a full SVD, checked; or random ones
-    dropout               on the adapter's input, drawn in the backward (the paper's table 5)
+    dtype=, FSDP2         W in bfloat16 with its exact rest beside it; W sharded over the processes
+    decompose=            components by a Gram matrix, faster than a full SVD and checked (the default here)
     gradients="global"    every shard learns from the whole batch (not in the paper)
-    refusals              a mistake gets one sentence with its remedy
-    LoRA                  a finished run as a PEFT adapter of rank 2Kr or less
+    dropout=              on the adapter's input, drawn in the backward (the paper's table 5)
+    basis=, bucket_mb=    A_i, B_i of other processes gathered again at every merge; size of a collective
+    accumulate=           sums of the increments, for `export_lora`: a finished run as a PEFT adapter
 
-Notation as in hd_pissa.py.
+hd_pissa.py knows nothing of this file. Notation as there.
 """
 
-import datetime
 import math
 import os
 import shutil
+import weakref
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from tqdm import tqdm
 
 import hd_pissa
+from hd_pissa import everywhere, gather_shards, world_size
 
-# ---- Agreement: all processes fail alike, so that none hangs -----------------------------------------------
-
-
-def join_processes(backend: str, timeout: float) -> None:
-    """init_process_group for what torchrun has started; a collective waits `timeout` seconds.
-
-    After a restart torchrun's store still has the addresses at which killed workers listened: gloo would call
-    there. On one machine restarts are counted alike everywhere, so each gets keys of its own.
-    """
-    wait = datetime.timedelta(seconds=timeout)
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
-    alike = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alike else "any"
-    dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank,
-                            world_size=world_size, timeout=wait)
-
-
-def say(*text) -> None:
-    """Print on process 0 alone."""
-    if hd_pissa.rank() == 0:
-        print(*text, flush=True)
-
-
-def gather_text(text: str) -> list[str]:
-    """`text` of every process, by rank. As bytes: torch's object collectives pickle, and need NumPy."""
-    if hd_pissa.world_size() == 1:
-        return [text]
-    device = "cuda" if "nccl" in dist.get_backend() else "cpu"
-    data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
-    sizes = hd_pissa.gather_shards(torch.tensor([len(data)], device=device)).tolist()
-    rows = hd_pissa.gather_shards(F.pad(data, (0, 1 + max(sizes) - len(data)))[None])   # (processes, ...)
-    return [bytes(row[:size]).decode() for row, size in zip(rows.tolist(), sizes)]
-
-
-def everywhere(work):
-    """work() on every process; if it fails on any, that error as ValueError on all, so that none hangs.
-
-    Wrapped around what one process alone may fail at, before the collective where the others would wait.
-    """
-    result = error = None
-    try:
-        result = work()
-    except Exception as e:
-        error = e
-    for message in filter(None, gather_text((str(error) or repr(error)) if error else "")):
-        if error and not isinstance(error, (ValueError, OSError, RuntimeError)):
-            raise error                 # a fault in the program: here with its own traceback
-        raise ValueError(message) from error
-    return result
-
-
-# ---- W sharded by FSDP2 ------------------------------------------------------------------------------------
-
+# ---- W sharded by FSDP2 --------------------------------------------------------------------------
 
 def own_rows(weight: torch.Tensor) -> tuple[torch.Tensor, slice]:
-    """The stored weight's rows on this process, and which they are: all, unless FSDP2 has sharded dim 0."""
+    """The stored weight's rows on this process, and which they are: all, unless FSDP2 has cut dim 0."""
     if not hasattr(weight, "to_local"):
         return weight, slice(0, weight.shape[0])
-    chunk = -(-weight.shape[0] // weight.device_mesh.size())            # as torch.chunk cuts
-    start = min(weight.device_mesh.get_local_rank() * chunk, weight.shape[0])
-    local = weight.to_local()
-    return local, slice(start, start + local.shape[0])
-
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+    shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+    if len(shape) == 2 and shape[1] != weight.shape[1]:
+        raise ValueError(f"a weight of {tuple(weight.shape)} is sharded as {weight.placements}; only dim 0 "
+                         "may be cut, as fully_shard does without shard_placement_fn")
+    # torch.chunk's last parts may be empty: their offset may lie anywhere
+    start = min(offset[0], weight.shape[0])
+    return weight.to_local(), slice(start, start + shape[0])
 
 def shard_over_processes(model: nn.Module, device: torch.device) -> None:
     """FSDP2 over all processes: one unit for each block of layers, one for the rest."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    if hd_pissa.world_size() == 1:
+    if world_size() == 1:
         raise ValueError("--shard_weights needs several processes; start them with torchrun")
-    mesh = init_device_mesh(device.type, (hd_pissa.world_size(),))
+    mesh = init_device_mesh(device.type, (world_size(),))
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     for blocks in reversed(lists):      # inner ones first, as fully_shard wants it
         for block in blocks:
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
 
-
-def whole(weight: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor:
-    """A weight as one plain tensor on every process, with its low half if it has one."""
-    local, _ = own_rows(weight.detach())
-    local = local if low is None else join(local, low)
-    if not hasattr(weight, "to_local"):
-        return local
+def as_sharded(local: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rows of this process as one part of a tensor that is cut as `weight` is."""
     from torch.distributed.tensor import DTensor
     return DTensor.from_local(local, weight.device_mesh, weight.placements, shape=weight.shape,
-                              stride=weight.stride()).full_tensor()
-
+                              stride=weight.stride())
 
 def reshard(model: nn.Module) -> None:
     """Let go of the whole weights that FSDP2 has gathered for a forward."""
     for module in model.modules():
         if hasattr(module, "reshard"):
             module.reshard()
-
 
 def fold_rows_(W: torch.Tensor, rows: slice, left: torch.Tensor, right: torch.Tensor, share: float) -> None:
     """W += share left[rows] right in place, for the `rows` of a stored weight that W holds.
@@ -140,28 +82,18 @@ def fold_rows_(W: torch.Tensor, rows: slice, left: torch.Tensor, right: torch.Te
         if block is not part:
             part.copy_(block[here.start - a:here.stop - a])
 
-
 def reduce_shards(whole: torch.Tensor) -> torch.Tensor:
     """(K, ...) on each process -> its own (S, ...), summed over the processes."""
-    if hd_pissa.world_size() == 1:
+    if world_size() == 1:
         return whole
-    out = whole.new_empty((whole.shape[0] // hd_pissa.world_size(), *whole.shape[1:]))
+    out = whole.new_empty((whole.shape[0] // world_size(), *whole.shape[1:]))
     getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, whole)
     return out
 
-
-def reduce_rows(dU: torch.Tensor, W: torch.Tensor) -> torch.Tensor:
-    """Rows of the sum of dU over the processes, those that a sharded W holds here: a reduce-scatter."""
-    world = hd_pissa.world_size()
-    chunk = -(-dU.shape[0] // world)
-    return reduce_shards(F.pad(dU, (0, 0, 0, chunk * world - dU.shape[0])))[:W.shape[0]]
-
-
-# ---- W in bfloat16, exactly --------------------------------------------------------------------------------
-
+# ---- W in bfloat16, exactly ----------------------------------------------------------------------
 
 def split(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 W as a bfloat16 high half, rounded half up, and the int16 rest: exact, in W's 4 bytes a number.
+    """float32 W as a bfloat16 high half, rounded half up, and the int16 rest: exact, in W's 4 bytes.
 
     The forward runs on the high half; adding small updates to it alone would lose nearly all of them.
     Truncating instead of rounding would move W by up to a whole unit of bfloat16.
@@ -170,43 +102,102 @@ def split(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     high = (bits + 0x8000) >> 16
     return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
 
-
 def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     """The float32 weight of its halves, inverse of `split`."""
     return ((high.contiguous().view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
 
+class Slot(hd_pissa.Slot):
+    """A layer whose W may be bfloat16, with its exact rest in `low`, or sharded by FSDP2 after attach."""
 
-def halve_(slot) -> None:
-    """Turn a slot's float32 weight into halves, or complete a bfloat16 one by low halves of zero."""
-    W = slot.module.weight
-    if W.dtype == torch.bfloat16:
-        slot.low = torch.zeros_like(W, dtype=torch.int16)
-    else:
-        W.data, slot.low = split(W)
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)
 
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.low = None
+        if self.module.weight.dtype == torch.bfloat16:
+            self.low = torch.zeros_like(self.module.weight, dtype=torch.int16)
+            self.note()
 
-def own_low(slot) -> torch.Tensor | None:
-    """Low halves of the rows that this process holds."""
-    local, rows = own_rows(slot.module.weight)
-    if slot.low is not None and slot.low.shape != local.shape:
-        slot.low = slot.low[rows].to(local.device, copy=True)           # FSDP2 has sharded W since `attach`
-    return slot.low
+    def halve_(self) -> None:
+        """Turn a float32 weight into halves."""
+        self.module.weight.data, self.low = split(self.module.weight)
+        self.stored = self.description()
+        self.note()
 
+    def local(self) -> tuple[torch.Tensor, slice]:
+        """W as it is stored here and its rows. Low halves of another W than `note` saw are dropped."""
+        W, rows = own_rows(self.module.weight)
+        if self.low is not None and self.low.shape != W.shape:
+            self.low = self.low[rows].to(W.device, copy=True)           # FSDP2 has sharded W since
+            self.note()
+        elif self.low is not None and self.noted != (W.data_ptr(), W._version):
+            self.low.zero_()            # somebody has loaded or swapped W: that one trains from here on
+            self.note()
+        return W, rows
+
+    def note(self) -> None:
+        """The low halves belong to the weight as it is now."""
+        W, _ = own_rows(self.module.weight)
+        self.noted = W.data_ptr(), W._version
+
+    def read(self) -> tuple[torch.Tensor, slice]:
+        """W to its last bit, in float32 if it is halved, of the rows on this process, and which."""
+        W, rows = self.local()
+        return (W if self.low is None else join(W, self.low)), rows
+
+    def write(self, W: torch.Tensor) -> None:
+        """Put back what `read` gave."""
+        if self.low is not None:
+            high, self.low = split(W)
+            own_rows(self.module.weight)[0].copy_(high)
+            self.note()
+
+    def add_(self, left, right, share) -> None:
+        W, rows = self.read()
+        if hasattr(self.module.weight, "to_local"):
+            fold_rows_(W, rows, left, right, share)
+        else:
+            hd_pissa.fold_(W, left, right, share)
+        self.write(W)
+
+    def add_sum_(self, dU, share) -> torch.Tensor:
+        W, rows = self.read()
+        sharded, world = hasattr(self.module.weight, "to_local"), world_size()
+        if sharded and self.module.weight.device_mesh.size() == world and self.module.weight.device_mesh.ndim == 1:
+            dU = reduce_shards(F.pad(dU, (0, 0, 0, -len(dU) % world)))[:len(W)]
+        elif world > 1:
+            dist.all_reduce(dU)         # of hybrid sharding or a part of the processes: the own rows of all
+            dU = dU[rows]
+        W.add_(dU, alpha=share)
+        self.write(W)
+        return dU
+
+    def fault(self) -> str:
+        W = self.module._parameters.get("weight")
+        if hasattr(W, "to_local") and W.dtype == self.stored[1]:
+            try:
+                own_rows(W)
+            except ValueError as e:
+                return f"cannot be merged: {e}"
+            return "was made trainable, but only merge_ changes it" if W.requires_grad else ""
+        return super().fault()
 
 def stored(slot) -> tuple[torch.Tensor, slice]:
-    """W to its last bit, in float32 if it is halved, of the rows on this process, and which these are."""
-    (local, rows), low = own_rows(slot.module.weight), own_low(slot)
-    return (local if low is None else join(local, low)), rows
+    """W of a slot to its last bit, of the rows on this process, and which these are."""
+    return slot.read()
 
+def whole(weight: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor:
+    """A weight as one plain tensor on every process, with its low half if it has one."""
+    local, _ = own_rows(weight.detach())
+    local = local if low is None else join(local, low)
+    return as_sharded(local, weight).full_tensor() if hasattr(weight, "to_local") else local
 
-def store_(slot, W: torch.Tensor) -> None:
-    """Put float32 rows of this process back as halves."""
-    high, slot.low = split(W)
-    own_rows(slot.module.weight)[0].copy_(high)
+# ---- Decomposition: cheaper than a full SVD (section 4.1) ----------------------------------------
 
-
-# ---- Decomposition: cheaper than a full SVD (section 4.1) --------------------------------------------------
-
+def components(W: torch.Tensor, k: int, name: str = "W"):
+    """`hd_pissa.components` by a Gram matrix where its result is right, by a full SVD elsewhere."""
+    found = gram_components(W, k, name) if W.dtype != torch.float64 else None
+    return found or hd_pissa.components(W, k, name)
 
 def random_components(W: torch.Tensor, k: int, name: str = "W"):
     """Random orthonormal U (m, k) and Vt (k, n), S = 1, for attach(decompose=random_components): no SVD.
@@ -218,7 +209,6 @@ def random_components(W: torch.Tensor, k: int, name: str = "W"):
     U, V = (torch.linalg.qr(torch.randn((side, k), generator=generator, dtype=torch.float64)).Q
             for side in W.shape)                                                # (m, k), (n, k)
     return U.to(W), torch.ones(k).to(W), V.T.to(W)
-
 
 def gram_components(W: torch.Tensor, k: int, name: str = "W"):
     """The k largest singular triplets of float32 W (m, n) as `components` gives them, or None if inexact.
@@ -255,241 +245,253 @@ def gram_components(W: torch.Tensor, k: int, name: str = "W"):
         tqdm.write(f"{name}: components by a {str(gram)[6:]} Gram matrix are off by {error:.0e}, next driver")
     return None
 
+# ---- Adapters for long and large runs ------------------------------------------------------------
 
-# ---- Dropout on the adapter's input ------------------------------------------------------------------------
+class Adapters(hd_pissa.Adapters):
+    """hd_pissa.Adapters with the options of `attach` below. Each is one method of the core, extended."""
 
+    Slot = Slot
 
-def dropout_mask(slot):
-    """A function of X that draws its mask from (seed, step, micro-step, shard, layer) in the backward.
+    def __init__(self, model, found, skipped, config, exchange, seed, device, *, dropout, gradients, basis,
+                 bucket_mb, accumulate):
+        config.update(dropout=dropout, gradients=gradients)
+        self.dropout, self.whole_batch, self.resend = dropout, gradients == "global", basis == "resend"
+        super().__init__(model, found, skipped, config, exchange, seed, device)
+        self.mean_over = self.K         # stays when a checkpoint's components are dealt to other K
+        self.applied = torch.ones(())
+        self.sums = torch.zeros_like(self.increments) if accumulate else None   # of merged increments
+        self.backwards: dict[tuple, int] = {}   # by (layer, shard): dropout draws anew each time
+        self.buckets = []
+        for slot in self.slots:
+            first = self.buckets[-1][0].start if self.buckets else -math.inf
+            if (slot.start + slot.size - first) * self.K * self.basis.itemsize > bucket_mb * 2**20:
+                self.buckets.append([])
+            self.buckets[-1].append(slot)
+        if self.whole_batch:
+            self.catch()
 
-    Micro-steps are counted there: a forward that checkpointing recomputes must not advance the count.
-    """
-    adapters, shard = slot.adapters, slot.adapters.first + slot.adapters.current
+    def keeps_all(self) -> bool:
+        """Folding factors and whole-batch gradients need A_i, B_i of all K shards; else only the own."""
+        return self.whole_batch or super().keeps_all() and not self.resend
 
-    def draw(X):
-        micro = adapters.backwards[slot.name, shard] = adapters.backwards.get((slot.name, shard), -1) + 1
-        seed = hd_pissa.seed_of(adapters.seed, adapters.step, micro, shard, slot.name)
-        generator, keep = torch.Generator(X.device).manual_seed(seed), 1 - slot.dropout
-        return torch.empty_like(X).bernoulli_(keep, generator=generator).div_(keep)
+    def select(self, i: int) -> None:
+        super().select(i)
+        for slot in self.slots:
+            slot.mask = self.drop(slot, self.first + i) if self.dropout else None
+            if self.whole_batch:
+                (slot.A, slot.B), (slot.dA, slot.dB) = slot.views(self.basis), slot.caught
 
-    return draw
+    # -- dropout on the adapter's input
 
+    def drop(self, slot: Slot, shard: int):
+        """A function of X: its mask, drawn in the backward by (seed, step, micro-step, shard, layer).
 
-# ---- Whole-batch gradients ---------------------------------------------------------------------------------
+        Micro-steps are counted there: a forward that checkpointing recomputes must not advance them.
+        """
+        def draw(X):
+            micro = self.backwards[slot.name, shard] = self.backwards.get((slot.name, shard), -1) + 1
+            seed = hd_pissa.seed_of(self.seed, self.step, micro, shard, slot.name)
+            generator, keep = torch.Generator(X.device).manual_seed(seed), 1 - self.dropout
+            return torch.empty_like(X).bernoulli_(keep, generator=generator).div_(keep)
+        return draw
 
+    # -- whole-batch gradients
 
-def drop_unsent(adapters) -> None:
-    """Forget what a backward that failed in its middle has left, else the next one would add to it."""
-    adapters.unsent.clear()
-    for slot in adapters.slots:
-        slot.dA.grad = slot.dB.grad = None
+    def catch(self) -> None:
+        """Let every backward add up the factor gradients of all K shards; `collect_` deals them out.
 
-
-def gather_whole_batch(adapters) -> None:
-    """Make every backward give the factor gradients of all K shards, and bring each sum to its shard's owner.
-
-    A reduce-scatter a layer, during the backward and in one order on every process: a layer waits for those
-    behind it, and one without a gradient sends zeros. No process holds two layers' gradients at rank K r.
-    """
-    K, r, queue = adapters.K, adapters.r, []
-    adapters.unsent = queue
-    for slot in adapters.slots:
-        # Leaves of all K shards that only catch gradients: zeros without memory, as increments are.
-        zero = torch.zeros((), dtype=adapters.basis.dtype, device=adapters.device)
-        slot.dA = zero.expand(slot.m, K * r).detach().requires_grad_()
-        slot.dB = zero.expand(K * r, slot.n).detach().requires_grad_()
+        Leaves of all shards catch them, zeros without memory. Their gradients, K times the increments,
+        live until the end of the step: micro-batches add up first, and are sent once. Until then an
+        increment's gradient is its part of what this process has caught, so zero_grad means both.
+        """
+        own = slice(self.first, self.first + self.S)
+        for j, slot in enumerate(self.slots):
+            zero = torch.zeros((), dtype=self.basis.dtype, device=self.device)
+            shapes = (self.K, slot.m, self.r), (self.K, self.r, slot.n)
+            slot.caught = [zero.expand(shape).detach().requires_grad_() for shape in shapes]
+            for leaf, mine in zip(slot.caught, zip(*slot.leaves)):
+                leaf.register_hook(_before_catching(weakref.ref(leaf), mine))
+                leaf.register_post_accumulate_grad_hook(_after_catching(mine, own))
+            for row in self.seen:
+                slot.caught[1].register_post_accumulate_grad_hook(hd_pissa.counting(row, j))
 
     @torch.no_grad()
-    def send(unused: bool) -> None:
-        while queue:
-            slot = queue[-1]
-            grads = slot.dA.grad, slot.dB.grad                          # (m, Kr), (Kr, n)
-            if not unused and any(grad is None for grad in grads):
-                return
-            gA, gB = (leaf if grad is None else grad for leaf, grad in zip((slot.dA, slot.dB), grads))
-            whole = torch.cat((gA.T.reshape(K, -1), gB.reshape(K, -1)), dim=1)          # (K, r m + r n)
-            slot.dA.grad = slot.dB.grad = None
-            for (dA, dB), row in zip(slot.leaves, reduce_shards(whole)):
-                for leaf, g in ((dA, row[:r * slot.m].view(r, -1).T), (dB, row[r * slot.m:].view(r, -1))):
-                    leaf.grad = g.clone() if leaf.grad is None else leaf.grad.add_(g)
-            queue.pop()
-        adapters.touched.update(range(adapters.S))
+    def collect_(self) -> None:
+        """Sum the caught gradients over the processes, each shard's at its owner: a reduce-scatter a bucket.
 
-    def caught(leaf) -> None:
-        if not queue:
-            queue.extend(adapters.slots)
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: send(unused=True))
-        send(unused=False)
+        optimizer.step(), clip_grad_norm_ and merge_ do so. Call it yourself before you read or change
+        gradients of several processes in another way (GradScaler.unscale_, say).
+        """
+        if world_size() == 1 or not self.whole_batch:
+            return                      # the increments' gradients are the caught ones already
+        if all(leaf.grad is None for slot in self.slots for leaf in slot.caught):
+            return
+        for slots in self.buckets:
+            parts = []                                                  # (K, m r) and (K, r n) of each layer
+            for slot in slots:
+                for leaf, mine in zip(slot.caught, zip(*slot.leaves)):
+                    g = leaf.grad if mine[0].grad is not None else None
+                    if g is not None and g._version != leaf.caught_version:
+                        raise ValueError(f"gradients of {slot.name} were changed before they were summed over "
+                                         "the processes; call adapters.collect_() first")
+                    parts.append((leaf if g is None else g).flatten(1))
+                    leaf.grad = None
+            own = reduce_shards(torch.cat(parts, dim=1))                # (S, columns)
+            for slot in slots:
+                for pair, gA, gB in zip(slot.leaves, *slot.views(own, slots[0].start)):
+                    pair[0].grad, pair[1].grad = gA.clone(), gB.clone()
 
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        self.collect_()
+        return super().clip_grad_norm_(max_norm)
+
+    # -- the merge
+
+    def refuse(self) -> None:
+        # Weights that an evaluation has gathered whole are copies: they would get the update.
+        reshard(self.model)
+        super().refuse()
+
+    def exchange_and_fold(self) -> None:
+        """As the core does, a bucket of layers at a time."""
+        factors = self.exchange == "all_gather"
+        for slots in self.buckets:
+            a, b = slots[0].start, slots[-1].start + slots[-1].size     # the bucket's columns
+            increments, basis = self.increments[:, a:b], self.basis[:, a:b]
+            if factors:
+                increments = gather_shards(increments)                  # (S, ...) -> (K, ...)
+                basis = gather_shards(basis) if len(basis) < self.K else basis      # basis="resend"
+            else:
+                basis = basis[self.own]
+            for slot in slots:
+                self.fold(slot, *hd_pissa.update_factors(*slot.views(basis, a), *slot.views(increments, a)))
+        if self.sums is not None:
+            self.sums += self.increments
+
+    def fold(self, slot, Pt, Q) -> None:
+        """As the core does; `applied` is the share of dU that rounding let through, in one layer a step.
+
+            applied = (W' - W) . dW / |dW|^2   in the first 8 rows that this process holds of a weight
+        """
+        if slot is not self.slots[self.step % len(self.slots)]:
+            return super().fold(slot, Pt, Q)
+        W, rows = slot.read()
+        before = W[:8].clone()
+        left, right = (Pt.T, Q) if slot.conv1d else (Q.T, Pt)
+        if self.exchange == "all_gather":
+            dU = left[rows][:8] @ right
+            slot.add_(left, right, self.share())
+        else:
+            dU = slot.add_sum_(left @ right, self.share())[:8]
+        dW = self.share() * dU
+        self.applied = ((slot.read()[0][:8] - before) * dW).sum() / dW.square().sum()
+
+    def share(self) -> float:
+        return self.s / self.mean_over if self.aggregate == "mean" else self.s
+
+    def next_step(self) -> None:
+        super().next_step()
+        self.backwards.clear()
+        for slot in self.slots if self.whole_batch else ():
+            for leaf in slot.caught:
+                leaf.grad = None
+
+    # -- state
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Also the low halves of this process's rows, and the sums of its shards' increments."""
+        own = {slot.name + ".low": slot.local() and slot.low for slot in self.slots if slot.low is not None}
+        for slot in self.slots if self.sums is not None else ():
+            for kind, factors in zip(("dA.sum", "dB.sum"), slot.views(self.sums)):
+                own |= {f"{slot.name}.shard{self.first + i}.{kind}": f for i, f in enumerate(factors)}
+        return own | super().tensors()
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {"mean_over": self.mean_over}
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.mean_over = state["mean_over"]
+
+    def resume(self, step: int, mean_over: int | None = None) -> None:
+        """Go on after `step` merges, once `tensors` are filled; "mean" divides by `mean_over`, a former K."""
+        super().resume(step)
+        self.mean_over = mean_over or self.mean_over
+        for slot in self.slots:
+            if slot.low is not None:
+                slot.note()             # the low halves that came along belong to the W that was loaded
+
+def _before_catching(ref, mine):
+    def hook(grad):
+        leaf = ref()
+        if leaf.grad is not None and (mine[0].grad is None or leaf.grad._version != leaf.caught_version
+                                      and world_size() > 1):
+            leaf.grad = None            # zeroed by the user, after a backward that failed, say
+            for p in mine:
+                p.grad = None
+    return hook
+
+def _after_catching(mine, own):
+    def hook(leaf):
+        for p, part in zip(mine, leaf.grad[own]):
+            if p.grad is not None and p.grad._base is not leaf.grad:
+                raise ValueError("a backward after the gradients of this step were summed over the processes; "
+                                 "run all micro-batches first")
+            p.grad = part
+        leaf.caught_version = leaf.grad._version
+    return hook
+
+def _before_step(optimizer, *_):
+    for adapters in list(hd_pissa.LIVE):
+        if isinstance(adapters, Adapters) and adapters.holds(optimizer):
+            adapters.collect_()
+
+register_optimizer_step_pre_hook(_before_step)
+
+def attach(model: nn.Module, rank: int, *, dropout: float = 0.0, gradients: str = "local", basis: str = "cached",
+           dtype: torch.dtype | None = None, device=None, bucket_mb: int = 256, accumulate: bool = False,
+           decompose=components, **core) -> Adapters:
+    """`hd_pissa.attach`, whose arguments it takes, with more of them.
+
+    dropout     probability, on the adapter's input; 0 = off
+    gradients   "local" (the paper: a shard learns from its own mini-batch) or "global" (from the whole batch:
+                losses add up over processes, so divide by all tokens of the step)
+    basis       "cached": A_i, B_i of all K shards on every process; "resend": gathered at each merge
+    dtype       torch.bfloat16: float32 weights become bfloat16, their exact rest is kept here; None = off
+    device      of the adapters and the decomposition: "cuda" for W on the CPU until FSDP2 moves it; None: W's
+    bucket_mb   MiB of gathered factors per collective
+    accumulate  keep the sums of all merged dA_i, dB_i, as large as the increments, for `export_lora`
+
+    Call it before fully_shard. Raises ValueError, on every process alike, for what cannot be trained.
+    """
+    def make(model, found, skipped, config, exchange, seed, place):
+        check_arguments(dropout, gradients, basis, dtype)
+        for name, module in found if dtype is not None else ():
+            W = module.weight
+            if dtype != W.dtype and (W.dtype, dtype) != (torch.float32, torch.bfloat16):
+                raise ValueError(f"dtype={dtype} for {name}.weight of {W.dtype}: only float32 weights can be turned, "
+                                 "into torch.bfloat16; use dtype=None")
+        return Adapters(model, found, skipped, config, exchange, seed, torch.device(device or place),
+                        dropout=dropout, gradients=gradients, basis=basis, bucket_mb=bucket_mb,
+                        accumulate=accumulate)
+
+    adapters = hd_pissa.attach(model, rank, decompose=decompose, make=make, **core)
     for slot in adapters.slots:
-        for leaf in (slot.dA, slot.dB):
-            leaf.register_post_accumulate_grad_hook(caught)
+        if dtype == torch.bfloat16 and slot.low is None:
+            slot.halve_()
+    return adapters
 
-
-# ---- Refusals ----------------------------------------------------------------------------------------------
-
-
-CHOICES = {"init": ("hd_pissa", "top", "lora"), "aggregate": ("mean", "sum"), "basis": ("cached", "resend"),
-           "exchange": ("auto", "all_gather", "all_reduce"), "gradients": ("local", "global")}
-
-
-def check_arguments(rank, shards, alpha=None, dropout=0.0, **choices) -> None:
-    """Raise ValueError for arguments of `attach` that no model could be trained with."""
-    for name, value in choices.items():
-        if value not in CHOICES[name]:
-            raise ValueError(f"{name}={value!r}: must be one of {', '.join(CHOICES[name])}")
-    for name, value in (("rank", rank), ("shards", shards)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: must be a whole number, 1 or more")
-    processes = hd_pissa.world_size()
-    if processes == 1 < int(os.environ.get("WORLD_SIZE", 1)) and not dist.is_initialized():
-        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but no process group: each process would "
-                         "train alone; call torch.distributed.init_process_group before attach")
-    if shards % processes:
-        raise ValueError(f"shards={shards} is not a multiple of the {processes} processes; use shards="
-                         f"{max(1, shards // processes) * processes} or another number of processes")
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"alpha={alpha}: gradients are scaled by alpha/rank, so nothing would train; use "
-                         "alpha > 0, or None for a scale of 1")
+def check_arguments(dropout=0.0, gradients="local", basis="cached", dtype=None) -> None:
+    """Raise ValueError for arguments of `attach` here that no model could be trained with."""
+    for name, value, known in (("gradients", gradients, ("local", "global")), ("basis", basis, ("cached", "resend"))):
+        if value not in known:
+            raise ValueError(f"{name}={value!r}: must be one of {', '.join(known)}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout={dropout}: must be at least 0 and below 1")
-
-
-def check_layers(found, skipped, r, K, targets, dtype=None) -> None:
-    """Raise ValueError, with the layer's name, for a weight without K r components or of a wrong kind."""
-    if not found:
-        left_out = ", ".join(f"{name} ({why})" for name, why in list(skipped.items())[:8]) or "none"
-        raise ValueError(f"targets={targets!r} match no layer; linear layers left out: {left_out}")
-    largest = min(min(module.weight.shape) for _, module in found) // K
-    for name, module in found:
-        W = module.weight
-        if hasattr(W, "to_local"):
-            raise ValueError(f"{name}.weight is already sharded; call attach before fully_shard, which then "
-                             "shards the adapted weights")
-        if W.dtype not in (torch.float32, torch.float64, torch.bfloat16):
-            raise ValueError(f"{name}.weight is {W.dtype}; load the model in float32, bfloat16 or float64")
-        if dtype not in (None, W.dtype) and (W.dtype, dtype) != (torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype={dtype} for {name}.weight of {W.dtype}: only float32 weights can be "
-                             "turned, into torch.bfloat16; use dtype=None")
-        if torch.float64 in (W.dtype, found[0][1].weight.dtype) and W.dtype != found[0][1].weight.dtype:
-            raise ValueError(f"{name}.weight is {W.dtype}, {found[0][0]}.weight {found[0][1].weight.dtype}; "
-                             "use float64 for all of them or for none")
-        if W.device != found[0][1].weight.device:
-            raise ValueError(f"{name}.weight is on {W.device}, {found[0][0]}.weight on "
-                             f"{found[0][1].weight.device}; one process trains on one device")
-        if K * r > min(W.shape):
-            remedy = f"the largest rank for these layers is {largest}" if largest else "use fewer shards"
-            raise ValueError(f"{name} is {tuple(W.shape)}: {K} shards x rank {r} need {K * r} components, it "
-                             f"has {min(W.shape)}; {remedy}")
-        if not torch.isfinite(W).all():
-            raise ValueError(f"{name}.weight holds NaN or Inf; the checkpoint is damaged, load it again")
-
-
-def check(model, found, skipped, targets, config: dict, exchange, basis, seed, dtype) -> None:
-    """Raise ValueError, on every process, for what `attach` could not train or where processes disagree."""
-    r, K = config["rank"], config["shards"]
-
-    def own():
-        check_arguments(**config, exchange=exchange, basis=basis)
-        for name, module in model.named_modules():
-            if isinstance(module, hd_pissa.Muted):
-                raise ValueError(f"{name} already has HD-PiSSA attached; call detach_() on the first "
-                                 "adapters")
-        check_layers(found, skipped, r, 1 if config["init"] == "top" else K, targets, dtype)
-
-    everywhere(own)
-    layers = [(name, tuple(module.weight.shape), module.weight.dtype) for name, module in found]
-    here, *others = gather_text(f"{config}, {exchange=}, {basis=}, {seed=}, {dtype=}, {layers=}")
-    for i, there in enumerate(others, 1):
-        if there != here:
-            a = max(0, len(os.path.commonprefix((here, there))) - 30)
-            raise ValueError(f"processes disagree: process 0 attaches ...{here[a:a + 80]}..., process {i} "
-                             f"...{there[a:a + 80]}...; start all with the same command and model")
-
-
-def check_optimizer(adapters, optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError for an optimizer whose step is not a function of gradients and its own state.
-
-    Increments start every step at zero: weight decay would decay zeros, and a rule that reads the
-    parameter (Adafactor's and LAMB's scale, LBFGS's line search, ASGD's average) would read nothing.
-    """
-    name, wanted, held = type(optimizer).__name__, {id(p) for p in adapters.parameters()}, set()
-    for group in optimizer.param_groups:
-        ours = wanted & {id(p) for p in group["params"]}
-        held |= ours
-        if ours and group.get("weight_decay"):
-            raise ValueError(f"{name} has weight_decay={group['weight_decay']}, which does nothing to "
-                             "increments that start at zero; pass weight_decay=0.0 (the paper's setting)")
-    bases = {c.__name__.lower() for c in type(optimizer).__mro__}
-    if bases & {"adafactor", "lbfgs", "asgd", "lamb", "lars"}:
-        raise ValueError(f"{name} reads the parameter itself, and increments start every step at zero; "
-                         "use an optimizer that depends on gradients alone, e.g. AdamW, SGD, RMSprop")
-    if held != wanted:
-        raise ValueError(f"{name} holds {len(held)} of the {len(wanted)} increments; build it from "
-                         "adapters.parameters()")
-
-
-def before_merge(adapters) -> None:
-    """Raise ValueError, on every process, for a shard without gradient or increments that cannot be meant.
-
-    Also drops the copies of sharded weights that an evaluation has gathered: they would get the update.
-    """
-    K, S = adapters.K, adapters.S
-    # A (K, 3) gather tells every process the state of every shard, so that all refuse alike.
-    local = torch.zeros((S, 3), dtype=torch.float64, device=adapters.device)
-    low, high = adapters.increments.aminmax(dim=1)
-    local[:, 1] = torch.maximum(-low, high)                             # NaN and Inf survive
-    for i in range(S):
-        local[i, 0] = i in adapters.touched
-        if not local[i, 1]:         # from zero gradients, or because no optimizer filled the increments?
-            grads = [p.grad for slot in adapters.slots for p in slot.leaves[i] if p.grad is not None]
-            local[i, 2] = not grads or any(bool(g.any()) for g in grads)
-    touched, size, gradient = hd_pissa.gather_shards(local).T.tolist()
-    if without := [i for i in range(K) if not touched[i]]:
-        raise ValueError(f"merge_: shards {without} of {K} got no gradient since the last merge. "
-                         f"Every step trains each shard of a process:\n    for s in range({S}):\n"
-                         "        with adapters.shard(s):\n            loss_of_mini_batch(s).backward()")
-    if bad := [i for i in range(K) if not math.isfinite(size[i])]:
-        raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched. Lower "
-                         "the learning rate or clip the gradients")
-    adapters.idle = adapters.idle + 1 if not any(size) and any(gradient) else 0
-    if adapters.idle >= 2:
-        raise ValueError("merge_: all increments are zero in two successive merges although there are "
-                         "gradients; call optimizer.step() before merge_(), build the optimizer from "
-                         "adapters.parameters(), and use a learning rate above 0")
-    reshard(adapters.model)
-
-
-def check_state(adapters, own: dict, state: dict) -> None:
-    """Raise ValueError, on every process, where `state` is not the adapter state of this run."""
-    there = state.get("config", {})
-    wrong = {k: (v, there.get(k)) for k, v in adapters.config.items() if there.get(k) != v}
-    missing = [name for name in own if name not in state or state[name].shape != own[name].shape]
-
-    def check():
-        if wrong or missing:
-            raise ValueError(f"adapter state of another run: (here, there) = {wrong}, tensors missing or "
-                             f"of another shape: {missing[:3]}; attach as that run did, or begin anew")
-
-    everywhere(check)
-
-
-def refuse_nonfinite(adapters, step: int, losses: list[float], tolerated: bool) -> None:
-    """Name the shards and layers of a step that is not finite; ValueError unless it is `tolerated`."""
-    bad = [name for name, p in adapters.named_parameters(adapters.first)
-           if p.grad is not None and not p.grad.isfinite().all()]
-    where = ", ".join(filter(None, gather_text(bad[0] if bad else ""))) or "none"
-    shards = [i for i, value in enumerate(losses) if not math.isfinite(value)]
-    text = (f"step {step}: not finite: loss of shards {shards}, gradients of {where}; W is untouched by this "
-            "step")
-    if not tolerated:
-        raise ValueError(f"{text}. Lower the learning rate, clip, or look at these rows of the batch")
-    if hd_pissa.rank() == 0:
-        tqdm.write(text)
-
+    if dtype not in (None, torch.float32, torch.float64, torch.bfloat16):
+        raise ValueError(f"dtype={dtype}: must be None or torch.bfloat16")
 
 # ---- A run as a LoRA ---------------------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def lora_factors(adapters, slot, rank: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -503,8 +505,8 @@ def lora_factors(adapters, slot, rank: int | None = None) -> tuple[torch.Tensor,
         raise ValueError("no sums of the increments were kept; attach with accumulate=True (--export_lora)")
     columns = slice(slot.start, slot.start + slot.size)
     factors = adapters.basis[adapters.own, columns], adapters.sums[:, columns]
-    (At, B), (dAt, dB) = (slot.views(hd_pissa.gather_shards(flat).double(), slot.start) for flat in factors)
-    P = adapters.share() * torch.cat((dAt, At)).flatten(0, 1).T         # (2K, r, m) -> (m, 2Kr)
+    (A, B), (dA, dB) = (slot.views(gather_shards(flat).double(), slot.start) for flat in factors)
+    P = adapters.share() * torch.cat((dA, A)).mT.flatten(0, 1).T        # (2K, m, r) -> (m, 2Kr)
     Q = torch.cat((B, dB)).flatten(0, 1)                                # (2K, r, n) -> (2Kr, n)
     if rank is not None:
         (P, left), (Q, right) = torch.linalg.qr(P), torch.linalg.qr(Q.T)
@@ -512,7 +514,6 @@ def lora_factors(adapters, slot, rank: int | None = None) -> tuple[torch.Tensor,
         P, Q = P @ (U[:, :rank] * S[:rank]), Vt[:rank] @ Q.T            # (m, rank), (rank, n), at most
         P, Q = F.pad(P, (0, rank - len(Q))), F.pad(Q, (0, 0, 0, rank - len(Q)))
     return P, Q
-
 
 @torch.no_grad()
 def export_lora(adapters, folder: str, base: dict, base_name: str = "", rank: int | None = None) -> float:
@@ -559,5 +560,5 @@ def export_lora(adapters, folder: str, base: dict, base_name: str = "", rank: in
             os.replace(unfinished, folder)
 
     everywhere(write)
-    wrong, whole = hd_pissa.gather_shards(squares).sum(0).tolist()      # of slices, or equal replicas
+    wrong, whole = gather_shards(squares).sum(0).tolist()      # of slices, or equal replicas
     return math.sqrt(wrong / whole) if whole else 0.0

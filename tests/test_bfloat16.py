@@ -51,13 +51,12 @@ def updates(dtype, exchange, loaded_as=torch.float32):
     model = toy.module(weights, bias)
     if loaded_as == torch.bfloat16 and dtype == torch.bfloat16:
         model, dtype = model.bfloat16(), None
-    adapters = hd_pissa.attach(model, 2, shards=4, dtype=dtype, exchange=exchange)
+    adapters = hd_pissa_extra.attach(model, 2, shards=4, dtype=dtype, exchange=exchange)
     if not torch.is_floating_point(model[0].weight) or model[0].weight.dtype == torch.bfloat16:
         model.bfloat16()
     g, start = torch.Generator().manual_seed(1), adapters.state_dict()
     applied = []
     for _ in range(20):
-        adapters.touched.update(range(4))
         for leaf in adapters.parameters():
             leaf.data.copy_(2e-5 * torch.randn(leaf.shape, generator=g))
         adapters.merge_()
@@ -106,7 +105,7 @@ def test_step_0_logits_and_gradients_in_bfloat16():
     weights, bias, data = problem()
     plain, model, wide = (toy.module(weights, bias) for _ in range(3))
     plain.bfloat16()
-    adapters = hd_pissa.attach(model.bfloat16(), 2)
+    adapters = hd_pissa_extra.attach(model.bfloat16(), 2)
     reference = hd_pissa.attach(wide, 2)
     x = data[0][0][0].bfloat16()
     assert torch.equal(plain(x), model(x))

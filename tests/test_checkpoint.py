@@ -12,6 +12,7 @@ from spawned import spawn
 from test_resume import equal, main, outcome
 
 import hd_pissa
+import hd_pissa_extra
 import train
 from data import checkpoint
 
@@ -182,9 +183,9 @@ def flip(process, which):
     """Compare replicas, flip one bit on one process, compare again; the messages."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 16))
-    adapters = hd_pissa.attach(model, 2, dtype=torch.bfloat16 if which == "low" else None)
+    adapters = hd_pissa_extra.attach(model, 2, dtype=torch.bfloat16 if which == "low" else None)
     sums, out = checkpoint.check_replicas(adapters, "cpu"), []
-    if hd_pissa.rank() == process:
+    if hd_pissa.process_index() == process:
         target = adapters.slots[1].low if which == "low" else model[1].weight.data
         target.view(torch.int16).view(-1)[7] ^= 1
     try:
@@ -208,7 +209,7 @@ def flip_in_training(flags, out):
 
     def merge(self):
         original(self)
-        if self.step == 3 and hd_pissa.rank() == 1:
+        if self.step == 3 and hd_pissa.process_index() == 1:
             self.slots[5].module.weight.data.view(torch.int32)[0, 0] ^= 1
 
     hd_pissa.Adapters.merge_ = merge

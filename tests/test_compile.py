@@ -8,6 +8,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import hd_pissa
+import hd_pissa_extra
 
 SHARDS = 16
 
@@ -17,7 +18,7 @@ def train(compiled: bool, gradients: str):
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(40, 48), nn.Tanh(), nn.Linear(48, 36, bias=False)).double()
-    adapters = hd_pissa.attach(model, rank=2, shards=SHARDS, gradients=gradients)
+    adapters = hd_pissa_extra.attach(model, rank=2, shards=SHARDS, gradients=gradients)
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-2, weight_decay=0.0)
     eager = aot_autograd(fw_compiler=lambda graph, inputs: make_boxed_func(graph))
     counter = CompileCounterWithBackend(eager)

@@ -69,7 +69,7 @@ def train_model(make, batches=4, **attach):
     model = make()
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.config.pad_token_id = 0
-    adapters = hd_pissa.attach(model, 2, shards=2, accumulate=True, **attach)
+    adapters = hd_pissa_extra.attach(model, 2, shards=2, accumulate=True, **attach)
     model = model.bfloat16() if attach.get("dtype") == torch.bfloat16 else model
     optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0)
     generator = torch.Generator().manual_seed(1)

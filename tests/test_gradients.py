@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hd_pissa
+import hd_pissa_extra
 
 M, N, RANK, K = 10, 14, 2, 3
 
@@ -73,7 +74,7 @@ def test_gradcheck_of_the_residual_layer_at_zero(conv1d):
     x.requires_grad_()
 
     def by_mute(x, dA, dB):
-        return hd_pissa.Mute.apply(x, W if conv1d else W.T, bias, A.T[None], B[None], dA, dB, s, conv1d, None)
+        return hd_pissa.Mute.apply(x, W if conv1d else W.T, bias, A[None], B[None], dA, dB, s, conv1d, None)
 
     direction = torch.randn((3, N), generator=g, dtype=torch.float64)
     got = torch.autograd.grad((by_mute(x, zA, zB) * direction).sum(), (x, zA, zB))
@@ -139,7 +140,7 @@ def test_published_gamma_variant_has_the_same_gradients_in_float64(gamma):
     published = torch.autograd.grad((X @ (gamma * A @ B) * dY).sum(), (A, B))
     dA, dB = torch.zeros_like(A).requires_grad_(), torch.zeros_like(B).requires_grad_()
     W = torch.randn((N, M), generator=g, dtype=torch.float64)
-    out = hd_pissa.Mute.apply(X, W, None, A.detach().T[None], B.detach()[None], dA, dB, 1.0, False, None)
+    out = hd_pissa.Mute.apply(X, W, None, A.detach()[None], B.detach()[None], dA, dB, 1.0, False, None)
     for mine, theirs in zip(torch.autograd.grad((out * dY).sum(), (dA, dB)), published):
         torch.testing.assert_close(mine, theirs / gamma, rtol=1e-10, atol=1e-10)
 
@@ -154,7 +155,7 @@ def test_gamma_window_in_float32():
     (published,) = torch.autograd.grad((X @ (1e-32 * Z @ B) * dY).sum(), Z)
     error = ((published.double() / 1e-32 - exact).norm() / exact.norm()).item()
     zero = torch.zeros_like(A).requires_grad_()
-    out = hd_pissa.Mute.apply(X, W.T, None, A.T[None], B[None], zero, torch.zeros_like(B), 1.0, False, None)
+    out = hd_pissa.Mute.apply(X, W.T, None, A[None], B[None], zero, torch.zeros_like(B), 1.0, False, None)
     (mine,) = torch.autograd.grad((out * dY).sum(), zero)
     assert error > 1e-3 and ((mine.double() - exact).norm() / exact.norm()).item() < 1e-6
     assert torch.equal(out, F.linear(X, W.T)) and (X @ (W + 1e-2 * A @ B) - out).abs().max() > 1e-2
@@ -175,7 +176,7 @@ def test_checkpointing_recomputes_nothing_wrong():
     for use in (False, True):
         layer, x = make_linear(True), inputs(4)
         model = nn.Sequential(layer, nn.Tanh())
-        adapters = hd_pissa.attach(model, RANK, shards=K, dropout=0.3)
+        adapters = hd_pissa_extra.attach(model, RANK, shards=K, dropout=0.3)
         losses = []
         for i in range(K):
             with adapters.shard(i):
@@ -216,7 +217,7 @@ def test_dropout_touches_the_adapter_input_alone():
     """Y and dX are without mask; g_B = ((D X) A)^T dY for a 0-or-1/(1-p) mask that differs between shards."""
     layer, x = make_linear(False), torch.eye(M, dtype=torch.float64).requires_grad_()
     plain = layer(x).detach()
-    adapters = hd_pissa.attach(nn.Sequential(layer), RANK, shards=K, dropout=0.5)
+    adapters = hd_pissa_extra.attach(nn.Sequential(layer), RANK, shards=K, dropout=0.5)
     factors, masks = adapters.state_dict(), []
     for i in range(K):
         with adapters.shard(i):

@@ -11,6 +11,7 @@ import twin
 from families import LAYERS, flags, folder, names
 
 import hd_pissa
+import hd_pissa_extra
 import train
 from data import models, tokenizer
 
@@ -283,7 +284,7 @@ def test_lora_export_loads_in_peft(family, tmp_path):
     peft = pytest.importorskip("peft")
     base = families.model(family)
     model, x = copy.deepcopy(base), batch(3)
-    adapters = hd_pissa.attach(model, R, shards=K, accumulate=True)
+    adapters = hd_pissa_extra.attach(model, R, shards=K, accumulate=True)
     optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0)
     for t in range(3):
         for i in range(K):

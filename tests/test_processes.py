@@ -110,7 +110,7 @@ def test_loop_does_not_depend_on_processes(tmp_path):
 
 
 def texts():
-    return hd_pissa_extra.gather_text("\u0394A " * hd_pissa.rank()), hd_pissa_extra.gather_text("")
+    return hd_pissa_extra.gather_text("\u0394A " * hd_pissa.process_index()), hd_pissa_extra.gather_text("")
 
 
 def test_gather_text(tmp_path):
@@ -129,7 +129,7 @@ def message_of(work):
 
 def refusals():
     """[(message, W untouched)] on this rank for faults that rank 1 alone has."""
-    second, out = hd_pissa.rank() == 1, []
+    second, out = hd_pissa.process_index() == 1, []
     weights, bias, data = problem32(2)
 
     def nan_weight():
@@ -145,7 +145,7 @@ def refusals():
     for fault in ("no gradient", "nan increment"):
         model = toy.module(weights, bias)
         adapters = hd_pissa.attach(model, 2)
-        x, y = data[0][hd_pissa.rank()]
+        x, y = data[0][hd_pissa.process_index()]
         if not (second and fault == "no gradient"):
             (model(x) - y).square().mean().backward()
         torch.optim.AdamW(adapters.parameters(), lr=1e-2, weight_decay=0.0).step()
@@ -228,7 +228,7 @@ weights, bias, data = toy.problem(shards=2)
 model = toy.module(weights, bias)
 adapters = hd_pissa.attach(model, 2)
 (model(data[0][0][0]) ** 2).mean().backward()
-if hd_pissa.rank() == 1:
+if hd_pissa.process_index() == 1:
     raise RuntimeError("no such luck")
 adapters.merge_()
 """

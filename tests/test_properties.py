@@ -58,7 +58,7 @@ def test_training_equals_the_twin(shape, K, r, tokens, seed, wide, exchange, bas
     layers[0].weight.data = (weights[0] if conv1d else weights[0].T).to(wide, copy=True)
     layers[0].bias.data, layers[1].weight.data = bias.to(wide), weights[1].T.to(wide, copy=True)
     model = nn.Sequential(layers[0], nn.Tanh(), layers[1])
-    adapters = hd_pissa.attach(model, r, shards=K, exchange=exchange, basis=basis, aggregate=aggregate,
+    adapters = hd_pissa_extra.attach(model, r, shards=K, exchange=exchange, basis=basis, aggregate=aggregate,
                                alpha=alpha, bucket_mb=bucket_mb)  # fmt: skip
     make = torch.optim.AdamW if exact else torch.optim.SGD
     params = make(adapters.parameters(), lr=1e-2, weight_decay=0.0)

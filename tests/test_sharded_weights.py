@@ -53,7 +53,7 @@ def steps(model, adapters, sizes, count=4):
 def run(sizes, sharded, dtype=None, **options):
     model = build(sizes)
     init = "top" if min(sizes) < 4 else "hd_pissa"  # K r <= min(m, n) leaves no row-less process else
-    adapters = hd_pissa.attach(model, 1, shards=4, dtype=dtype, init=init, **options)
+    adapters = hd_pissa_extra.attach(model, 1, shards=4, dtype=dtype, init=init, **options)
     if dtype is not None:
         model.to(dtype)
         model.register_forward_pre_hook(lambda module, inputs: (inputs[0].to(dtype),))

@@ -9,6 +9,7 @@ import toy
 import twin
 
 import hd_pissa
+import hd_pissa_extra
 
 
 @pytest.mark.parametrize("exchange", ["all_gather", "all_reduce"])
@@ -135,7 +136,7 @@ def test_rank_deficient_weight_falls_back_to_the_full_svd(capsys):
     """W of rank 3 asked for 8 components: orthonormal factors all the same."""
     g = torch.Generator().manual_seed(0)
     W = torch.randn((20, 3), generator=g) @ torch.randn((3, 30), generator=g)
-    U, S, Vt = hd_pissa.components(W, 8, "layer")
+    U, S, Vt = hd_pissa_extra.components(W, 8, "layer")
     said = capsys.readouterr().out
     assert "layer: squared singular values fall" in said and "layer: components by a float64" in said
     torch.testing.assert_close(U.T @ U, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-9)

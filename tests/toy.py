@@ -5,7 +5,17 @@ import torch.nn as nn
 
 import hd_pissa
 
+CORE = ("shards", "targets", "exclude", "init", "alpha", "aggregate", "exchange", "seed", "decompose", "progress")
 SIZES, K, R, STEPS = (20, 24, 18), 4, 2, 5  # m of the first weight, n, n of the second
+
+
+def attach(model, rank, **arguments):
+    """hd_pissa.attach, or hd_pissa_extra.attach where an argument is only its own."""
+    if set(arguments) <= set(CORE):
+        return hd_pissa.attach(model, rank, **arguments)
+    import hd_pissa_extra
+
+    return hd_pissa_extra.attach(model, rank, **arguments)
 
 
 def problem(dtype=torch.float64, shards=K, steps=STEPS, seed=0):
@@ -32,11 +42,11 @@ def module(weights, bias) -> nn.Sequential:
     return model
 
 
-def run(weights, bias, data, lr=1e-2, make=None, clip=None, **attach):
+def run(weights, bias, data, lr=1e-2, make=None, clip=None, **arguments):
     """Weights (m, n) after training with hd_pissa."""
     model = module(weights, bias)
-    adapters = hd_pissa.attach(
-        model, attach.pop("rank", R), shards=attach.pop("shards", len(data[0])), **attach
+    adapters = attach(
+        model, arguments.pop("rank", R), shards=arguments.pop("shards", len(data[0])), **arguments
     )
     make = make or (lambda params: torch.optim.AdamW(params, lr=lr, weight_decay=0.0))
     optimizer = make(adapters.parameters())

@@ -65,7 +65,7 @@ def measure(exchange: str) -> dict:
     model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
     adapters = hd_pissa.attach(model, RANK, exchange=exchange)  # one shard a process, K = 2
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-6, weight_decay=0.0)
-    x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(hd_pissa.rank()))
+    x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(hd_pissa.process_index()))
 
     def increments():
         adapters.touched.update(range(adapters.S))
@@ -87,7 +87,7 @@ def worker(path: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     result = {exchange: measure(exchange) for exchange in EXCHANGES}
-    if hd_pissa.rank() == 0:
+    if hd_pissa.process_index() == 0:
         Path(path).write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()

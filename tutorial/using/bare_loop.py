@@ -59,7 +59,7 @@ def main() -> None:
     (hooked, losses), (plain, _) = run(hook=True), run(hook=False)
     equal = all(torch.equal(a, b) for a, b in zip(hooked.state_dict().values(), plain.state_dict().values()))
     S = hd_pissa.update_spectrum(small_model()[1].weight, hooked[1].weight)
-    if hd_pissa.rank() == 0:
+    if hd_pissa.process_index() == 0:
         print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}\n"
               f"effective rank of dW: {hd_pissa.effective_rank(S)} of {len(S)}; 2 K r = 16\n"
               f"CHECK merging by the hook and by hand give the same weights, bit for bit: {equal}")

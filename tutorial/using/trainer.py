@@ -63,7 +63,7 @@ class KeepShards(TrainerCallback):
         self.adapters, self.optimizer = adapters, optimizer
 
     def file(self, args, state) -> Path:
-        return Path(args.output_dir, f"checkpoint-{state.global_step}", f"hd_pissa_{hd_pissa.rank()}.pt")
+        return Path(args.output_dir, f"checkpoint-{state.global_step}", f"hd_pissa_{hd_pissa.process_index()}.pt")
 
     def on_save(self, args, state, control, **kwargs):
         kept = {"adapters": self.adapters.state_dict(), "optimizer": self.optimizer.state_dict()}
@@ -134,7 +134,7 @@ def main(out: str | None = None) -> None:
         plain = bare_loop(seen, [line["learning_rate"] for line in log], trainer.args.device)
         model, x = trainer.model.eval(), small_data(4)[3]["input_ids"][None].to(trainer.args.device)
         equal, same = all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters())), True
-        if hd_pissa.rank() == 0:                    # the process that has written the folder
+        if hd_pissa.process_index() == 0:                    # the process that has written the folder
             saved = LlamaForCausalLM.from_pretrained(out or folder).to(trainer.args.device)
             same = torch.equal(saved(x).logits, model(x).logits)
             print(f"loss {log[0]['loss']:.4f} -> {log[-1]['loss']:.4f}: {hd_pissa.world_size()} processes, "
