@@ -13,7 +13,7 @@ from test_resume import equal, main, outcome
 
 import hd_pissa
 import train
-from data import checkpoint
+from training import checkpoint
 
 
 @pytest.fixture(scope="module")
