@@ -32,12 +32,12 @@ import torch
 from tqdm import tqdm
 
 import hd_pissa
-from data import models
-from data.checkpoint import alone, digest, sync
 from data.rows import FORMAT, identity, pack
 from data.sets import MIXES, SETS, SPELLINGS, Dropped, as_in_paper, conversion, in_thousands, paper_rows
 from data.tokenizer import GPTTokenizer
-from hd_pissa_extra import say
+from training import models
+from training.folder import alone, digest, sync
+from training.processes import say
 
 PART = 5000         # source rows a part: what a killed preparation does again, at most
 

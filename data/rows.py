@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import hd_pissa
-from hd_pissa_extra import say
+from training.processes import say
 
 FORMAT = 1
 INDEX = np.dtype([("start", "<u8"), ("length", "<u4"), ("prompt", "<u4"), ("domain", "<u2"), ("hash", "<u8")])

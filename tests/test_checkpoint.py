@@ -14,7 +14,7 @@ from test_resume import equal, main, outcome
 import hd_pissa
 import hd_pissa_extra
 import train
-from data import checkpoint
+from training import checkpoint
 
 
 @pytest.fixture(scope="module")

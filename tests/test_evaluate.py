@@ -18,9 +18,9 @@ from spawned import spawn
 import hd_pissa
 import hd_pissa_extra
 import train
-from data import answers, evaluate
 from data.rows import read_rows
 from data.tokenizer import HFTokenizer
+from training import answers, evaluate
 
 WORDS = ["<unk>", "<eos>", *(str(i) for i in range(40)), *"answer1 answer2 answer3 the is correct".split()]
 

@@ -10,7 +10,7 @@ from toy import K, R, problem, run
 import hd_pissa
 import hd_pissa_extra
 import train
-from data import checkpoint
+from training import checkpoint
 
 LLAMA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=64, max_position_embeddings=64)  # fmt: skip
@@ -260,12 +260,12 @@ def test_command_line_resume_and_changed_base(tmp_path, capsys):
         calls.append(args)
         save_file(state, file, metadata={"format": "pt"})
 
-    report_losses, train.report_losses = train.report_losses, spoil
+    report_losses, train.report.report_losses = train.report.report_losses, spoil
     try:
         with pytest.raises(SystemExit):
             train.main([*flags, "2", "--out", str(tmp_path / "spoilt")])
     finally:
-        train.report_losses = report_losses
+        train.report.report_losses = report_losses
     message = capsys.readouterr().err
     assert calls and "mlp.up_proj.weight differs" in message and "Traceback" not in message
     assert not (tmp_path / "spoilt" / "lora").exists() and not (tmp_path / "spoilt" / "model").exists()

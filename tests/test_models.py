@@ -13,7 +13,8 @@ from families import LAYERS, flags, folder, names
 import hd_pissa
 import hd_pissa_extra
 import train
-from data import models, tokenizer
+from data import tokenizer
+from training import models
 
 pytest.importorskip("transformers")
 FAMILIES = list(LAYERS)
@@ -239,7 +240,7 @@ def test_folder_gives_the_training_models_logits(family, tmp_path, monkeypatch):
 
 def test_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """An error in the middle, here a full disk at the tokenizer, leaves a former run's folder as it was."""
-    from data import models
+    from training import models
     path, model = folder(tmp_path / "base", "llama"), families.model("llama")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     made = models.HFTokenizer(str(path))
@@ -512,7 +513,7 @@ def test_dry_run_of_the_papers_models(name, tmp_path, capsys, monkeypatch):
     """From config.json and a tokenizer alone: the published number of weights, whether it fits, largest r."""
     import transformers
 
-    from data import dry_run
+    from training import dry_run
     kind, sizes, weights, side = REAL[name]
     getattr(transformers, kind)(**sizes, max_position_embeddings=4096).save_pretrained(tmp_path)
     families.tokenizer().save_pretrained(tmp_path)

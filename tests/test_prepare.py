@@ -19,8 +19,9 @@ import torch
 from conftest import ROOT
 
 import train
-from data import prepare, recipes, rows, sets
+from data import prepare, rows, sets
 from data.tokenizer import GPTTokenizer, HFTokenizer
+from training import recipes
 
 EMBEDDED = train.DATA / "multi_domain.jsonl"
 

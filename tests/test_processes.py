@@ -16,6 +16,7 @@ import hd_pissa
 import hd_pissa_extra
 import train
 from data.rows import read_rows
+from training import baselines
 
 CONFIGS = [
     dict(exchange=e, aggregate=a) for e, a in itertools.product(("all_gather", "all_reduce"), ("mean", "sum"))
@@ -76,7 +77,7 @@ def loop(method="hd_pissa"):
     if method == "hd_pissa":
         adapters = hd_pissa.attach(model, 2, shards=4)
     else:
-        adapters = train.Baseline(model, method, 2, 4, "all-linear", None, 0)
+        adapters = baselines.Baseline(model, method, 2, 4, "all-linear", None, 0)
     log = list(
         hd_pissa.train(
             model,
@@ -155,7 +156,7 @@ def refusals():
     out.append(
         (
             message_of(
-                lambda: train.everywhere(lambda: read_rows("missing.jsonl") if second else None)
+                lambda: hd_pissa_extra.everywhere(lambda: read_rows("missing.jsonl") if second else None)
             ),
             True,
         )

@@ -9,7 +9,7 @@ import twin
 
 import hd_pissa
 import hd_pissa_extra
-from data import checkpoint
+from training import checkpoint
 
 hypothesis = pytest.importorskip("hypothesis", reason="pip install -r requirements-extra.txt")
 from hypothesis import HealthCheck, assume, given, settings  # noqa: E402

@@ -6,7 +6,7 @@ import toy
 import twin
 
 import hd_pissa
-from data import report
+from training import report
 
 
 def rank_of(before, after) -> int:

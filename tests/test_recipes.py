@@ -7,7 +7,7 @@ import families
 import pytest
 
 import train
-from data import recipes
+from training import recipes
 
 TABLE_4 = {"method": "hd_pissa", "rank": 16, "shards": 8, "batch_size": 128, "schedule": "cosine",
            "warmup": 0.03, "alpha": None, "dropout": 0.0, "targets": "all-linear", "dtype": "float32",
@@ -19,7 +19,7 @@ PAPER = {"paper-math": TABLE_4, "paper-code": TABLE_4, "paper-commonsense": TABL
 
 
 def parsed(line):
-    return vars(train.parse(line.split())[0])
+    return vars(train.parse(line.split()))
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -58,7 +58,7 @@ def test_lr_by_the_model(family, lr, tmp_path, capsys):
     (tmp_path / "mistral-like" / "config.json").write_text(json.dumps({"model_type": family}))
     assert parsed(f"--recipe paper-math --model {tmp_path / 'mistral-like'}")["lr"] == lr
     assert parsed("--recipe paper-math --model mistralai/Mistral-7B-v0.1")["lr"] == 5e-6
-    args = train.parse(["--recipe", "paper-math", "--model", str(tmp_path / "mistral-like")])[0]
+    args = train.parse(["--recipe", "paper-math", "--model", str(tmp_path / "mistral-like")])
     recipes.report(args)
     assert ("not for this --model" in capsys.readouterr().out) == (family == "qwen2")
 
@@ -71,7 +71,7 @@ def test_without_a_recipe_nothing_changes():
 
 def test_what_it_says(capsys):
     """All resolved values; which are the command line's; what lr belongs to; the note on table 5's epochs."""
-    args = train.parse("--recipe paper-commonsense --model a/llama --rank 16 --aggregate sum".split())[0]
+    args = train.parse("--recipe paper-commonsense --model a/llama --rank 16 --aggregate sum".split())
     recipes.report(args)
     lines = capsys.readouterr().out.splitlines()
     assert "table 5" in lines[0] and "Section 5.2 says three: --epochs 3" in lines[0]

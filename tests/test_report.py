@@ -14,10 +14,10 @@ import pytest
 import torch
 
 import train
-from data import report_html
-from data.report import sampled
+from training import report_html
+from training.report import sampled
 
-SCRIPT = Path(train.__file__).parent / "data" / "report_html.py"
+SCRIPT = Path(train.__file__).parent / "training" / "report_html.py"
 
 
 @pytest.fixture(scope="module")

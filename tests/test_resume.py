@@ -14,7 +14,7 @@ from spawned import spawn
 
 import hd_pissa
 import train
-from data import checkpoint
+from training import checkpoint
 
 SMALL = ["--max_steps", "6", "--shards", "4", "--batch_size", "16", "--micro_batch_size", "2",
          "--eval_rows", "8", "--threads", "1", "--save_every", "2"]  # fmt: skip

@@ -6,7 +6,7 @@ from spawned import spawn
 from toy import module, problem
 
 import hd_pissa
-from data.svd_cache import cached_components
+from training.svd_cache import cached_components
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import hd_pissa
 import train
 from data.rows import encode, hold_out, read_rows, step_batches
+from training import baselines
 
 ROOT = Path(train.__file__).resolve().parent
 
@@ -122,7 +123,7 @@ def test_baseline_forward_is_the_residual_adapter(method):
     x = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         start = model(x)
-    baseline = train.Baseline(model, method, 2, 1, "all-linear", 4.0, 0)
+    baseline = baselines.Baseline(model, method, 2, 1, "all-linear", 4.0, 0)
     torch.testing.assert_close(model(x), start, rtol=1e-10, atol=1e-10)
     optimizer = torch.optim.AdamW(baseline.parameters(), lr=1e-2)
     for _ in range(3):
@@ -142,7 +143,7 @@ def test_baseline_dropout_is_on_the_adapters_input():
     x = torch.randn(7, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad():
         start = model(x)
-    baseline = train.Baseline(model, "pissa", 3, 1, "all-linear", 6.0, 0, 0.4)
+    baseline = baselines.Baseline(model, "pissa", 3, 1, "all-linear", 6.0, 0, 0.4)
     (A, B), s = baseline.parameters(), 2.0
     torch.manual_seed(5)
     mask = torch.ones(12).double().expand(7, 12).bernoulli(0.6) / 0.6
@@ -157,7 +158,7 @@ def test_baselines_minimise_the_whole_batch():
     g = torch.Generator().manual_seed(0)
     rows = [(torch.randint(0, 50, (n,), generator=g).tolist(), 2) for n in (5, 12, 7, 9)]
     model, kept = train.GPT(50, block_size=16, layers=1, width=32).double(), []
-    adapters = train.Baseline(model, "full", 2, 4, "all-linear", None, 0)
+    adapters = baselines.Baseline(model, "full", 2, 4, "all-linear", None, 0)
     x, y = hd_pissa.pad(rows, "cpu")
     F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
     expected = [p.grad.clone() for p in adapters.parameters()]
@@ -259,7 +260,7 @@ def test_exact_match_is_greedy_decoding():
 
 def test_the_embedded_job_leaves_room_above_2Kr():
     """2Kr < min(m, n) / 2 at K = 8, and the base model knows at most a tenth of the answers (README)."""
-    flags = {name: default for flags in train.FLAGS.values() for name, _, default, _ in flags}
+    flags = {flag[0]: flag[2] for flag in train.FLAGS if not isinstance(flag, str)}
     model, tokenizer, context = train.load_model(flags["model"], 0)
     found, _ = hd_pissa.find_layers(model, "all-linear")
     assert 2 * flags["shards"] * flags["rank"] < min(min(m.weight.shape) for _, m in found) / 2

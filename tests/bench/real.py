@@ -26,7 +26,7 @@ import torch  # noqa: E402
 
 import hd_pissa  # noqa: E402
 import train  # noqa: E402
-from data import models  # noqa: E402
+from training import models  # noqa: E402
 
 REAL = Path(os.environ.get("HD_PISSA_REAL", ROOT.parent / "shared" / "real"))
 RATES = {"hd_pissa": 1e-3, "pissa": 5e-4, "lora": 1e-3, "full": 4e-5}

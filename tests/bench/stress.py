@@ -26,7 +26,7 @@ from spawned import spawn  # noqa: E402
 from test_crash import SMALL, kill_many  # noqa: E402
 
 import train  # noqa: E402
-from data import checkpoint  # noqa: E402
+from training import checkpoint  # noqa: E402
 
 
 def save_seconds(out: str, steps: int) -> list[float]:

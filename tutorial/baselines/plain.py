@@ -9,10 +9,10 @@ import torch
 import torch.nn as nn
 
 import hd_pissa
-import train
+from training.baselines import Baseline
 
 
-class Plain(train.Baseline):
+class Plain(Baseline):
     """Named tensors trained on the whole step batch with any optimizer; nothing to merge during the run.
 
     model     the model that holds them

@@ -24,13 +24,13 @@ import torch  # noqa: E402
 import hd_pissa  # noqa: E402
 import hd_pissa_extra  # noqa: E402
 import train  # noqa: E402
-from data.evaluate import evaluate  # noqa: E402
 from data.rows import encode, hold_out, read_rows, step_batches  # noqa: E402
+from training.evaluate import evaluate  # noqa: E402
 from tutorial.baselines import bases, embedding, intermediate, mora, plain  # noqa: E402
 from tutorial.experiments.arms import complete  # noqa: E402
 
-SOURCES = ("hd_pissa.py", "hd_pissa_extra.py", "train.py", "data/rows.py", "data/evaluate.py", "data/base.pt",
-           "data/multi_domain.jsonl", "data/tokenizer.tiktoken")
+SOURCES = ("hd_pissa.py", "hd_pissa_extra.py", "train.py", "training/baselines.py", "training/evaluate.py",
+           "data/rows.py", "data/base.pt", "data/multi_domain.jsonl", "data/tokenizer.tiktoken")
 RUNNER = ("tutorial/experiments/job.py", "tutorial/baselines/plain.py", "tutorial/baselines/mora.py",
           "tutorial/baselines/intermediate.py", "tutorial/baselines/bases.py",
           "tutorial/baselines/embedding.py")

@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 import hd_pissa
 import hd_pissa_extra
-from data.answers import is_right, kind_of
 from data.rows import read_rows
+from training.answers import is_right, kind_of
 
 
 def dealt(lengths: list[int], batch_size: int, desc: str):
@@ -167,13 +167,15 @@ def ask(model, tokenizer, rows, device, context: int, new_tokens: int, batch_siz
     return [said.get(j, {"text": None, "right": False, "ended": False}) for j in range(len(rows))]
 
 
-def examiner(args, sets, tokenizer, context: int, device):
-    """A function (model, step, beat) that asks all sets, adds to OUT/eval.jsonl, and returns all its lines.
+def examiner(args, tokenizer, context: int, device):
+    """A function (model, step, beat) that asks all sets of --eval, adds to OUT/eval.jsonl, returns its lines.
 
     The texts go to OUT/answers/SET.step_N.jsonl. Lines of this step and later ones are replaced: a run that
     goes on does them again. `beat` is called between rows, as a sign of life.
     """
     out, size, encoded = Path(args.out), max(8, args.micro_batch_size), {}
+    sets = hd_pissa_extra.everywhere(
+        lambda: read_sets(args.eval, args.eval_rows, args.execute_generated_code))
     new_tokens = min(args.eval_tokens, context // 2)
     for name, rows in sets.items():
         pairs = [(tokenizer.prompt(row["instruction"]), tokenizer.response(row["response"])) for row in rows]

@@ -10,8 +10,8 @@ import torch
 
 import hd_pissa
 import hd_pissa_extra
-from data import models
-from hd_pissa_extra import say
+from training import models
+from training.processes import say
 
 LLAMA, MISTRAL = 2e-5, 5e-6         # table 4: the learning rate by the base model
 

@@ -1,66 +1,16 @@
-"""What a run prints and logs: what is trained, losses, the rank of dW, and that a process still waits."""
+"""What a run prints and logs: what is trained, losses, the rank of dW."""
 
-import contextlib
 import itertools
 import json
 import math
-import sys
-import threading
-import time
 from pathlib import Path
 
 import torch
 
 import hd_pissa
 import hd_pissa_extra
-from hd_pissa_extra import say
-
-
-@contextlib.contextmanager
-def heartbeat(seconds: float, timeout: float):
-    """Yields a function to call after every step; without a call for `seconds`, this process says so."""
-    last, over = [time.monotonic(), 0], threading.Event()
-
-    def beat(step: int) -> None:
-        last[:] = time.monotonic(), step
-
-    def watch():
-        said = time.monotonic()
-        while not over.wait(min(1.0, seconds)):
-            now = time.monotonic()
-            if now - max(last[0], said) >= seconds:
-                said = now
-                print(f"process {hd_pissa.rank()}: {now - last[0]:.0f} s since step {last[1]} ended; a "
-                      f"collective gives up after --timeout {timeout:g} s", file=sys.stderr, flush=True)
-
-    thread = threading.Thread(target=watch, daemon=True)
-    if seconds:
-        thread.start()
-    try:
-        yield beat
-    finally:
-        over.set()
-
-
-def cut_log(path: Path, step: int) -> None:
-    """Drop the lines after `step`, and one that a kill has cut: those steps are done again."""
-    kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            kept += [line] if json.loads(line)["step"] <= step else []
-    path.write_text("".join(kept))
-
-
-def append_log(path: Path, record: dict) -> OSError | None:
-    """Process 0 adds a line; an error is returned, for all processes to raise together."""
-    if hd_pissa.rank() > 0:
-        return None
-    line = {k: v if math.isfinite(v) else None for k, v in record.items()}
-    try:
-        with open(path, "a") as log:
-            log.write(json.dumps(line) + "\n")
-    except OSError as e:
-        return e
+from training.folder import read_result
+from training.processes import say
 
 
 def sampled(names: list[str]) -> list[str]:
@@ -83,10 +33,14 @@ def report_layers(args, adapters, names) -> None:
         say(f"skipped: {name} ({why})")
 
 
-def read_result(path: Path) -> dict | None:
-    """OUT/result.json, or None where there is none, or one that a full disk or a kill has cut."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
+def finished(out: Path, checkpoint: Path, max_steps: int) -> dict | None:
+    """The result of a run that has ended, printed again; None where there is more to do."""
+    result = read_result(out / "result.json")
+    if not result or checkpoint != out / "checkpoint" / f"step_{max_steps}":
+        return None
+    report_losses(result["before"], result["after"])
+    say(f"\n{checkpoint} is the end of this run; choose another --out, or --resume never to train again")
+    return result
 
 
 def report_losses(before, after) -> None:

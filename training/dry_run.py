@@ -10,9 +10,9 @@ import torch.nn as nn
 
 import hd_pissa
 import hd_pissa_extra
-from data.report import sampled
 from data.rows import enough, lengths, load
-from hd_pissa_extra import say
+from training.processes import say
+from training.report import sampled
 
 
 def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool) -> int:

@@ -10,8 +10,9 @@ import torch
 
 import hd_pissa
 import hd_pissa_extra
-from data import checkpoint
 from data.tokenizer import HFTokenizer
+from training import checkpoint
+from training.processes import say
 
 
 def is_small(name: str) -> bool:
@@ -136,7 +137,7 @@ def export(args, adapters, sums: dict, folder: Path, load_model) -> float:
     base = hd_pissa_extra.everywhere(load_base)
     error = hd_pissa.export_lora(adapters, str(folder), base, args.model, args.lora_rank)
     rank = args.lora_rank or 2 * args.shards * args.rank
-    hd_pissa_extra.say(f"\nLoRA of rank {rank} in {folder}: relative error {error:.1e} of dW")
+    say(f"\nLoRA of rank {rank} in {folder}: relative error {error:.1e} of dW")
     return error
 
 

@@ -12,9 +12,7 @@ the seed, the step and the shard, so the step number is the whole state of data 
 
 import collections
 import contextlib
-import hashlib
 import json
-import os
 import pickle
 import re
 import shutil
@@ -25,9 +23,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
+import hd_pissa
 import hd_pissa_extra
-from hd_pissa import gather_shards, rank, world_size
-from hd_pissa_extra import everywhere, gather_text
+from training.folder import digest, sync
+from training.processes import say
 
 FORMAT = 1
 # What may differ when a run goes on; the last two lose bit equality. Anything else is another run.
@@ -119,7 +118,7 @@ def check_replicas(adapters, device) -> dict[str, int]:
         sums.append(sum(weight_sum(part.detach(), start) for part in parts))
         sharded |= cut
     signed = [(s + 2**63) % 2**64 - 2**63 for s in sums]
-    table = gather_shards(torch.tensor([signed], dtype=torch.int64, device=device)).tolist()
+    table = hd_pissa.gather_shards(torch.tensor([signed], dtype=torch.int64, device=device)).tolist()
     if sharded:
         return {name: sum(column) % 2**64 for name, column in zip(names, zip(*table))}
     for name, column in zip(names, zip(*table)):
@@ -152,54 +151,6 @@ def tensors_of(model, adapters, optimizer) -> dict[str, torch.Tensor]:
     return state
 
 
-def sync(path: Path) -> None:
-    """The file or folder is on the disk, not only in the kernel's cache."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def digest(path: Path) -> list:
-    """[size, blake2b] of a file."""
-    h = hashlib.blake2b(digest_size=32)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            h.update(block)
-    return [path.stat().st_size, h.hexdigest()]
-
-
-@contextlib.contextmanager
-def alone(out: Path):
-    """Process 0 makes and holds the folder; ValueError on all processes if another run has it.
-
-    Workers may outlive a torchrun that was killed; a second run would mix its files with theirs.
-    """
-    def lock():
-        if rank() > 0:
-            return None
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
-        try:
-            import fcntl
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise ValueError(f"another run is writing to {out}; wait for it, or end it (pgrep -f train.py), "
-                             "or give another --out") from None
-        except (ImportError, OSError):
-            pass                        # no such locks on this system, or on this network disk
-        return handle
-
-    handle = everywhere(lock)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)            # and the kernel does so when a process is killed
-
-
 def clean(folder: Path) -> None:
     """Remove what a killed save has left."""
     for stale in folder.glob("step_*.tmp") if folder.is_dir() else ():
@@ -214,19 +165,20 @@ def save(folder: Path, step: int, model, adapters, optimizer, config: dict, extr
     temporary, final = folder / f"step_{step}.tmp", folder / f"step_{step}"
 
     def prepare():
-        if rank() == 0:
+        if hd_pissa.rank() == 0:
             clean(folder)
             temporary.mkdir(parents=True)
 
     def visible():
         if not temporary.is_dir():
-            raise OSError(f"{temporary} is not there on process {rank()}; --out must lie on a file system "
-                          "that all machines share")
+            raise OSError(f"{temporary} is not there on process {hd_pissa.rank()}; --out must lie on a "
+                          "file system that all machines share")
 
     def write():
         try:
             with quiet():
-                dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary), no_dist=world_size() == 1)
+                dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary),
+                         no_dist=hd_pissa.world_size() == 1)
         except CheckpointException as e:
             why = "; ".join(f"process {i}: {error}" for i, (error, _) in e.failures.items())
             # torch's file writer may hide the reason: "unexpected pos 64 vs 0"
@@ -234,11 +186,12 @@ def save(folder: Path, step: int, model, adapters, optimizer, config: dict, extr
             raise OSError(f"No space left on device ({why})" if full else why) from e
 
     def digests():
-        own = [*temporary.glob(f"__{rank()}_*")] + ([temporary / ".metadata"] if rank() == 0 else [])
+        own = [*temporary.glob(f"__{hd_pissa.rank()}_*")]
+        own += [temporary / ".metadata"] if hd_pissa.rank() == 0 else []
         return {path.name: digest(path) for path in own}
 
     def finish():
-        if rank() == 0:
+        if hd_pissa.rank() == 0:
             more = extra | {"merges": adapters.step, "mean_over": adapters.mean_over}
             manifest = dict(format=FORMAT, step=step, config=config, extra=more, sums=sums, files=files)
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -254,15 +207,15 @@ def save(folder: Path, step: int, model, adapters, optimizer, config: dict, extr
     state = tensors_of(model, adapters, optimizer)          # first: it lets go of weights gathered whole
     sums = check_replicas(adapters, device)
     try:
-        everywhere(prepare)
-        everywhere(visible)
-        everywhere(write)
+        hd_pissa_extra.everywhere(prepare)
+        hd_pissa_extra.everywhere(visible)
+        hd_pissa_extra.everywhere(write)
         files = {}
-        for text in gather_text(json.dumps(everywhere(digests))):
+        for text in hd_pissa_extra.gather_text(json.dumps(hd_pissa_extra.everywhere(digests))):
             files |= json.loads(text)
-        everywhere(finish)
+        hd_pissa_extra.everywhere(finish)
     except ValueError as e:
-        if rank() == 0:
+        if hd_pissa.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         before = [path.name for path in steps(folder)]
         kept = f"{before[-1]} is whole, the same command continues from it" if before else "no other yet"
@@ -312,7 +265,7 @@ def read_manifest(path: Path) -> dict:
             age = "newer" if there > FORMAT else "older"
             raise ValueError(f"{path} is of format {there}, this program reads format {FORMAT}; use the "
                              f"{age} program that wrote it, or --resume never")
-        for name in sorted(files)[rank()::world_size()]:
+        for name in sorted(files)[hd_pissa.rank()::hd_pissa.world_size()]:
             file, (size, _) = path / name, files[name]
             if Path(name).name != name or not file.is_file():
                 raise ValueError(f"{file} is missing: {unusable}")
@@ -322,7 +275,7 @@ def read_manifest(path: Path) -> dict:
                 raise ValueError(f"{file} is damaged, its digest is not the manifest's: {unusable}")
         return manifest
 
-    return everywhere(check)
+    return hd_pissa_extra.everywhere(check)
 
 
 def same_run(manifest: dict, config: dict, path: Path) -> None:
@@ -338,6 +291,25 @@ def same_run(manifest: dict, config: dict, path: Path) -> None:
         pairs = "; ".join(f"--{k} is {config.get(k)} here, {there.get(k)} there" for k in sorted(other))
         raise ValueError(f"{path} is of another run: {pairs}. Give its values, or another --out, or "
                          "--resume never to overwrite it")
+
+
+def look(resume: str, out: Path, config: dict) -> tuple[Path, dict] | None:
+    """(checkpoint, its manifest) that this command goes on from; None to begin anew."""
+    path = hd_pissa_extra.everywhere(lambda: find(resume, out))
+    if path is None:
+        return None
+    manifest = read_manifest(path)
+    same_run(manifest, config, path)
+    return path, manifest
+
+
+def go_on(path: Path, manifest: dict, model, adapters, optimizer, config: dict, device) -> tuple[int, dict]:
+    """Load the checkpoint; (its step, what the run knew from its start), and say what has changed since."""
+    start = load(path, manifest, model, adapters, optimizer, config, device)
+    was = {key: manifest["config"][key] for key in ("exchange", "device", "shards", "processes")}
+    say(f"going on after step {start} of {path}" + "".join(
+        f"; {key} was {value}, is {config[key]}" for key, value in was.items() if value != config[key]))
+    return start, manifest["extra"]
 
 
 def pieces(name: str, shape, r: int, there: int) -> tuple[list[str], tuple, int, int]:
@@ -365,7 +337,7 @@ def load(path: Path, manifest: dict, model, adapters, optimizer, config: dict, d
     """
     r, there = config["rank"], manifest["config"]["rank"]
     reader = _Reader(path)
-    stored = everywhere(reader.read_metadata).state_dict_metadata
+    stored = hd_pissa_extra.everywhere(reader.read_metadata).state_dict_metadata
     wanted = tensors_of(model, adapters, optimizer)
     names = dict(adapters.named_parameters(adapters.first))
     for name, p in names.items():                                       # moments: a new optimizer has none
@@ -397,9 +369,9 @@ def load(path: Path, manifest: dict, model, adapters, optimizer, config: dict, d
             raise ValueError(f"{path} does not hold {', '.join(wrong[:3])}; it is of another "
                              "model; give another --resume, or --resume never")
 
-    everywhere(check)
+    hd_pissa_extra.everywhere(check)
     with quiet():
-        dcp.load(state, storage_reader=reader, no_dist=world_size() == 1)
+        dcp.load(state, storage_reader=reader, no_dist=hd_pissa.world_size() == 1)
     for tensor, parts, dim, start in plan:
         if tensor is not state[parts[0]]:
             joint = torch.cat([state[part] for part in parts], dim) if tensor.dim() else state[parts[0]]

@@ -1,6 +1,6 @@
 """A run in one page: OUT/report.html from the files of a run, with drawings and without network or scripts.
 
-    python data/report_html.py OUT
+    python training/report_html.py OUT
 
 train.py does this at the end of a run; the command is for one that was stopped. It needs the standard
 library alone.
@@ -274,7 +274,7 @@ def write_report(folder) -> Path:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        raise SystemExit("usage: python data/report_html.py OUT")
+        raise SystemExit("usage: python training/report_html.py OUT")
     try:
         print(write_report(sys.argv[1]))
     except (ValueError, OSError) as e:

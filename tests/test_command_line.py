@@ -1,0 +1,112 @@
+"""What a user of train.py meets: help, default folder, threads, devices, one sentence for an error."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from training import processes
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_help_shows_the_everyday_flags_first(capsys):
+    """A dozen of them, then groups of more; every flag has its default and a line of help."""
+    with pytest.raises(SystemExit):
+        train.parse(["--help"])
+    text = capsys.readouterr().out
+    first, *more = re.split(r"^(?:every day|more: [\w ]+):\n", text, flags=re.M)[1:]
+    assert len(re.findall(r"^  --", first, re.M)) == 12 and len(more) >= 4
+    assert all(f"--{name}" in first for name in "method model data rank shards lr max_steps out".split())
+    assert text.count("(default:") == len(re.findall(r"^  --", text, re.M))
+    assert text.index("usage") < 20 and text.index("every day") < 300, "no wall of flags above"
+
+
+def test_each_method_has_a_folder_of_its_own():
+    """The obvious next command, --method lora, does not meet the results of the first."""
+    outs = {train.parse(["--method", method]).out for method in ("hd_pissa", "lora", "pissa", "full")}
+    assert outs == {"out/hd_pissa", "out/lora", "out/pissa", "out/full"}
+    assert train.parse(["--out", "here"]).out == "here"
+
+
+@pytest.mark.parametrize("given, omp, small, local, threads", [
+    (3, "2", True, "2", 3), (None, "2", False, "1", 2), (None, "2", True, "1", 2), (None, None, True, "1", 1),
+    (None, None, False, "1", 6), (None, None, False, "4", 1), (None, "", False, "2", 3),
+    (None, "0", False, "1", 1),
+])  # fmt: skip
+def test_threads(given, omp, small, local, threads, monkeypatch):
+    """--threads, else OMP_NUM_THREADS, else one for the small GPT, else a share of the allowed CPUs."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if omp is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    assert processes.cpu_threads(given, small) == threads
+
+
+@pytest.mark.parametrize("gpus, local, device, expected", [
+    (0, 1, "auto", "cpu"), (1, 2, "auto", "cpu"), (2, 2, "auto", "cuda"), (2, 1, "auto", "cuda"),
+    (2, 2, "cpu", "cpu"), (2, 2, "cuda", "cuda"), (1, 2, "cuda", "2 processes for 1 GPUs; start one a GPU"),
+    (0, 1, "cuda", "use --device cpu"),
+])  # fmt: skip
+def test_devices(gpus, local, device, expected, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.delenv("RANK", raising=False)
+    if expected in ("cpu", "cuda"):
+        assert processes.start_processes(device, 1, 60.0).type == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            processes.start_processes(device, 1, 60.0)
+    said = "so they use CPUs" in capsys.readouterr().out
+    assert said == (device == "auto" and 0 < gpus < local)
+
+
+def torchrun(program, *argv):
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", program, *argv],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", [["--data", "missing.jsonl"], ["--rank", "0"]])
+def test_an_error_of_all_processes_is_said_once(flag, tmp_path):
+    """One line by process 0, status 2; torchrun's report then ends with the same sentence."""
+    done = torchrun(ROOT / "train.py", *flag, "--out", str(tmp_path / "out"), "--device", "cpu")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: error: ")]
+    assert len(lines) == 1 and done.returncode == 1 and "(most recent call last)" not in done.stdout
+    sentence = lines[0].removeprefix("train.py: error: ")
+    assert "exitcode  : 2" in done.stderr and sentence in done.stderr.splitlines()[-2]
+    assert "To enable traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_an_error_of_one_process_is_not_lost(tmp_path):
+    """Process 1 fails alone while process 0 waits for it: torchrun's report has the sentence."""
+    program = tmp_path / "program.py"
+    program.write_text(f"import os, sys, time; sys.path[:0] = [{str(ROOT)!r}]\n"
+                       "from training.processes import fail\n"
+                       "fail('disk of machine 1 is full') if os.environ['RANK'] == '1' else time.sleep(60)\n")
+    done = torchrun(program)
+    assert "traceback : disk of machine 1 is full" in done.stderr and "rank      : 1" in done.stderr
+
+
+def test_a_fault_in_the_program_shows_its_traceback_at_once():
+    """destroy_process_group may wait for other processes, so nothing calls it on the way out of an error."""
+    text = (ROOT / "train.py").read_text()
+    tail = text[text.rindex('if __name__ == "__main__":'):]
+    program = f"""
+import time
+class dist:
+    is_initialized = staticmethod(lambda: True)
+    destroy_process_group = staticmethod(lambda: time.sleep(60))
+def main(): raise MemoryError("out of memory in a step")
+{tail}"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1 and "MemoryError: out of memory in a step" in done.stderr
