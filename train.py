@@ -41,6 +41,7 @@ from training.processes import (
     say,
     signals_kept,
     start_processes,
+    together,
 )
 from training.report_html import write_report
 from training.svd_cache import cached_components
@@ -244,9 +245,9 @@ def load_model(name: str, seed: int, weights: bool = True, tokenizer: str | None
 def attach(args, model, device, resumed: bool):
     """The adapters of --method; from here on the model has its final dtype and place."""
     if args.method == "hd_pissa":
-        decompose = cached_components(args.svd_cache) if args.svd_cache else hd_pissa.components
+        decompose = cached_components(args.svd_cache) if args.svd_cache else hd_pissa_extra.components
         decompose = hd_pissa_extra.random_components if args.init == "random" else decompose
-        adapters = hd_pissa.attach(
+        adapters = hd_pissa_extra.attach(
             model, args.rank, shards=args.shards, targets=args.targets, alpha=args.alpha,
             init="hd_pissa" if args.init == "random" else args.init, dropout=args.dropout,
             aggregate=args.aggregate, exchange=args.exchange, basis=args.basis,
@@ -277,7 +278,7 @@ def step_0_logits(model, held, device) -> torch.Tensor:
 def read_data(args, tokenizer, context: int):
     """(rows to train on, held-out rows, their hash); --max_steps is settled by their number."""
     block_size = min(args.block_size or min(context, 1024), context)
-    rows, held, rows_hash = hd_pissa_extra.everywhere(
+    rows, held, rows_hash = together(
         lambda: load(args.data, args.eval_data, args.eval_rows, tokenizer, block_size))
     enough(args, rows, held)
     if args.max_steps is None:
@@ -301,13 +302,14 @@ def fit(args, config, model, adapters, optimizer, rows, start, extra, device, ex
                 optimizer=optimizer, skip_nonfinite=args.skip_nonfinite, device=device):
             step = record["step"]
             beat(step)
+            record["applied"] = float(adapters.applied)
             unwritten = folder.append_log(out / "log.jsonl", record)
             # A signal that one process has caught, clock and log of process 0: they concern all.
             own = [max(caught, default=0), time.monotonic() - saved, unwritten is not None]
             own = torch.tensor([own], dtype=torch.float64, device=device)
             signals, waited, failed = hd_pissa.gather_shards(own).T.tolist()
             if any(failed):
-                raise ValueError(hd_pissa_extra.gather_text(str(unwritten or ""))[0])
+                raise ValueError(hd_pissa.everywhere(str(unwritten or "").strip)[0])
             if args.check_every and step % args.check_every == 0:
                 checkpoint.check_replicas(adapters, device)
             if args.eval_every and step % args.eval_every == 0 and step < args.max_steps:
@@ -353,7 +355,7 @@ def save(out: Path, model, tokenizer, result) -> None:
     state = models.whole_state(model)
 
     def write():
-        if hd_pissa.rank() > 0:
+        if hd_pissa.process_index() > 0:
             return
         if isinstance(model, GPT):
             torch.save(state, out / "model.pt.tmp")
@@ -367,7 +369,7 @@ def save(out: Path, model, tokenizer, result) -> None:
         write_report(out)
         say(f"\nthe result is a plain model under the base model's names:\n  {how}")
 
-    hd_pissa_extra.everywhere(write)
+    together(write)
 
 
 # ---- The run, stage by stage ---------------------------------------------------------------------
@@ -381,7 +383,7 @@ def run(args) -> dict:
     if args.dry_run:
         return dry_run(args, load_model, STEPS)
 
-    model, tokenizer, context = hd_pissa_extra.everywhere(
+    model, tokenizer, context = together(
         lambda: load_model(args.model, args.seed, True, args.tokenizer))
     examine = examiner(args, tokenizer, context, device)
     model = model.double() if args.dtype == "float64" else model
@@ -397,7 +399,7 @@ def run(args) -> dict:
     names = [name for name, _ in hd_pissa.find_layers(model, args.targets)[0]]
     start_of = {name: model.get_parameter(name + ".weight").detach() for name in names}
     watched = {name: start_of[name].to(device, copy=True) for name in report.sampled(names)}
-    sums = {name: checkpoint.weight_sum(W) for name, W in start_of.items() if args.export_lora}
+    sums = {name: hd_pissa.checksum(W) for name, W in start_of.items() if args.export_lora}
     comparable = args.method == "hd_pissa" and args.dtype != "bfloat16" and not args.shard_weights
     logits = step_0_logits(model, held, device) if comparable and not resumed else None
     adapters = attach(args, model, device, bool(resumed))
@@ -418,7 +420,7 @@ def run(args) -> dict:
     say(f"{args.method}: {args.max_steps} steps of {args.batch_size} rows, peak lr {args.lr:g}"
         + belongs)
     with folder.alone(out):
-        hd_pissa_extra.everywhere(lambda: folder.begin(out, config, start))
+        together(lambda: folder.begin(out, config, start))
         if not start:
             examine(model, 0)
         fit(args, config, model, adapters, optimizer, rows, start, extra, device, examine)

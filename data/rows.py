@@ -77,7 +77,7 @@ def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
 def encode(rows: list[dict], tokenizer, block_size: int, what: str) -> list[tuple[list[int], int, str]]:
     """(tokens, prompt length, domain) a row, cut on the right at block_size, dropped without a response."""
     encoded, cut, dropped = [], 0, 0
-    quiet = hd_pissa.rank() > 0 or len(rows) < 20_000
+    quiet = hd_pissa.process_index() > 0 or len(rows) < 20_000
     for row in tqdm(rows, desc=f"tokenize {what}", unit="row", disable=quiet):
         prompt = tokenizer.prompt(row["instruction"])
         tokens = prompt + tokenizer.response(row["response"])
@@ -167,7 +167,7 @@ def open_prepared(folder: str, tokenizer) -> TokenFile:
 def packed(path: str, tokenizer) -> TokenFile:
     """A JSONL file as one of the sources of a list, in memory, four bytes a token."""
     rows = read_rows(path)
-    bar = tqdm(rows, desc=f"tokenize {path}", unit="row", disable=hd_pissa.rank() > 0 or len(rows) < 20_000)
+    bar = tqdm(rows, desc=f"tokenize {path}", unit="row", disable=hd_pissa.process_index() > 0 or len(rows) < 20_000)
     tokens, index, domains = pack(((r["instruction"], r["response"], domain_of(r)) for r in bar),
                                   tokenizer)
     digest = hashlib.blake2b(tokens.tobytes() + index.tobytes() + repr(domains).encode(), digest_size=16)

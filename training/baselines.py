@@ -25,23 +25,25 @@ class Baseline:
 
     def __init__(self, model, method: str, rank: int, K: int, targets, alpha, seed: int,
                  dropout: float = 0.0):
-        hd_pissa_extra.check_arguments(rank, K, alpha, dropout)
+        hd_pissa.check_arguments(rank, K, alpha)
+        hd_pissa_extra.check_arguments(dropout)
         self.K, self.S, self.step, self.mean_over = K, K // hd_pissa.world_size(), 0, 1
-        self.seed, self.first = seed, hd_pissa.rank() * self.S
+        self.seed, self.first = seed, hd_pissa.process_index() * self.S
         self.s = 1.0 if alpha is None else alpha / rank
         self.factors, self.slots, self.skipped, self._parameters = [], [], {}, {}
         model.requires_grad_(method == "full")
         if method == "full":
             self._parameters = dict(model.named_parameters())
             return
-        found, self.skipped = hd_pissa.find_layers(model, targets)
-        hd_pissa_extra.check_layers(found, self.skipped, rank, 1, targets)
+        found, self.skipped = hd_pissa.find_layers(model, targets, least=rank)
+        hd_pissa.check_layers(found, self.skipped, rank)
         init = {"lora": "lora", "pissa": "top"}[method]
         for name, module in found:
             W = module.weight.T if isinstance(module, nn.Linear) else module.weight     # (m, n)
-            flat = hd_pissa.shard_factors(W, 1, rank, init, self.s, hd_pissa.seed_of(seed, name))
-            At, B = flat[0].to(W).split((rank * W.shape[0], rank * W.shape[1]))
-            A = At.view(rank, -1).T.contiguous().requires_grad_()                       # (m, r)
+            flat = hd_pissa.shard_factors(W, 1, rank, init, self.s, hd_pissa.seed_of(seed, name),
+                                          hd_pissa_extra.components, name)
+            A, B = flat[0].to(W).split((rank * W.shape[0], rank * W.shape[1]))
+            A = A.view(-1, rank).clone().requires_grad_()                               # (m, r)
             B = B.view(rank, -1).clone().requires_grad_()                               # (r, n)
             if hd_pissa.world_size() > 1:
                 for factor in (A, B):

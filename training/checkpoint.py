@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 import hd_pissa
 import hd_pissa_extra
 from training.folder import digest, sync
-from training.processes import say
+from training.processes import say, together
 
 FORMAT = 1
 # What may differ when a run goes on; the last two lose bit equality. Anything else is another run.
@@ -82,25 +82,11 @@ def quiet():
 # ---- Checksums: one flipped bit in one replica changes them ------------------------------------------------
 
 
-def weight_sum(local: torch.Tensor, start: int = 0) -> int:
-    """sum_p bits[p] (2p + 1) mod 2^64 over the positions p = start, start + 1, ... of a part of a weight.
-
-    Positions weigh, so that two swapped numbers show; the sums of a weight's parts add up to the whole's.
-    """
-    width = {2: torch.int16, 4: torch.int32, 8: torch.int64}[local.element_size()]
-    total = torch.zeros((), dtype=torch.int64, device=local.device)
-    for part in local.contiguous().view(width).flatten().split(1 << 20):
-        at = torch.arange(start, start + len(part), dtype=torch.int64, device=local.device)
-        total += (part.long() * (2 * at + 1)).sum()
-        start += len(part)
-    return int(total)
-
-
 def trained(adapters):
     """(name, tensor or tensors of one weight, first position, sharded?) of all that the run changes."""
     for slot in adapters.slots:
-        local, rows = hd_pissa_extra.own_rows(slot.module.weight)
-        parts = [local] if slot.low is None else [local, hd_pissa_extra.own_low(slot)]
+        local, rows = slot.local()
+        parts = [local] if slot.low is None else [local, slot.low]
         yield slot.name, parts, rows.start * local[:1].numel(), local is not slot.module.weight
     if not adapters.slots:
         yield from ((name, [p], 0, False) for name, p in adapters.named_parameters())
@@ -115,7 +101,7 @@ def check_replicas(adapters, device) -> dict[str, int]:
     names, sums, sharded = [], [], False
     for name, parts, start, cut in trained(adapters):
         names.append(name)
-        sums.append(sum(weight_sum(part.detach(), start) for part in parts))
+        sums.append(sum(hd_pissa.checksum(part, start) for part in parts))
         sharded |= cut
     signed = [(s + 2**63) % 2**64 - 2**63 for s in sums]
     table = hd_pissa.gather_shards(torch.tensor([signed], dtype=torch.int64, device=device)).tolist()
@@ -141,9 +127,7 @@ def tensors_of(model, adapters, optimizer) -> dict[str, torch.Tensor]:
            if hasattr(slot.module.weight, "to_local")}  # fmt: skip
     for name, tensor in adapters.tensors().items():
         if name in cut:
-            from torch.distributed.tensor import DTensor
-            W = cut[name]
-            tensor = DTensor.from_local(tensor, W.device_mesh, W.placements, shape=W.shape, stride=W.stride())
+            tensor = hd_pissa_extra.as_sharded(tensor, cut[name])
         state[f"adapters.{name}"] = tensor.detach()
     for name, p in adapters.named_parameters(adapters.first):
         for key, value in optimizer.state.get(p, {}).items():
@@ -165,13 +149,13 @@ def save(folder: Path, step: int, model, adapters, optimizer, config: dict, extr
     temporary, final = folder / f"step_{step}.tmp", folder / f"step_{step}"
 
     def prepare():
-        if hd_pissa.rank() == 0:
+        if hd_pissa.process_index() == 0:
             clean(folder)
             temporary.mkdir(parents=True)
 
     def visible():
         if not temporary.is_dir():
-            raise OSError(f"{temporary} is not there on process {hd_pissa.rank()}; --out must lie on a "
+            raise OSError(f"{temporary} is not there on process {hd_pissa.process_index()}; --out must lie on a "
                           "file system that all machines share")
 
     def write():
@@ -186,12 +170,12 @@ def save(folder: Path, step: int, model, adapters, optimizer, config: dict, extr
             raise OSError(f"No space left on device ({why})" if full else why) from e
 
     def digests():
-        own = [*temporary.glob(f"__{hd_pissa.rank()}_*")]
-        own += [temporary / ".metadata"] if hd_pissa.rank() == 0 else []
+        own = [*temporary.glob(f"__{hd_pissa.process_index()}_*")]
+        own += [temporary / ".metadata"] if hd_pissa.process_index() == 0 else []
         return {path.name: digest(path) for path in own}
 
     def finish():
-        if hd_pissa.rank() == 0:
+        if hd_pissa.process_index() == 0:
             more = extra | {"merges": adapters.step, "mean_over": adapters.mean_over}
             manifest = dict(format=FORMAT, step=step, config=config, extra=more, sums=sums, files=files)
             (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -207,15 +191,15 @@ def save(folder: Path, step: int, model, adapters, optimizer, config: dict, extr
     state = tensors_of(model, adapters, optimizer)          # first: it lets go of weights gathered whole
     sums = check_replicas(adapters, device)
     try:
-        hd_pissa_extra.everywhere(prepare)
-        hd_pissa_extra.everywhere(visible)
-        hd_pissa_extra.everywhere(write)
+        together(prepare)
+        together(visible)
+        together(write)
         files = {}
-        for text in hd_pissa_extra.gather_text(json.dumps(hd_pissa_extra.everywhere(digests))):
-            files |= json.loads(text)
-        hd_pissa_extra.everywhere(finish)
+        for part in hd_pissa.everywhere(digests):
+            files |= part
+        together(finish)
     except ValueError as e:
-        if hd_pissa.rank() == 0:
+        if hd_pissa.process_index() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
         before = [path.name for path in steps(folder)]
         kept = f"{before[-1]} is whole, the same command continues from it" if before else "no other yet"
@@ -265,7 +249,7 @@ def read_manifest(path: Path) -> dict:
             age = "newer" if there > FORMAT else "older"
             raise ValueError(f"{path} is of format {there}, this program reads format {FORMAT}; use the "
                              f"{age} program that wrote it, or --resume never")
-        for name in sorted(files)[hd_pissa.rank()::hd_pissa.world_size()]:
+        for name in sorted(files)[hd_pissa.process_index()::hd_pissa.world_size()]:
             file, (size, _) = path / name, files[name]
             if Path(name).name != name or not file.is_file():
                 raise ValueError(f"{file} is missing: {unusable}")
@@ -275,7 +259,7 @@ def read_manifest(path: Path) -> dict:
                 raise ValueError(f"{file} is damaged, its digest is not the manifest's: {unusable}")
         return manifest
 
-    return hd_pissa_extra.everywhere(check)
+    return together(check)
 
 
 def same_run(manifest: dict, config: dict, path: Path) -> None:
@@ -295,7 +279,7 @@ def same_run(manifest: dict, config: dict, path: Path) -> None:
 
 def look(resume: str, out: Path, config: dict) -> tuple[Path, dict] | None:
     """(checkpoint, its manifest) that this command goes on from; None to begin anew."""
-    path = hd_pissa_extra.everywhere(lambda: find(resume, out))
+    path = together(lambda: find(resume, out))
     if path is None:
         return None
     manifest = read_manifest(path)
@@ -337,7 +321,7 @@ def load(path: Path, manifest: dict, model, adapters, optimizer, config: dict, d
     """
     r, there = config["rank"], manifest["config"]["rank"]
     reader = _Reader(path)
-    stored = hd_pissa_extra.everywhere(reader.read_metadata).state_dict_metadata
+    stored = together(reader.read_metadata).state_dict_metadata
     wanted = tensors_of(model, adapters, optimizer)
     names = dict(adapters.named_parameters(adapters.first))
     for name, p in names.items():                                       # moments: a new optimizer has none
@@ -369,7 +353,7 @@ def load(path: Path, manifest: dict, model, adapters, optimizer, config: dict, d
             raise ValueError(f"{path} does not hold {', '.join(wrong[:3])}; it is of another "
                              "model; give another --resume, or --resume never")
 
-    hd_pissa_extra.everywhere(check)
+    together(check)
     with quiet():
         dcp.load(state, storage_reader=reader, no_dist=hd_pissa.world_size() == 1)
     for tensor, parts, dim, start in plan:

@@ -61,14 +61,15 @@ def dry_run(args, load_model, default_steps: int) -> dict:
         raise ValueError(f"--dry_run describes --method hd_pissa, not {args.method}")
     processes, r, K = hd_pissa.world_size(), args.rank, args.shards
     S, width = K // processes, 4 if args.dtype != "float64" else 8
-    hd_pissa_extra.check_arguments(r, K, args.alpha, args.dropout)
+    hd_pissa.check_arguments(r, K, args.alpha)
+    hd_pissa_extra.check_arguments(args.dropout)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, tokenizer, context = load_model(args.model, args.seed, False, args.tokenizer)
         layers, skipped = hd_pissa.find_layers(model, args.targets)
         by_name = {name: tuple(module.weight.shape) for name, module in layers}
         shapes, cuts = list(by_name.values()), 1 if args.init == "top" else K
         if not layers:
-            hd_pissa_extra.check_layers(layers, skipped, r, K, args.targets)
+            hd_pissa.check_layers(layers, skipped, r * cuts)
         if not_fitting := [f"{name} {tuple(module.weight.shape)}" for name, module in layers
                            if cuts * r > min(module.weight.shape)]:
             raise ValueError(f"{cuts} shards x rank {r} need {cuts * r} components, too many for "

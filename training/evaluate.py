@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import hd_pissa
-import hd_pissa_extra
 from data.rows import read_rows
 from training.answers import is_right, kind_of
+from training.processes import together
 
 
 def dealt(lengths: list[int], batch_size: int, desc: str):
@@ -25,8 +25,8 @@ def dealt(lengths: list[int], batch_size: int, desc: str):
     """
     order = sorted(range(len(lengths)), key=lambda j: (lengths[j], j))
     starts, world = range(0, len(lengths), batch_size), hd_pissa.world_size()
-    rounds = range(hd_pissa.rank(), -(-len(starts) // world) * world, world)
-    for j in tqdm(rounds, desc=desc, unit="batch", leave=False, disable=hd_pissa.rank() > 0):
+    rounds = range(hd_pissa.process_index(), -(-len(starts) // world) * world, world)
+    for j in tqdm(rounds, desc=desc, unit="batch", leave=False, disable=hd_pissa.process_index() > 0):
         a = starts[min(j, len(starts) - 1)]
         yield order[a:a + batch_size], j < len(starts)
 
@@ -162,8 +162,8 @@ def ask(model, tokenizer, rows, device, context: int, new_tokens: int, batch_siz
                         tokenizer.encoding.decode(row[:-1] if ended else row))
                 beat()                                                  # running a program may take seconds
                 said[j] = {"text": text, "right": is_right(text, rows[j]), "ended": ended}
-    for part in hd_pissa_extra.gather_text(json.dumps(said)):
-        said |= {int(j): answer for j, answer in json.loads(part).items()}
+    everyone = hd_pissa.everywhere(said.copy)
+    said = {j: answer for part in everyone for j, answer in part.items()}
     return [said.get(j, {"text": None, "right": False, "ended": False}) for j in range(len(rows))]
 
 
@@ -174,7 +174,7 @@ def examiner(args, tokenizer, context: int, device):
     goes on does them again. `beat` is called between rows, as a sign of life.
     """
     out, size, encoded = Path(args.out), max(8, args.micro_batch_size), {}
-    sets = hd_pissa_extra.everywhere(
+    sets = together(
         lambda: read_sets(args.eval, args.eval_rows, args.execute_generated_code))
     new_tokens = min(args.eval_tokens, context // 2)
     for name, rows in sets.items():
@@ -194,12 +194,12 @@ def examiner(args, tokenizer, context: int, device):
                           "exact_match": 100 * sum(answer["right"] for answer in said) / len(rows),
                           "rows": len(rows), "unended": sum(not answer["ended"] for answer in said),
                           "not_asked": sum(answer["text"] is None for answer in said)})
-            if hd_pissa.rank() == 0:
+            if hd_pissa.process_index() == 0:
                 tqdm.write(describe(lines[-1], new_tokens, context))        # above the bar of the training
 
         def write():
             path, kept = out / "eval.jsonl", []
-            if hd_pissa.rank() > 0:
+            if hd_pissa.process_index() > 0:
                 return []
             if step and path.exists():
                 kept = [json.loads(line) for line in path.read_text().splitlines()]
@@ -218,7 +218,7 @@ def examiner(args, tokenizer, context: int, device):
             os.replace(path.with_suffix(".tmp"), path)          # a kill leaves the old lines or the new
             return kept + lines
 
-        return json.loads(hd_pissa_extra.gather_text(json.dumps(hd_pissa_extra.everywhere(write)))[0])
+        return hd_pissa.everywhere(write)[0]
 
     return examine
 

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import hd_pissa
-import hd_pissa_extra
+from training.processes import together
 
 
 @contextlib.contextmanager
@@ -19,7 +19,7 @@ def alone(out: Path):
     Workers may outlive a torchrun that was killed; a second run would mix its files with theirs.
     """
     def lock():
-        if hd_pissa.rank() > 0:
+        if hd_pissa.process_index() > 0:
             return None
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out, os.O_RDONLY)
@@ -34,7 +34,7 @@ def alone(out: Path):
             pass                        # no such locks on this system, or on this network disk
         return handle
 
-    handle = hd_pissa_extra.everywhere(lock)
+    handle = together(lock)
     try:
         yield
     finally:
@@ -44,7 +44,7 @@ def alone(out: Path):
 
 def begin(out: Path, config: dict, start: int) -> None:
     """Process 0 makes OUT what it is after step `start`: nothing of later steps or another run."""
-    if hd_pissa.rank() > 0:
+    if hd_pissa.process_index() > 0:
         return
     if not start:
         shutil.rmtree(out / "checkpoint", ignore_errors=True)
@@ -99,7 +99,7 @@ def cut_log(path: Path, step: int) -> None:
 
 def append_log(path: Path, record: dict) -> OSError | None:
     """Process 0 adds a line; an error is returned, for all processes to raise together."""
-    if hd_pissa.rank() > 0:
+    if hd_pissa.process_index() > 0:
         return None
     line = {k: v if math.isfinite(v) else None for k, v in record.items()}
     try:

@@ -11,8 +11,7 @@ import torch
 import hd_pissa
 import hd_pissa_extra
 from data.tokenizer import HFTokenizer
-from training import checkpoint
-from training.processes import say
+from training.processes import say, together
 
 
 def is_small(name: str) -> bool:
@@ -122,19 +121,19 @@ def save_folder(folder: Path, model, tokenizer: HFTokenizer, state: dict) -> Non
 def export(args, adapters, sums: dict, folder: Path, load_model) -> float:
     """Write the run as a PEFT adapter beside the model; its relative error.
 
-    sums        {layer: checkpoint.weight_sum of its weight} when the run began
+    sums        {layer: hd_pissa.checksum of its weight} when the run began
     load_model  train.py's
     """
     def load_base():
         model = load_model(args.model, args.seed)[0]
         base = (model.double() if args.dtype == "float64" else model).state_dict()
         for name, there in sums.items():
-            if checkpoint.weight_sum(base[name + ".weight"]) != there:
+            if hd_pissa.checksum(base[name + ".weight"]) != there:
                 raise ValueError(f"--model {args.model} is not what this run began with: {name}.weight "
                                  "differs. A LoRA belongs to one base; put that back and run this again")
         return base
 
-    base = hd_pissa_extra.everywhere(load_base)
+    base = together(load_base)
     error = hd_pissa.export_lora(adapters, str(folder), base, args.model, args.lora_rank)
     rank = args.lora_rank or 2 * args.shards * args.rank
     say(f"\nLoRA of rank {rank} in {folder}: relative error {error:.1e} of dW")

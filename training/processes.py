@@ -17,8 +17,15 @@ import hd_pissa
 
 def say(*text) -> None:
     """Print on process 0 alone."""
-    if hd_pissa.rank() == 0:
+    if hd_pissa.process_index() == 0:
         print(*text, flush=True)
+
+
+def together(work):
+    """What work() gives on this process; if it fails on any, its error as ValueError on all of them."""
+    kept = []
+    hd_pissa.everywhere(lambda: kept.append(work()))
+    return kept[0]
 
 
 def cpu_threads(given: int | None, small: bool) -> int:
@@ -108,7 +115,7 @@ def heartbeat(seconds: float, timeout: float):
             now = time.monotonic()
             if now - max(last[0], said) >= seconds:
                 said = now
-                print(f"process {hd_pissa.rank()}: {now - last[0]:.0f} s since step {last[1]} ended; "
+                print(f"process {hd_pissa.process_index()}: {now - last[0]:.0f} s since step {last[1]} ended; "
                       f"a collective gives up after --timeout {timeout:g} s", file=sys.stderr,
                       flush=True)
 

@@ -8,9 +8,8 @@ from pathlib import Path
 import torch
 
 import hd_pissa
-import hd_pissa_extra
 from training.folder import read_result
-from training.processes import say
+from training.processes import say, together
 
 
 def sampled(names: list[str]) -> list[str]:
@@ -81,5 +80,5 @@ def report_rank(args, watched, after_training) -> dict:
             text += f", sigma_{edge + 1}/sigma_1 = {float(S[edge] / S[0]):.1e} (rounding alone: {floor:.0e})"
         say(text)
     file = Path(args.out) / "spectra.json"
-    hd_pissa_extra.everywhere(lambda: hd_pissa.rank() or file.write_text(json.dumps(spectra) + "\n"))
+    together(lambda: hd_pissa.process_index() or file.write_text(json.dumps(spectra) + "\n"))
     return table

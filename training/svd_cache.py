@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-import hd_pissa
+import hd_pissa_extra
 
 
 def cached_components(folder: str):
-    """`hd_pissa.components` that keeps what it computed, by the weight's bits, and slices what it finds.
+    """`hd_pissa_extra.components` that keeps what it computed, by the weight's bits, and slices what it finds.
 
     A file with k components serves every K r <= k. It is believed only if its components fit the weight,
     ||W V - U S|| small for each. ValueError, naming the file, for a damaged one or one of another weight.
@@ -30,7 +30,7 @@ def cached_components(folder: str):
                 raise ValueError(f"{path} does not hold the components of {name}; delete it")
             if S.shape[0] >= k:
                 return U[:, :k], S[:k], Vt[:k]
-        found = hd_pissa.components(W, k, name)
+        found = hd_pissa_extra.components(W, k, name)
         temporary = path.with_suffix(f".{os.getpid()}")
         torch.save([t.contiguous() for t in found], temporary)
         os.replace(temporary, path)
