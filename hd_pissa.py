@@ -30,8 +30,7 @@ Notation (the paper's letters; an nn.Linear stores W^T, a transformers Conv1D st
     X, Y      (T, m), (T, n) of T tokens                 s       alpha / r, PEFT's scaling
     U, S, Vt  (m, d), (d,), (d, n); d = min(m, n)        S       in classes: shards of this process
 
-This file is complete; torch and tqdm are all it needs. hd_pissa_extra.py builds on it: W in bfloat16
-or sharded by FSDP2, whole-batch gradients, faster decompositions, dropout, LoRA files.
+This file is complete; it needs torch and tqdm. hd_pissa_extra.py builds on it for large runs.
 Paper: Wang et al., "HD-PiSSA: High-Rank Distributed Orthogonal Adaptation".
 """
 
@@ -50,6 +49,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
@@ -80,16 +80,13 @@ def everywhere(work) -> list:
     result = error = None
     try:
         result = work()
-    except Exception as e:
+    except (ValueError, OSError, RuntimeError) as e:    # others are faults of the program
         error = e
     said = [(result, error and (str(error) or repr(error)))] * world_size()
     if world_size() > 1:
         dist.all_gather_object(said, said[0])
-    if error and not isinstance(error, (ValueError, OSError, RuntimeError)):
-        raise error                     # a fault in the program: here with its own traceback
-    for _, message in said:
-        if message:
-            raise ValueError(message) from error
+    for message in (message for _, message in said if message):
+        raise ValueError(message) from error
     return [result for result, _ in said]
 
 # ---- Orthogonal adapters initialization (section 4.1) --------------------------------------------
@@ -127,8 +124,8 @@ def shard_factors(W, K: int, r: int, init: str, s: float, seed: int, decompose=c
         if max(torch.dist(Q @ Q.T, torch.eye(k).to(Q), p=math.inf) for Q in (U.T, Vt)) > 1e-4:
             raise ValueError(f"{name}: components not orthonormal, shards overlap; mend decompose=")
         if not S[-1] > (zero := 2 * torch.finfo(W.dtype).eps * S[0]):
-            raise ValueError(f"{name}.weight has rank {int((S > zero).sum())} of the {k} components that"
-                             f" are needed; a shard of zeros never trains: use exclude=[{name!r}]")
+            raise ValueError(f"{name}.weight has rank {int((S > zero).sum())}, {k} components are needed:"
+                             f" a shard of zeros never trains; use exclude=[{name!r}]")
         root = (S / s).sqrt()
         A = (U * root).unflatten(1, (-1, r)).transpose(0, 1).expand(K, m, r)    # (m, Kr) -> (K, m, r)
         B = (root[:, None] * Vt).unflatten(0, (-1, r)).expand(K, r, n)          # (Kr, n) -> (K, r, n)
@@ -141,21 +138,18 @@ class Mute(torch.autograd.Function):
 
     Equation (1), Y = X (W_res,i + A_i B_i), is X W at dA = dB = 0: the forward computes nothing of
     the adapter and keeps nothing but its input. A (k, m, r) and B (k, r, n) are the factors of one
-    shard (k = 1) or of several side by side. They travel as attributes, not as saved tensors: a
-    forward recomputed by activation checkpointing cannot swap them for another shard's. dA and dB
-    only take gradients. trainable: W took gradients before attach; torch picks a matmul by that.
+    shard (k = 1) or of several. They travel as attributes, not as saved tensors: a forward that
+    checkpointing recomputes cannot swap them for another shard's. dA, dB only take gradients.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, A, B, dA, dB, s, conv1d, mask=None, trainable=False):
+    def forward(ctx, x, weight, bias, A, B, dA, dB, s, conv1d, mask=None):
         ctx.save_for_backward(x, weight)
         ctx.A, ctx.B, ctx.s, ctx.conv1d, ctx.mask = A, B, s, conv1d, mask
         ctx.shapes = dA.shape, dB.shape                 # (m, r), (r, n), or with k in front
-        if trainable and not torch.compiler.is_compiling():
-            weight = weight.detach().requires_grad_()
-        # Y = X W      (4.3), by the very call of the plain layer: logits are equal bit for bit
+        # Y = X W      (4.3), by the very call of the plain frozen layer: logits are equal bit for bit
         Y = torch.addmm(bias, x.flatten(0, -2), weight) if conv1d else F.linear(x, weight, bias)
-        # (..., n); not a view of a tensor that autograd does not know: in-place ops may follow
+        # (..., n); no view of a tensor that autograd does not know: in-place ops may follow
         return torch.ops.aten._unsafe_view(Y, (*x.shape[:-1], Y.shape[-1]))
 
     @staticmethod
@@ -163,14 +157,12 @@ class Mute(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise NotImplementedError("create_graph=True: a muted layer has first derivatives alone; "
                                       "call adapters.detach_() for second ones")
-        x, weight = ctx.saved_tensors
-        dtype, dX, db = dY.dtype, None, None            # under autocast: the matmuls' dtype
+        (x, weight), dtype, dX, db = ctx.saved_tensors, dY.dtype, None, None    # autocast: dY's dtype
         with torch.autocast(dY.device.type, enabled=False):
             if ctx.needs_input_grad[0]:
                 # dX = dY W^T
                 dX = dY @ (weight.T if ctx.conv1d else weight).to(dtype)    # (..., n) -> (..., m)
-            dY = dY.reshape(-1, dY.shape[-1])                               # (T, n)
-            X = x.reshape(-1, x.shape[-1]).to(dtype)                        # (T, m)
+            dY, X = dY.flatten(0, -2), x.flatten(0, -2).to(dtype)           # (T, n), (T, m)
             if ctx.needs_input_grad[2]:
                 db = dY.sum(0)                          # a bias that trains beside the adapters
             if ctx.mask is not None:
@@ -183,7 +175,7 @@ class Mute(torch.autograd.Function):
             # g_B = s (X A_i)^T dY        (4.3)
             gB = (X @ At.T).T @ dY                                          # (kr, T) (T, n) -> (kr, n)
             gA, gB = (g.reshape(shape).to(ctx.A.dtype) for g, shape in zip((gA, gB), ctx.shapes))
-        return dX, None, db, None, None, gA, gB, *[None] * 4
+        return dX, None, db, None, None, gA, gB, None, None, None
 
 class Muted:
     """Mixed in front of nn.Linear or Conv1D by `attach`: the same module and W, the muted forward."""
@@ -191,10 +183,9 @@ class Muted:
     def forward(self, input):
         slot = self.hd_pissa
         if not torch.compiler.is_compiling():
-            slot.adapters.refuse_unmerged()
-        mask = slot.mask if self.training else None
+            slot.before_forward(input)
         return Mute.apply(input, self.weight, self.bias, slot.A, slot.B, slot.dA, slot.dB, slot.s,
-                          slot.conv1d, mask, slot.trainable)
+                          slot.conv1d, slot.mask if self.training else None)
 
     def __reduce_ex__(self, protocol):
         """Pickled or copied it is the plain layer: W holds all that was merged."""
@@ -219,30 +210,30 @@ def update_factors(A, B, dA, dB) -> tuple[torch.Tensor, torch.Tensor]:
 def fold_(W: torch.Tensor, left: torch.Tensor, right: torch.Tensor, share: float) -> None:
     """W += share left right in place, without an (m, n) temporary.
 
-    In blocks of 1024 rows: a matrix product rounds by its shape, and processes that hold some rows
-    of a sharded W compute the same blocks.
+    In blocks of 1024 rows: a product rounds by its shape, and who holds some rows computes the same.
     """
     for a in range(0, len(left), 1024):
         W[a:a + 1024].addmm_(left[a:a + 1024], right, alpha=share)
 
 class Slot:
-    """One adapted layer: how its W is stored, its place in the flat buffers, the factors in use now.
+    """One adapted layer: its W, its place in the flat buffers, the factors that train now.
 
-    Here W is whole on every process, float32 or float64. hd_pissa_extra has slots for other storage.
+    Here W is whole on every process, float32 or float64; hd_pissa_extra stores it in other ways.
     """
 
     dtypes = (torch.float32, torch.float64)
 
     def __init__(self, name: str, module: nn.Module, adapters, start: int):
         self.name, self.module, self.adapters, self.start = name, module, adapters, start
-        self.plain_class, self.trainable = type(module), module.weight.requires_grad
-        self.conv1d = not isinstance(module, nn.Linear)
+        self.plain_class, self.conv1d = type(module), not isinstance(module, nn.Linear)
         self.m, self.n = module.weight.shape if self.conv1d else module.weight.T.shape
-        self.r, self.s = adapters.r, adapters.s
-        self.size = self.r * (self.m + self.n)          # columns of A and B in a row of a buffer
-        self.leaves = []                                # (dA, dB) of each local shard
-        self.A = self.B = self.dA = self.dB = self.mask = None     # of the shard that trains now
-        self.stored = self.description()
+        self.r, self.s, self.size = adapters.r, adapters.s, adapters.r * (self.m + self.n)
+        self.A = self.B = self.dA = self.dB = self.mask = None      # of the shard that trains now
+        self.leaves, self.was = [], self.kind()                     # (dA, dB) of each local shard
+        if (W := module.weight).dtype not in self.dtypes or hasattr(W, "to_local") or W.is_inference():
+            raise ValueError(f"{name}.weight is {self.kind()}: small updates of 16 bits are lost, sharded and "
+                             "inference tensors cannot be updated; load float32 weights, or see "
+                             "hd_pissa_extra.attach for bfloat16 and for FSDP2 after it")
 
     def views(self, flat: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, m, r) and (rows, r, n) in `rows` of factors, whose columns begin at `offset`."""
@@ -261,79 +252,76 @@ class Slot:
         self.module.weight.add_(dU, alpha=share)
         return dU
 
-    def description(self) -> tuple:
-        W = self.module._parameters.get("weight")       # None: somebody has parametrized it
-        return type(W), getattr(W, "dtype", None), getattr(W, "device", None), getattr(W, "shape", None)
+    def before_forward(self, x: torch.Tensor) -> None:
+        """Raise ValueError where a step was not merged: nothing would ever reach W."""
+        if self.adapters.increments._version != self.adapters.merged:
+            raise ValueError("increments were filled and not merged, so nothing would reach W; call "
+                             "adapters.merge_() after every optimizer.step(), before the next forward")
+
+    def kind(self) -> str:
+        W = self.module._parameters.get("weight")
+        return "no parameter" if W is None else f"{type(W).__name__} {W.dtype} {W.device} {(*W.shape,)}"
 
     def fault(self) -> str:
-        """Why dU cannot be added to W, asked before every merge, or ""."""
-        W = self.module._parameters.get("weight")
-        if W is not None and W.dtype not in self.dtypes:
-            return (f"is {W.dtype}, where small updates are lost; load the model in float32, or use "
-                    "hd_pissa_extra.attach, which keeps 16 more bits of a bfloat16 weight")
-        if self.description() != self.stored or hasattr(W, "to_local"):
-            return (f"is {self.description()}, was {self.stored}; cast, move and parametrize before "
-                    "attach, shard with hd_pissa_extra.attach")
-        trains = self.module.__class__ is not self.plain_class and W.requires_grad
-        return "was made trainable, but only merge_ changes it" if trains else ""
+        """Why dU would not reach W, or "". Asked before every merge: somebody may have changed W."""
+        if self.kind() != self.was:
+            return f"is {self.kind()}, was {self.was}; cast, move and parametrize before attach"
+        return "was made trainable; only merge_ changes it" if self.module.weight.requires_grad else ""
 
-def counting(row: list, j: int):
-    """A gradient hook that counts the backwards of layer j; it holds no adapters, which would leak."""
-    def hook(leaf):
-        row[j] += 1
-        if row[j] == 500:
-            warnings.warn("500 backwards without adapters.merge_(): nothing has trained yet. Is the "
-                          "optimizer built from adapters.parameters(), does the loop call merge_?")
-    return hook
+# ---- What a run may get wrong without a word -----------------------------------------------------
 
-LIVE = weakref.WeakSet()        # all adapters that are attached
+LIVE = weakref.WeakSet()        # the adapters that are attached
 
 def notice(optimizer, *_):
-    """Mark the increments that an optimizer has changed: fused ones do not say so themselves."""
+    """Mark the increments that an optimizer has changed: fused ones do not do so themselves."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(LIVE):
-        if adapters.holds(optimizer):
+        if id(adapters.slots[0].leaves[0][0]) in held:
             torch.autograd.graph.increment_version(adapters.increments)
 
 register_optimizer_step_post_hook(notice)
 
-def check_optimizer(ours: list, optimizer) -> str:
-    """A description of `optimizer`. ValueError unless its step is a function of gradients and state.
+def count(seen: list, j: int) -> None:
+    """One more backward of layer j since the last merge."""
+    seen[j] += 1
+    if seen[j] == 500:
+        warnings.warn("500 backwards without adapters.merge_(): nothing has trained. Does the optimizer "
+                      "hold adapters.parameters(), does the loop merge?", stacklevel=2)
 
-    Increments start every step at zero. So two copies of it train stand-ins with the same gradients:
+def check_optimizer(ours: list, optimizer) -> str:
+    """A description of `optimizer`; ValueError unless its step depends on gradients and state alone.
+
+    Increments begin every step at zero. So two copies of it train stand-ins with equal gradients:
     one lets them move on from 1, the other resets them to zero as merge_ does. Steps must be equal.
     """
-    name, held = type(optimizer).__name__, [p for g in optimizer.param_groups for p in g["params"]]
-    ids = {id(p) for p in ours}
-    if missing := len(ids - {id(p) for p in held}):
-        raise ValueError(f"{name} lacks {missing} of the {len(ids)} increments; build it from "
-                         "adapters.parameters()")
-    if (others := sum(id(p) not in ids for p in held)) and world_size() > 1:
-        raise ValueError(f"{name} holds {others} tensors beside the increments, whose gradients no one "
-                         "adds up over processes; train them with hd_pissa_extra.attach(also=...)")
-    steps, why = [], "reads the parameter itself"
-    for reset in (False, True):
-        stand = {id(p): torch.full((4, 2), 1.0 - reset, dtype=torch.float64, device=p.device) for p in held}
-        no_hooks = {id(h): type(h)() for key, h in vars(optimizer).items() if key.endswith("_hooks")}
+    name, groups, steps = type(optimizer).__name__, optimizer.param_groups, []
+    held = {id(p): p.device for group in groups for p in group["params"]}
+    if (lacks := {id(p) for p in ours} - {*held}) or len(held) > len(ours) and world_size() > 1:
+        raise ValueError(f"{name} lacks {len(lacks)} of the {len(ours)} increments (adapters.parameters()), or "
+                         "has others beside them, whose gradients no one adds up over processes: "
+                         "hd_pissa_extra.attach(also=...) does")
+    for start in (1.0, 0.0):
+        stand = {p: torch.full((4, 2), start, dtype=torch.float64, device=d) for p, d in held.items()}
+        new = {id(hooks): type(hooks)() for key, hooks in vars(optimizer).items() if "hooks" in key}
         try:
-            probe = copy.deepcopy(optimizer, {**stand, **no_hooks, id(optimizer.state): collections.defaultdict(dict)})
+            probe = copy.deepcopy(optimizer, stand | new | {id(optimizer.state): collections.defaultdict(dict)})
             for t in range(9):
                 before = [p.clone() for p in stand.values()]
                 for p in stand.values():
                     p.grad = torch.linspace(1, 2 + t % 3, 8).to(p).view(4, 2)
                 type(probe).step(probe)
                 steps += [p - q for p, q in zip(stand.values(), before)]
-                for p in stand.values() if reset else ():
-                    p.zero_()
+                torch._foreach_mul_([*stand.values()], start)
         except Exception as e:
-            why = f"takes no step on a copy ({e})"
-            break
-    a, b = steps[:len(steps) // 2], steps[len(steps) // 2:]
-    if any(g.get("weight_decay") for g in optimizer.param_groups if ids & {id(p) for p in g["params"]}):
-        why = "has weight_decay, which does nothing to increments that start at zero"
-    elif len(steps) == 18 * len(stand) and all(torch.allclose(p, q, rtol=1e-6, atol=0) for p, q in zip(a, b)):
-        return repr([name, [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]])
-    raise ValueError(f"{name} {why}; use one whose step depends on gradients and its own state alone: AdamW "
-                     "with weight_decay=0.0 (the paper's), SGD, RMSprop, Lion")
+            raise ValueError(f"{name} takes no step on a copy ({e}); use AdamW, SGD, RMSprop") from e
+    half, decays = len(steps) // 2, any(group.get("weight_decay") for group in groups)
+    if decays or not all(torch.allclose(a, b, 1e-6, 0) for a, b in zip(steps[:half], steps[half:])):
+        raise ValueError(f"{name} {'has weight_decay, which' if decays else 'has a rule that'} reads the "
+                         "parameter, but increments begin every step at zero; use AdamW with "
+                         "weight_decay=0.0 (the paper's), SGD, RMSprop")
+    return repr([name, [{k: v for k, v in group.items() if k != "params"} for group in groups]])
+
+# ---- The adapters --------------------------------------------------------------------------------
 
 class Adapters:
     """HD-PiSSA's state on one process: fixed A_i, B_i, increments, the merge. Made by `attach`.
@@ -351,8 +339,7 @@ class Adapters:
         self.S = self.K // world_size()                 # shards of this process
         self.first = process_index() * self.S           # global index of local shard 0
         self.step = self.idle = self.current = 0
-        self.state, self.lock = "empty", threading.RLock()
-        self.slots, width = [], 0
+        self.phase, self.lock, self.slots, width = "empty", threading.RLock(), [], 0
         for name, module in found:
             self.slots.append(self.Slot(name, module, self, width))
             width += self.slots[-1].size
@@ -363,25 +350,24 @@ class Adapters:
         self.own = slice(self.first - self.kept.start, self.first - self.kept.start + self.S)
         self.basis = torch.zeros((self.kept.stop - self.kept.start, width), **like)
         self.increments = torch.zeros((self.S, width), **like)
-        self.seen = [[0] * len(self.slots) for _ in range(self.S)]  # backwards since the last merge
-        for j, slot in enumerate(self.slots):
-            for row, dA, dB in zip(self.seen, *slot.views(self.increments)):
-                # detach: a leaf of its own on the buffer's memory
-                slot.leaves.append((dA.detach().requires_grad_(), dB.detach().requires_grad_()))
-                slot.leaves[-1][1].register_post_accumulate_grad_hook(counting(row, j))
         self.merged = self.increments._version
+        self.seen = [[0] * len(found) for _ in range(self.S)]   # backwards since the last merge
+        for j, slot in enumerate(self.slots):
+            for seen, dA, dB in zip(self.seen, *slot.views(self.increments)):
+                # detach: a leaf of its own on the buffer's memory. Its hook must not hold `self`.
+                slot.leaves.append((dA.detach().requires_grad_(), dB.detach().requires_grad_()))
+                slot.leaves[-1][1].register_post_accumulate_grad_hook(lambda _, s=seen, j=j: count(s, j))
         LIVE.add(self)
 
     def keeps_all(self) -> bool:
         return self.exchange == "all_gather"
 
     def __repr__(self):
-        adapted = sum(slot.m * slot.n for slot in self.slots)
+        adapted, why = sum(s.m * s.n for s in self.slots), collections.Counter(self.skipped.values())
         share = adapted / sum(p.numel() for p in self.model.parameters())
-        why = "; ".join(f"{n} x {w}" for w, n in collections.Counter(self.skipped.values()).items())
-        return (f"HD-PiSSA: {len(self.slots)} layers with {adapted:,} weights ({share:.1%} of the "
-                f"model); {self.K} shards of rank {self.r}, {self.S} of them here, each trains "
-                f"{self.increments.shape[1]:,} numbers. Left out: {why or 'nothing'}")
+        return (f"HD-PiSSA: {len(self.slots)} layers, {adapted:,} weights ({share:.1%} of the model); "
+                f"{self.K} shards of rank {self.r}, {self.S} here, each trains {self.increments.shape[1]:,}"
+                f" numbers. Left out: {'; '.join(f'{n} x {w}' for w, n in why.items()) or 'nothing'}")
 
     def named_parameters(self, first: int = 0):
         """Pairs ("<module path>.shard<s>.dA", (m, r)), ("....dB", (r, n)), s counted from `first`."""
@@ -394,16 +380,12 @@ class Adapters:
         """The increments of this process, for any optimizer that `check` accepts."""
         return [leaf for _, leaf in self.named_parameters()]
 
-    def holds(self, optimizer) -> bool:
-        return any(p is self.slots[0].leaves[0][0] for g in optimizer.param_groups for p in g["params"])
-
     def select(self, i: int) -> None:
         """Let the forwards from here on train local shard i."""
         # Tensors are swapped, not an index: under torch.compile one graph then serves every shard.
         self.current, own = i, self.own.start + i
         for slot in self.slots:
-            slot.A, slot.B = slot.views(self.basis[own:own + 1])
-            slot.dA, slot.dB = slot.leaves[i]
+            (slot.A, slot.B), (slot.dA, slot.dB) = slot.views(self.basis[own:own + 1]), slot.leaves[i]
 
     @contextlib.contextmanager
     def shard(self, i: int):
@@ -424,17 +406,16 @@ class Adapters:
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients of all K shards to a joint 2-norm of at most `max_norm`; what it was."""
-        squares = torch.zeros(self.S, dtype=torch.float64, device=self.device)
-        for i in range(self.S):
-            grads = [p.grad for s in self.slots for p in s.leaves[i] if p.grad is not None]
-            if grads:
-                squares[i] = torch.stack(torch._foreach_norm(grads)).double().square().sum()
+        grads = [[p.grad for s in self.slots for p in s.leaves[i] if p.grad is not None]
+                 for i in range(self.S)]
+        squares = [torch.stack(torch._foreach_norm(row)).double().square().sum() if row else
+                   torch.zeros((), dtype=torch.float64, device=self.device) for row in grads]
         # Per shard, then in shard order: the sum does not depend on how shards are dealt out.
-        norm = gather_shards(squares).sum().sqrt()
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
-        if max_norm < math.inf and grads:
+        norm = gather_shards(torch.stack(squares)).sum().sqrt()
+        if max_norm < math.inf:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0)   # a NaN stays where it is
-            torch._foreach_mul_(grads, scale.to(grads[0]))
+            for row in filter(None, grads):
+                torch._foreach_mul_(row, scale.to(row[0]))
         return norm
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
@@ -442,12 +423,6 @@ class Adapters:
         said = everywhere(lambda: check_optimizer(self.parameters(), optimizer))
         if len({*said}) > 1:
             raise ValueError(f"processes have different optimizers: {' and '.join(sorted({*said}))}")
-
-    def refuse_unmerged(self) -> None:
-        """Raise ValueError if increments were filled and not merged: nothing would reach W."""
-        if self.increments._version != self.merged:
-            raise ValueError("increments were filled and not merged; call adapters.merge_() after every "
-                             "optimizer.step(), before the next forward")
 
     @torch.no_grad()
     def merge_(self) -> None:
@@ -467,17 +442,17 @@ class Adapters:
 
     def refuse(self) -> None:
         """Raise ValueError, on every process alike, where a merge would not do what is meant."""
-        faults = [f"{slot.name}.weight {fault}" for slot in self.slots if (fault := slot.fault())]
+        faults = "; ".join(f"{s.name}.weight {fault}" for s in self.slots if (fault := s.fault()))
         there = [[n > 0 or any(p.grad is not None for p in slot.leaves[i])
-                  for n, slot in zip(row, self.slots)] for i, row in enumerate(self.seen)]  # (S, L)
+                  for n, slot in zip(row, self.slots)] for i, row in enumerate(self.seen)]  # (S, layers)
         low, high = self.increments.aminmax(dim=1)
         flags = torch.tensor([[any(row), bool(faults)] for row in there]).to(low)
         # A (K, 3) gather tells every process the state of every shard, so that all refuse alike.
         table = torch.cat((flags, torch.maximum(-low, high)[:, None]), dim=1)   # NaN and Inf survive
         trained, faulty, size = gather_shards(table).T.tolist()
         if any(faulty):
-            raise ValueError("merge_: " + max(everywhere(lambda: "; ".join(faults[:3]))))
-        if self.state == "empty":
+            raise ValueError("merge_: " + max(everywhere(lambda: faults)))
+        if self.phase == "empty":
             raise ValueError("merge_: attach(decompose=None) left A_i = B_i = 0; call load_state_dict")
         if without := [i for i, pair in enumerate(zip(trained, size)) if not any(pair)]:
             raise ValueError(f"merge_: shards {without} of {self.K} got no gradient since the last merge. "
@@ -486,20 +461,20 @@ class Adapters:
         if bad := [i for i, value in enumerate(size) if not math.isfinite(value)]:
             raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched. "
                              "Lower the learning rate or clip the gradients")
-        # A GradScaler that leaves a step out leaves infinite gradients; that is not idle.
+        # A GradScaler that leaves a step out leaves gradients that are not finite: that is not idle.
         idle = not any(size) and 0 < float(self.clip_grad_norm_(math.inf)) < math.inf
         self.idle = self.idle + 1 if idle else 0
         if self.idle >= 2:
             raise ValueError("merge_: all increments are zero in two successive merges although there "
                              "are gradients; call optimizer.step() before merge_(), build the optimizer "
                              "from adapters.parameters(), and use a learning rate above 0")
-        if self.state == "filled":      # at the first merge alone: layers that no backward has reached
+        if self.phase == "filled":      # at the first merge: layers that no backward has reached
             reached = gather_shards(torch.tensor(there, device=self.device)).any(dim=0).tolist()
             dead = [slot.name for slot, yes in zip(self.slots, reached) if not yes]
             if dead and process_index() == 0:
                 warnings.warn(f"{len(dead)} of {len(reached)} adapted layers got no gradient, {dead[:4]}: "
                               "the model does not call them; leave them out with exclude=", stacklevel=3)
-            self.state = "running"
+            self.phase = "running"
 
     def exchange_and_fold(self) -> None:
         factors = self.exchange == "all_gather"
@@ -524,12 +499,11 @@ class Adapters:
     def next_step(self) -> None:
         """Zero the increments and drop gradients; without merge_ before it, this step is left out."""
         self.increments.zero_()
-        self.merged = self.increments._version
+        self.merged, self.step = self.increments._version, self.step + 1
         for p in self.parameters():
             p.grad = None               # a loop that zeroes the model alone would add to them
         for row in self.seen:
             row[:] = [0] * len(row)
-        self.step += 1
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state: "<module path>.shard<i>.A" and ".B" of this process's shards, i over all."""
@@ -545,13 +519,10 @@ class Adapters:
     def load_state_dict(self, state: dict) -> None:
         """Take A_i, B_i and the step of `state`; ValueError if another run or model has written it."""
         own, there = self.tensors(), state.get("config", {})
-        def check():
-            wrong = {k: (v, there.get(k)) for k, v in self.config.items() if there.get(k) != v}
-            missing = [k for k in own if k not in state or state[k].shape != own[k].shape]
-            if wrong or missing:
-                raise ValueError(f"adapter state of another run: (here, there) = {wrong}, tensors missing "
-                                 f"or of another shape: {missing[:3]}; attach as that run did")
-        everywhere(check)
+        wrong = [f"{k} is {v} here, {there.get(k)} there" for k, v in self.config.items() if there.get(k) != v]
+        wrong += [k for k in own if k not in state or state[k].shape != own[k].shape]
+        if wrong := next(filter(None, everywhere(lambda: ", ".join(wrong[:3]))), None):
+            raise ValueError(f"adapter state of another run or model ({wrong}); attach as that run did")
         for name, tensor in own.items():
             tensor.copy_(state[name])
         self.resume(state["step"])
@@ -561,7 +532,7 @@ class Adapters:
         if len(self.basis) > self.S:
             self.basis.copy_(gather_shards(self.basis[self.own]))
         self.next_step()
-        self.step, self.idle, self.state = step, 0, "filled"
+        self.step, self.idle, self.phase = step, 0, "filled"
 
     def detach_(self) -> None:
         """Make the modules plain again. W keeps what was merged and stays frozen."""
@@ -591,18 +562,17 @@ def check_arguments(rank, shards, alpha=None, **choices) -> None:
         raise ValueError(f"shards={shards} is not a multiple of the {world_size()} processes; use shards="
                          f"{max(1, shards // world_size()) * world_size()} or another number of processes")
     if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"alpha={alpha}: gradients are scaled by alpha/rank, so nothing would train; use "
-                         "alpha > 0, or None for a scale of 1")
+        raise ValueError(f"alpha={alpha}: gradients are scaled by alpha/rank; use more than 0, or None for 1")
 
 def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int = 1):
     """[(name, module)] of the linear layers that `targets` selects, {name: reason} of those left out.
 
-    targets, exclude    lists of name suffixes that begin at a dot, or one; targets also "all-linear"
-    least               components that a layer must have; with "all-linear" others are left out
+    targets, exclude    name suffixes that begin at a dot, one or a list; targets also "all-linear"
+    least               components that a layer must have; "all-linear" leaves out those with fewer
     """
-    everything, (targets, exclude) = targets == "all-linear", ([t] if isinstance(t, str) else list(t)
-                                                               for t in (targets, exclude))
-    named, found, skipped, used = dict(model.named_modules()), [], {}, set()
+    targets, exclude = ([t] if isinstance(t, str) else [*t] for t in (targets, exclude))
+    every, found, skipped, used = targets == ["all-linear"], [], {}, {"all-linear"}
+    named = dict(model.named_modules())
     linear = [name for name, module in named.items() if isinstance(module, nn.Linear)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None and linear and HEADS & {linear[-1].split(".")[0], linear[-1].split(".")[-1]}:
@@ -613,51 +583,35 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
         kind, W = type(module), module._parameters.get("weight")
         conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
         if not conv1d and name not in linear:
-            skipped |= {f"{name}.{key}".strip("."): "experts' or other 3-D parameter, no linear layer"
-                        for key, p in module._parameters.items()
-                        if p is not None and p.dim() == 3 and not kind.__module__.endswith(".conv")}
+            skipped |= {f"{name}.{key}": "a 3-D parameter (experts), no linear layer" for key, p in
+                        module._parameters.items() if p is not None and p.dim() == 3 and key != "weight"}
             continue
         hits, outs = ({t for t in ts if f".{name}".endswith(f".{t}")} for ts in (targets, exclude))
         used |= hits | outs
-        if outs or not (everything or hits):
-            skipped[name] = "in exclude" if outs else "not in targets"
-        elif id(module) in attention:
-            skipped[name] = "nn.MultiheadAttention uses its weight and never calls it"
-        elif W is None or "forward" in vars(module) or not conv1d and kind.forward is not nn.Linear.forward:
-            skipped[name] = "a weight or a forward of its own kind"
-        elif nn.parameter.is_lazy(W):
-            skipped[name] = "its weight has no shape yet: run one forward before attach"
-        elif uses[id(W)] > 1:
-            skipped[name] = "tied weight"
-        elif everything and module is head:
-            skipped[name] = "output head"
-        elif everything and min(W.shape) < least:
-            skipped[name] = f"fewer than K r = {least} components"
+        shaped = W is not None and not nn.parameter.is_lazy(W)
+        reasons = {
+            "in exclude": outs, "not in targets": not (every or hits),
+            "nn.MultiheadAttention reads its weight and never calls it": id(module) in attention,
+            "a weight or a forward of its own kind": W is None or "forward" in vars(module)
+            or not conv1d and kind.forward is not nn.Linear.forward,
+            "no shape yet: run one forward before attach": not shaped, "tied weight": uses[id(W)] > 1,
+            "output head": every and module is head,
+            f"fewer than K r = {least} components": every and shaped and min(W.shape) < least}
+        if reason := next((reason for reason, holds in reasons.items() if holds), None):
+            skipped[name] = reason
         else:
             found.append((name, module))
-    if unused := {*targets, *exclude} - used - {"all-linear"}:
-        raise ValueError(f"{sorted(unused)[0]!r} in targets or exclude ends no linear layer's name; they end in "
+    if unused := sorted({*targets, *exclude} - used):
+        raise ValueError(f"{unused[0]!r} (targets, exclude) ends no linear layer's name; they end in "
                          f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}")
-    return found, skipped
-
-def check_layers(found, skipped, least: int) -> None:
-    """Raise ValueError, with the layer's name, for a weight without `least` = K r components or damaged."""
+    for name, module in found:
+        if min(module.weight.shape) < least:
+            raise ValueError(f"{name} is {(*module.weight.shape,)}: K r = {least} components are needed, it has "
+                             f"{min(module.weight.shape)}; lower rank or shards, or use exclude=[{name!r}]")
     if not found:
         left_out = ", ".join(f"{name} ({why})" for name, why in list(skipped.items())[:8]) or "none"
-        raise ValueError(f"no layer to adapt; linear layers left out: {left_out}. Lower rank or shards if they "
-                         "are too small, or name others in targets")
-    for name, module in found:
-        W, (first, V) = module.weight, (found[0][0], found[0][1].weight)
-        if min(W.shape) < least:
-            raise ValueError(f"{name} is {tuple(W.shape)}: K r = {least} components are needed, it has "
-                             f"{min(W.shape)}; lower rank or shards, or use exclude=[{name!r}]")
-        if W.device != V.device or (W.dtype == torch.float64) != (V.dtype == torch.float64):
-            raise ValueError(f"{name}.weight is {W.dtype} on {W.device}, {first}.weight {V.dtype} on {V.device}; "
-                             "one process trains on one device, in float64 all of them or none")
-        if W.is_inference():
-            raise ValueError(f"{name}.weight was made under torch.inference_mode; load the model outside of it")
-        if not W.is_meta and not torch.isfinite(W).all():
-            raise ValueError(f"{name}.weight holds NaN or Inf; the checkpoint is damaged, load it again")
+        raise ValueError(f"no layer to adapt: {left_out}. Lower rank or shards, or name others in targets")
+    return found, skipped
 
 def checksum(tensor: torch.Tensor, start: int = 0) -> int:
     """sum_p bits[p] (2p + 1) mod 2^64 over positions p = start, start + 1, ..., as a signed number.
@@ -673,18 +627,16 @@ def checksum(tensor: torch.Tensor, start: int = 0) -> int:
 
 def send_model(model: nn.Module, device: torch.device) -> None:
     """Give all processes process 0's parameters and buffers, as DDP does, where checksums differ."""
-    if world_size() == 1:
-        return
     tensors = [t for t in (*model.parameters(), *model.buffers()) if not (t.is_meta or hasattr(t, "to_local"))]
-    sums = gather_shards(torch.tensor([[checksum(t) for t in tensors]], device=device))     # (processes, tensors)
+    sums = gather_shards(torch.tensor([[checksum(t) for t in tensors]], device=device))     # (processes, n)
     other = [t for t, differs in zip(tensors, (sums != sums[0]).any(dim=0).tolist()) if differs]
     for t in other:
         sent = t.detach().to(device).contiguous()
         dist.broadcast(sent.flatten().view(torch.uint8), src=0)
         t.copy_(sent)
     if other and process_index() == 0:
-        warnings.warn(f"{len(other)} of {len(tensors)} parameters and buffers differed between processes; all "
-                      "have those of process 0 now", stacklevel=3)
+        warnings.warn(f"{len(other)} of {len(tensors)} parameters and buffers differed between processes; "
+                      "all have those of process 0 now", stacklevel=3)
 
 def deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
     """Fill A_i, B_i. Each weight is decomposed by exactly one process and sent to the others.
@@ -697,36 +649,36 @@ def deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
         own = range(process_index(), len(adapters.slots), world_size())
         for j in tqdm(own, desc="SVD", unit="layer", disable=not (progress and process_index() == 0)):
             slot = adapters.slots[j]
-            W = slot.module.weight.to(adapters.device)
-            W, seed = W if slot.conv1d else W.T, seed_of(adapters.seed, slot.name)          # (m, n)
-            mine[j] = shard_factors(W, adapters.K, slot.r, init, slot.s, seed, decompose,
-                                    slot.name).to(adapters.basis)
+            W, seed = slot.module.weight.to(adapters.device), seed_of(adapters.seed, slot.name)
+            mine[j] = shard_factors(W if slot.conv1d else W.T, adapters.K, slot.r, init, slot.s, seed,
+                                    decompose, slot.name).to(adapters.basis)
     everywhere(work)
     for j, slot in enumerate(adapters.slots):
         rows = mine.pop(j) if j in mine else adapters.basis.new_empty((adapters.K, slot.size))
         if world_size() > 1:
             dist.broadcast(rows, src=j % world_size())
         adapters.basis[:, slot.start:slot.start + slot.size] = rows[adapters.kept]
-    adapters.state = "filled"
+    adapters.phase = "filled"
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="all-linear", exclude=(),
-           init: str = "hd_pissa", alpha: float | None = None, aggregate: str = "mean", exchange: str = "auto",
-           seed: int = 0, decompose=components, progress: bool = False, make=Adapters) -> Adapters:
-    """Cut the targeted weights of `model` into K shards of `rank` components, mute them, freeze all else.
+           init: str = "hd_pissa", alpha: float | None = None, aggregate: str = "mean",
+           exchange: str = "auto", seed: int = 0, decompose=components, progress: bool = False,
+           make=Adapters) -> Adapters:
+    """Cut the targeted weights of `model` into K shards of `rank` components, mute them, freeze the rest.
 
-    rank        r, components per shard and weight                                        (section 4.1)
+    rank        r, components per shard and weight                                     (section 4.1)
     shards      K, the total over all processes and a multiple of their number (default: one each)
-    targets     "all-linear" (every Linear and Conv1D but the output head, tied weights and layers without
-                K r components), or a list of name suffixes; exclude: suffixes that are left out
+    targets     "all-linear" (every Linear and Conv1D but the output head, tied weights and layers
+                without K r components), or a list of name suffixes; exclude: suffixes left out
     init        "hd_pissa" (disjoint slices), "top" (every shard the top r), "lora" (random A, zero B)
     alpha       s = alpha / rank scales the adapter as in PEFT; None: s = 1
     aggregate   "mean" (the paper, 1/K) or "sum" (the published code; a K times larger step)
     exchange    "all_gather" (factors), "all_reduce" (dense dU), "auto" (fewer bytes: all_gather)
     seed        of the random draws
     decompose   `components` or a function like it, a cache say; None: load_state_dict follows
-    make        `Adapters` or a subclass; hd_pissa_extra.attach makes its own
+    make        `Adapters` or its like; hd_pissa_extra.attach makes its own
 
     Module classes change, names and state_dict keys do not. Call it when the model is on its device.
     Raises ValueError, on every process alike, for what cannot be trained.
@@ -737,28 +689,23 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
     def build():
         check_arguments(rank, config["shards"], alpha, init=init, aggregate=aggregate, exchange=exchange)
         for name, module in model.named_modules():
-            if isinstance(module, Muted):
-                raise ValueError(f"{name or 'the model'} already has HD-PiSSA attached; detach_() that first")
-            if type(module).__module__.startswith("peft."):
-                raise ValueError(f"{name or 'the model'} is PEFT's, its adapters would be trained through; "
-                                 "call merge_and_unload() first")
+            if isinstance(module, Muted) or type(module).__module__.startswith("peft."):
+                raise ValueError(f"{name or 'the model'} has adapters of HD-PiSSA or PEFT already; call "
+                                 "detach_() on the former, merge_and_unload() on the latter")
         least = rank * (1 if init == "top" else config["shards"])
         found, skipped = find_layers(model, targets, exclude, least)
-        check_layers(found, skipped, least)
         made.append(make(model, found, skipped, config, exchange, seed, found[0][1].weight.device))
-        for slot in made[0].slots:
-            if fault := slot.fault():
-                raise ValueError(f"{slot.name}.weight {fault}")
-        shapes = [(name, tuple(p.shape), p.dtype) for name, p in model.named_parameters()]
+        shapes = [(name, (*p.shape,), p.dtype) for name, p in model.named_parameters()]
         return repr((config, exchange, seed, [name for name, _ in found], shapes))
-    here, *others = everywhere(build)
-    for i, there in enumerate(others, 1):
-        if there != here:
-            a = max(0, len(os.path.commonprefix((here, there))) - 30)
-            raise ValueError(f"processes disagree: process 0 attaches ...{here[a:a + 80]}..., process {i} "
-                             f"...{there[a:a + 80]}...; start all with the same command and model")
+    said = everywhere(build)
+    for i, text in enumerate(said):
+        if text != said[0]:
+            a = max(0, len(os.path.commonprefix((said[0], text))) - 30)
+            raise ValueError(f"processes disagree: process 0 attaches ...{said[0][a:a + 80]}..., process {i} "
+                             f"...{text[a:a + 80]}...; start all with the same command and model")
     adapters, = made
-    send_model(model, adapters.device)
+    if world_size() > 1:
+        send_model(model, adapters.device)
     if decompose is not None:
         with torch.autocast(adapters.device.type, enabled=False):
             deal(adapters, init, decompose, progress)
@@ -777,7 +724,7 @@ def update_spectrum(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     return torch.linalg.svdvals(after.detach().double() - before.detach().double())
 
 def effective_rank(S: torch.Tensor, tolerance: float = 1e-2) -> int:
-    """#{ sigma > tolerance * sigma_1 }. Counting nonzero singular values would count the rounding of W."""
+    """#{ sigma > tolerance * sigma_1 }. Counting nonzero ones would count the rounding of W."""
     return int((S > tolerance * S[0]).sum()) if S[0] > 0 else 0
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -788,7 +735,7 @@ SCHEDULES = {"cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)), "linea
 def lr_factor(step: int, max_steps: int, warmup: float, schedule: str) -> float:
     """Share of the peak rate at `step` (from 0): linear warm-up, then one of SCHEDULES.
 
-    warmup: steps if 1 or more, below 1 a share of max_steps, 0 = off. The first step has 1/warmup, never 0.
+    warmup: steps if 1 or more, below 1 a share of max_steps, 0 = off. It begins at 1/warmup, not 0.
     """
     ramp = round(warmup) if warmup >= 1 else math.ceil(warmup * max_steps)
     if step < ramp:
@@ -796,27 +743,22 @@ def lr_factor(step: int, max_steps: int, warmup: float, schedule: str) -> float:
     return SCHEDULES[schedule]((step - ramp) / max(1, max_steps - ramp))
 
 def spans(row) -> list[tuple[int, int]]:
-    """Where the loss of a row (tokens, prompt length or [(start, stop), ...], ...) is; ValueError if nowhere."""
+    """Where a row (tokens, prompt length or [(start, stop), ...], ...) has loss; [] if that was cut off."""
     tokens, where = row[:2]
-    found = [(where, len(tokens))] if isinstance(where, int) else [tuple(span) for span in where]
-    if not found or not all(1 <= a < b <= len(tokens) for a, b in found):
-        raise ValueError(f"a row of {len(tokens)} tokens with its response at {found}: a response has a token "
-                         "or more, inside the row and behind a prompt of at least one; drop rows cut before it")
-    return found
+    where = [(where, len(tokens))] if isinstance(where, int) else where
+    return [(max(a, 1), min(b, len(tokens))) for a, b in where if max(a, 1) < min(b, len(tokens))]
 
 def pad(rows, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets (b, t) of `rows`, as `spans` reads them; -100 where there is no loss.
 
     Padding stands on the right of causal attention, so no real token sees it and no mask is needed.
     """
-    length = max(len(row[0]) for row in rows) - 1
-    x = torch.zeros((len(rows), length), dtype=torch.long)
-    y = torch.full((len(rows), length), -100, dtype=torch.long)
-    for i, row in enumerate(rows):
-        x[i, :len(row[0]) - 1] = torch.tensor(row[0][:-1])
+    x = [torch.tensor(row[0][:-1]) for row in rows]
+    y = [torch.full_like(tokens, -100) for tokens in x]
+    for row, targets in zip(rows, y):
         for a, b in spans(row):
-            y[i, a - 1:b - 1] = torch.tensor(row[0][a:b])
-    return x.to(device), y.to(device)
+            targets[a - 1:b - 1] = torch.tensor(row[0][a:b])
+    return pad_sequence(x, True).to(device), pad_sequence(y, True, -100).to(device)
 
 def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """(b, t) -> (b, t, vocabulary), float32 or wider, of a model that returns a tensor or `.logits`."""
@@ -826,7 +768,7 @@ def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float = 0.03,
           schedule: str = "cosine", max_grad_norm: float = 0.0, micro_batch_size: int = 8, device="cpu",
-          autocast: bool = False, optimizer=None, start: int = 0, skip_nonfinite: int = 0, progress=True):
+          autocast=False, optimizer=None, start: int = 0, skip_nonfinite: int = 0, progress=True):
     """Fine-tune `model` and yield a record a step: step, loss, lr, grad_norm, tokens_per_second.
 
     adapters          from `attach`, or a baseline with the same interface
@@ -835,16 +777,15 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
     lr                peak learning rate; it belongs to adapters.aggregate ("sum" steps K times further)
     max_grad_norm     joint 2-norm over all shards; 0 = off
     micro_batch_size  rows a forward; autocast: its matmuls in bfloat16, weights as they are
-    optimizer         its groups keep their own peak rates; None: AdamW without weight decay, the paper's
+    optimizer         its groups keep their own peak rates; None: AdamW without weight decay
     start             steps done before, when a run goes on; `batches` begins behind them
     skip_nonfinite    steps with a NaN or infinite loss or gradient that are dropped before an error
 
     A shard minimises the mean over its own response tokens; with `whole_batch`, that of the step batch.
-    Raises ValueError, on every process alike, for rows without a response or a value not finite.
     """
     if not 0 < lr < math.inf or schedule not in SCHEDULES:
-        raise ValueError(f"lr={lr}, schedule={schedule!r}: lr must be above 0 (the paper: 2e-5), schedule one "
-                         f"of {', '.join(SCHEDULES)}")
+        raise ValueError(f"lr={lr}, schedule={schedule!r}: lr must be above 0 (the paper: 2e-5), schedule "
+                         f"one of {', '.join(SCHEDULES)}")
     optimizer = optimizer or torch.optim.AdamW(adapters.parameters(), lr, weight_decay=0.0, foreach=True)
     adapters.check(optimizer)
     peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
@@ -856,8 +797,9 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
         began, size = time.perf_counter(), len(batch) // K
         mini = [batch[i * size:(i + 1) * size] for i in range(K)]
         counts = [sum(b - a for row in rows for a, b in spans(row)) for rows in mini]
-        if size * K != len(batch) or 0 in counts:
-            raise ValueError(f"step {step}: {len(batch)} rows for {K} shards; each needs the same number of rows")
+        if size * K != len(batch) or not all(spans(row) for row in batch):
+            raise ValueError(f"step {step}: {len(batch)} rows for {K} shards, {sum(not spans(r) for r in batch)} of "
+                             "them cut before their response; every shard needs as many, and whole ones")
 
         # Local backward: each shard of this process on its own mini-batch.
         losses = torch.zeros(S, dtype=torch.float64, device=device)
@@ -887,7 +829,7 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
         else:
             skipped += 1
             bad = [i for i, value in enumerate(sums) if not math.isfinite(value)]
-            text = f"step {step}: the loss of shards {bad} or a gradient is not finite; W is untouched"
+            text = f"step {step}: not finite: loss of shards {bad} or a gradient; W is untouched by this step"
             if skipped > skip_nonfinite:
                 raise ValueError(f"{text}. Lower lr, clip, or look at these rows of the batch")
             bar.write(text)

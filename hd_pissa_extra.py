@@ -121,7 +121,7 @@ class Slot(hd_pissa.Slot):
     def halve_(self) -> None:
         """Turn a float32 weight into halves."""
         self.module.weight.data, self.low = split(self.module.weight)
-        self.stored = self.description()
+        self.was = self.kind()
         self.note()
 
     def local(self) -> tuple[torch.Tensor, slice]:
@@ -172,15 +172,21 @@ class Slot(hd_pissa.Slot):
         self.write(W)
         return dU
 
+    def before_forward(self, x) -> None:
+        super().before_forward(x)
+        if self.low is not None and x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{self.name} is bfloat16, its input {x.dtype}; cast the rest of the model too "
+                             "(its parameters, not its buffers), or run it under torch.autocast")
+
     def fault(self) -> str:
         W = self.module._parameters.get("weight")
-        if hasattr(W, "to_local") and W.dtype == self.stored[1]:
-            try:
-                own_rows(W)
-            except ValueError as e:
-                return f"cannot be merged: {e}"
-            return "was made trainable, but only merge_ changes it" if W.requires_grad else ""
-        return super().fault()
+        if not hasattr(W, "to_local"):
+            return super().fault()
+        try:
+            own_rows(W)
+        except ValueError as e:
+            return f"cannot be merged: {e}"
+        return "was made trainable; only merge_ changes it" if W.requires_grad else ""
 
 def stored(slot) -> tuple[torch.Tensor, slice]:
     """W of a slot to its last bit, of the rows on this process, and which these are."""
@@ -313,7 +319,7 @@ class Adapters(hd_pissa.Adapters):
                 leaf.register_hook(_before_catching(weakref.ref(leaf), mine))
                 leaf.register_post_accumulate_grad_hook(_after_catching(mine, own))
             for row in self.seen:
-                slot.caught[1].register_post_accumulate_grad_hook(hd_pissa.counting(row, j))
+                slot.caught[1].register_post_accumulate_grad_hook(lambda _, row=row, j=j: hd_pissa.count(row, j))
 
     @torch.no_grad()
     def collect_(self) -> None:
@@ -442,8 +448,9 @@ def _after_catching(mine, own):
     return hook
 
 def _before_step(optimizer, *_):
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(hd_pissa.LIVE):
-        if isinstance(adapters, Adapters) and adapters.holds(optimizer):
+        if isinstance(adapters, Adapters) and id(adapters.slots[0].leaves[0][0]) in held:
             adapters.collect_()
 
 register_optimizer_step_pre_hook(_before_step)

@@ -267,7 +267,8 @@ def attach(args, model, device, resumed: bool):
 
 @torch.no_grad()
 def step_0_logits(model, held, device) -> torch.Tensor:
-    """Logits of eight held-out rows, of which `attach` must not change a bit."""
+    """Logits of eight held-out rows of the frozen model, of which `attach` must not change a bit."""
+    model.requires_grad_(False)         # torch picks some matmuls by whether a weight is trained
     x, _ = hd_pissa.pad([row[:2] for row in held[:8]], device)
     return hd_pissa.logits_of(model.eval(), x)
 
@@ -396,7 +397,8 @@ def run(args) -> dict:
     if resumed and (result := report.finished(out, resumed[0], args.max_steps)):
         return result
 
-    names = [name for name, _ in hd_pissa.find_layers(model, args.targets)[0]]
+    least = args.rank * (args.shards if args.method == "hd_pissa" and args.init != "top" else 1)
+    names = [name for name, _ in hd_pissa.find_layers(model, args.targets, least=least)[0]]
     start_of = {name: model.get_parameter(name + ".weight").detach() for name in names}
     watched = {name: start_of[name].to(device, copy=True) for name in report.sampled(names)}
     sums = {name: hd_pissa.checksum(W) for name, W in start_of.items() if args.export_lora}

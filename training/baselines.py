@@ -36,7 +36,6 @@ class Baseline:
             self._parameters = dict(model.named_parameters())
             return
         found, self.skipped = hd_pissa.find_layers(model, targets, least=rank)
-        hd_pissa.check_layers(found, self.skipped, rank)
         init = {"lora": "lora", "pissa": "top"}[method]
         for name, module in found:
             W = module.weight.T if isinstance(module, nn.Linear) else module.weight     # (m, n)
