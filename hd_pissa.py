@@ -50,7 +50,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from tqdm import tqdm
 
 # ---- Processes: one process runs the same code, its collectives are the identity -----------------
@@ -184,8 +184,8 @@ class Muted:
         slot = self.hd_pissa
         if not torch.compiler.is_compiling():
             slot.before_forward(input)
-        return Mute.apply(input, self.weight, self.bias, slot.A, slot.B, slot.dA, slot.dB, slot.s,
-                          slot.conv1d, slot.mask if self.training else None)
+        return slot.mute.apply(input, self.weight, self.bias, slot.A, slot.B, slot.dA, slot.dB, slot.s,
+                               slot.conv1d, slot.mask if self.training else None)
 
     def __reduce_ex__(self, protocol):
         """Pickled or copied it is the plain layer: W holds all that was merged."""
@@ -221,7 +221,7 @@ class Slot:
     Here W is whole on every process, float32 or float64; hd_pissa_extra stores it in other ways.
     """
 
-    dtypes = (torch.float32, torch.float64)
+    mute, dtypes = Mute, (torch.float32, torch.float64)
 
     def __init__(self, name: str, module: nn.Module, adapters, start: int):
         self.name, self.module, self.adapters, self.start = name, module, adapters, start
@@ -272,14 +272,27 @@ class Slot:
 
 LIVE = weakref.WeakSet()        # the adapters that are attached
 
-def notice(optimizer, *_):
-    """Mark the increments that an optimizer has changed: fused ones do not do so themselves."""
+def before_step(optimizer, *_) -> None:
+    for adapters in list(LIVE):
+        adapters.begun = adapters.increments._version
+
+def after_step(optimizer, *_) -> None:
+    """Mark increments that a fused optimizer has changed; refuse to train on where no optimizer does."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(LIVE):
+        backwards, before = sum(map(sum, adapters.seen)), adapters.waiting[-1:] or [0]
         if id(adapters.slots[0].leaves[0][0]) in held:
-            torch.autograd.graph.increment_version(adapters.increments)
+            adapters.waiting.clear()
+            if adapters.increments._version == adapters.begun:
+                torch.autograd.graph.increment_version(adapters.increments)
+        elif backwards > before[0]:     # another step while gradients of increments wait
+            adapters.waiting.append(backwards)
+            if len(adapters.waiting) == 4:
+                raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, which have had "
+                                 "gradients for 4 such steps; build the optimizer from adapters.parameters()")
 
-register_optimizer_step_post_hook(notice)
+register_optimizer_step_pre_hook(before_step)
+register_optimizer_step_post_hook(after_step)
 
 def count(seen: list, j: int) -> None:
     """One more backward of layer j since the last merge."""
@@ -345,13 +358,13 @@ class Adapters:
             width += self.slots[-1].size
         double = found[0][1].weight.dtype == torch.float64
         like = dict(dtype=torch.float64 if double else torch.float32, device=device)
-        # Folding factors needs A_i, B_i of all K shards here, a dense dU the own.
-        self.kept = slice(0, self.K) if self.keeps_all() else slice(self.first, self.first + self.S)
+        self.kept = self.keep()
         self.own = slice(self.first - self.kept.start, self.first - self.kept.start + self.S)
         self.basis = torch.zeros((self.kept.stop - self.kept.start, width), **like)
         self.increments = torch.zeros((self.S, width), **like)
         self.merged = self.increments._version
         self.seen = [[0] * len(found) for _ in range(self.S)]   # backwards since the last merge
+        self.waiting = []               # how many, at steps of optimizers that hold no increments
         for j, slot in enumerate(self.slots):
             for seen, dA, dB in zip(self.seen, *slot.views(self.increments)):
                 # detach: a leaf of its own on the buffer's memory. Its hook must not hold `self`.
@@ -359,8 +372,9 @@ class Adapters:
                 slot.leaves[-1][1].register_post_accumulate_grad_hook(lambda _, s=seen, j=j: count(s, j))
         LIVE.add(self)
 
-    def keeps_all(self) -> bool:
-        return self.exchange == "all_gather"
+    def keep(self) -> slice:
+        """Shards whose A_i, B_i stay here: folding factors needs all of them, a dense dU the own."""
+        return slice(0, self.K) if self.exchange == "all_gather" else slice(self.first, self.first + self.S)
 
     def __repr__(self):
         adapted, why = sum(s.m * s.n for s in self.slots), collections.Counter(self.skipped.values())
@@ -502,6 +516,7 @@ class Adapters:
         self.merged, self.step = self.increments._version, self.step + 1
         for p in self.parameters():
             p.grad = None               # a loop that zeroes the model alone would add to them
+        self.waiting.clear()
         for row in self.seen:
             row[:] = [0] * len(row)
 

@@ -113,16 +113,20 @@ class Slot(hd_pissa.Slot):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.low = None
-        if self.module.weight.dtype == torch.bfloat16:
+        self.low, self.exact = None, self.adapters.rounding == "exact"
+        if self.adapters.init == "random":
+            self.mute = MuteFromSeed
+        if self.module.weight.dtype == torch.bfloat16 and self.exact:
             self.low = torch.zeros_like(self.module.weight, dtype=torch.int16)
             self.note()
 
     def halve_(self) -> None:
-        """Turn a float32 weight into halves."""
-        self.module.weight.data, self.low = split(self.module.weight)
+        """Turn a float32 weight into halves, or for rounding="stochastic" into the high one alone."""
+        self.module.weight.data, low = split(self.module.weight)
         self.was = self.kind()
-        self.note()
+        if self.exact:
+            self.low = low
+            self.note()
 
     def local(self) -> tuple[torch.Tensor, slice]:
         """W as it is stored here and its rows. Low halves of another W than `note` saw are dropped."""
@@ -143,14 +147,20 @@ class Slot(hd_pissa.Slot):
     def read(self) -> tuple[torch.Tensor, slice]:
         """W to its last bit, in float32 if it is halved, of the rows on this process, and which."""
         W, rows = self.local()
-        return (W if self.low is None else join(W, self.low)), rows
+        if self.low is not None:
+            return join(W, self.low), rows
+        return (W.float() if W.dtype == torch.bfloat16 else W), rows
 
     def write(self, W: torch.Tensor) -> None:
         """Put back what `read` gave."""
+        local, rows = own_rows(self.module.weight)
         if self.low is not None:
             high, self.low = split(W)
-            own_rows(self.module.weight)[0].copy_(high)
+            local.copy_(high)
             self.note()
+        elif local.dtype == torch.bfloat16:
+            seed = hd_pissa.seed_of("rounding", self.adapters.seed, self.adapters.step, self.name)
+            local.copy_(round_stochastically(W, seed, rows.start * W.shape[1]))
 
     def add_(self, left, right, share) -> None:
         W, rows = self.read()
@@ -174,7 +184,7 @@ class Slot(hd_pissa.Slot):
 
     def before_forward(self, x) -> None:
         super().before_forward(x)
-        if self.low is not None and x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type):
+        if self.module.weight.dtype == torch.bfloat16 != x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{self.name} is bfloat16, its input {x.dtype}; cast the rest of the model too "
                              "(its parameters, not its buffers), or run it under torch.autocast")
 
@@ -251,6 +261,69 @@ def gram_components(W: torch.Tensor, k: int, name: str = "W"):
         tqdm.write(f"{name}: components by a {str(gram)[6:]} Gram matrix are off by {error:.0e}, next driver")
     return None
 
+# ---- A basis from a seed, W in bfloat16 at two bytes: numbers that are made again, not kept -------
+
+def scramble(x: torch.Tensor) -> torch.Tensor:
+    """Uniform 32-bit integers from int32 ones, the same on every device: murmur3's finalizer."""
+    for shift, factor in ((16, -2048144789), (13, -1028477387), (16, 1)):
+        x = (x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))) * factor
+    return x
+
+def seeded_columns(size: int, first: int, count: int, seed: int, device, dtype) -> torch.Tensor:
+    """(count, size): columns first .. first + count - 1 of an orthonormal (size, size) matrix, as rows.
+
+        D C,   D random signs,   C[j, f] = (2/size)^1/2 cos(pi (2j + 1) f / (2 size))   the DCT,
+
+    whose column c is frequency (c + offset) mod size; signs and offset come from `seed` alone.
+    """
+    j = torch.arange(size, device=device)
+    f = (torch.arange(first, first + count, device=device) + seed % size) % size
+    table = torch.cos(torch.arange(4 * size, device=device, dtype=torch.float64) * (math.pi / (2 * size)))
+    C = table.to(dtype)[(2 * j + 1) * f[:, None] % (4 * size)] * math.sqrt(2 / size)
+    C = torch.where(f[:, None] == 0, C * math.sqrt(0.5), C)
+    signs = 1 - 2 * (scramble(j.int() ^ (seed >> 20 & 0x7FFFFFFF)) & 1)
+    return C * signs.to(dtype)
+
+class Seeded:
+    """A_i (k, m, r) and B_i (k, r, n) of shards first .. first + k - 1, made when they are asked for."""
+
+    def __init__(self, slot, seed: int, first: int, k: int):
+        self.slot, self.seed, self.first, self.k = slot, seed, first, k
+
+    def make(self, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        slot, at, k = self.slot, self.first * self.slot.r, self.k * self.slot.r
+        A, B = (seeded_columns(size, at, k, hd_pissa.seed_of("basis", self.seed, slot.name, side), device, dtype)
+                for side, size in (("A", slot.m), ("B", slot.n)))
+        root = slot.s ** -0.5           # s A_i B_i are slices of one orthogonal matrix, as S = 1 would give
+        return root * A.unflatten(0, (self.k, slot.r)).mT, root * B.unflatten(0, (self.k, slot.r))
+
+class MuteFromSeed(hd_pissa.Mute):
+    """The mute whose A, B (a Seeded, and None) are made in the backward and dropped again."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, A, B, dA, dB, *rest):
+        ctx.made = dA.dtype
+        return hd_pissa.Mute.forward(ctx, x, weight, bias, A, B, dA, dB, *rest)
+
+    @staticmethod
+    def backward(ctx, dY):
+        seeded = ctx.A
+        ctx.A, ctx.B = seeded.make(dY.device, ctx.made)
+        grads = hd_pissa.Mute.backward(ctx, dY)
+        ctx.A, ctx.B = seeded, None     # a graph that is kept may run backward again
+        return grads
+
+def round_stochastically(W: torch.Tensor, seed: int, start: int = 0) -> torch.Tensor:
+    """float32 W as bfloat16: up or down with the probability that makes the mean exact.
+
+    The bits are drawn from (seed, position): processes that hold other rows (`start` numbers before
+    theirs) round alike.
+    """
+    bits = W.contiguous().view(torch.int32)
+    at = torch.arange(start, start + bits.numel(), device=W.device).int().view(bits.shape)
+    u = scramble(at ^ (seed & 0x7FFFFFFF)) & 0xFFFF
+    return ((bits + u) >> 16).to(torch.int16).view(torch.bfloat16)      # towards or away from zero
+
 # ---- Adapters for long and large runs ------------------------------------------------------------
 
 class Adapters(hd_pissa.Adapters):
@@ -258,10 +331,13 @@ class Adapters(hd_pissa.Adapters):
 
     Slot = Slot
 
-    def __init__(self, model, found, skipped, config, exchange, seed, device, *, dropout, gradients, basis,
-                 bucket_mb, accumulate):
-        config.update(dropout=dropout, gradients=gradients)
+    def __init__(self, model, found, skipped, config, exchange, seed, device, *, init, dropout, gradients,
+                 basis, rounding, bucket_mb, accumulate):
+        config.update(init=init, dropout=dropout, gradients=gradients)
+        if init == "random":
+            config.update(seed=seed)    # it is the basis
         self.dropout, self.whole_batch, self.resend = dropout, gradients == "global", basis == "resend"
+        self.init, self.rounding = init, rounding
         super().__init__(model, found, skipped, config, exchange, seed, device)
         self.mean_over = self.K         # stays when a checkpoint's components are dealt to other K
         self.applied = torch.ones(())
@@ -275,10 +351,15 @@ class Adapters(hd_pissa.Adapters):
             self.buckets[-1].append(slot)
         if self.whole_batch:
             self.catch()
+        if init == "random":
+            self.phase = "filled"       # there is nothing to decompose, send, keep or load
 
-    def keeps_all(self) -> bool:
+    def keep(self) -> slice:
         """Folding factors and whole-batch gradients need A_i, B_i of all K shards; else only the own."""
-        return self.whole_batch or super().keeps_all() and not self.resend
+        if self.init == "random":
+            return slice(self.first, self.first)
+        return slice(0, self.K) if self.whole_batch else super().keep() if not self.resend else (
+            slice(self.first, self.first + self.S))
 
     def select(self, i: int) -> None:
         super().select(i)
@@ -286,6 +367,9 @@ class Adapters(hd_pissa.Adapters):
             slot.mask = self.drop(slot, self.first + i) if self.dropout else None
             if self.whole_batch:
                 (slot.A, slot.B), (slot.dA, slot.dB) = slot.views(self.basis), slot.caught
+            if self.init == "random":
+                first, k = (0, self.K) if self.whole_batch else (self.first + i, 1)
+                slot.A, slot.B = Seeded(slot, self.seed, first, k), None
 
     # -- dropout on the adapter's input
 
@@ -364,13 +448,16 @@ class Adapters(hd_pissa.Adapters):
         for slots in self.buckets:
             a, b = slots[0].start, slots[-1].start + slots[-1].size     # the bucket's columns
             increments, basis = self.increments[:, a:b], self.basis[:, a:b]
+            first, k = (0, self.K) if factors else (self.first, self.S)
             if factors:
                 increments = gather_shards(increments)                  # (S, ...) -> (K, ...)
-                basis = gather_shards(basis) if len(basis) < self.K else basis      # basis="resend"
+                basis = gather_shards(basis) if 0 < len(basis) < self.K else basis  # basis="resend"
             else:
                 basis = basis[self.own]
             for slot in slots:
-                self.fold(slot, *hd_pissa.update_factors(*slot.views(basis, a), *slot.views(increments, a)))
+                A, B = (Seeded(slot, self.seed, first, k).make(self.device, self.increments.dtype)
+                        if self.init == "random" else slot.views(basis, a))
+                self.fold(slot, *hd_pissa.update_factors(A, B, *slot.views(increments, a)))
         if self.sums is not None:
             self.sums += self.increments
 
@@ -455,16 +542,21 @@ def _before_step(optimizer, *_):
 
 register_optimizer_step_pre_hook(_before_step)
 
-def attach(model: nn.Module, rank: int, *, dropout: float = 0.0, gradients: str = "local", basis: str = "cached",
-           dtype: torch.dtype | None = None, device=None, bucket_mb: int = 256, accumulate: bool = False,
+def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: float = 0.0,
+           gradients: str = "local", basis: str = "cached", dtype: torch.dtype | None = None,
+           rounding: str = "exact", device=None, bucket_mb: int = 256, accumulate: bool = False,
            decompose=components, **core) -> Adapters:
     """`hd_pissa.attach`, whose arguments it takes, with more of them.
 
+    init        also "random": A_i, B_i are slices of random orthonormal matrices, made again from the seed
+                when they are needed, and never kept, sent or saved. No SVD (not in the paper)
     dropout     probability, on the adapter's input; 0 = off
     gradients   "local" (the paper: a shard learns from its own mini-batch) or "global" (from the whole batch:
                 losses add up over processes, so divide by all tokens of the step)
     basis       "cached": A_i, B_i of all K shards on every process; "resend": gathered at each merge
-    dtype       torch.bfloat16: float32 weights become bfloat16, their exact rest is kept here; None = off
+    dtype       torch.bfloat16: float32 weights become bfloat16; None = off
+    rounding    of bfloat16 weights. "exact": 16 more bits of each are kept here; "stochastic": nothing is
+                kept, W + dW is rounded up or down so that its mean is exact
     device      of the adapters and the decomposition: "cuda" for W on the CPU until FSDP2 moves it; None: W's
     bucket_mb   MiB of gathered factors per collective
     accumulate  keep the sums of all merged dA_i, dB_i, as large as the increments, for `export_lora`
@@ -472,25 +564,29 @@ def attach(model: nn.Module, rank: int, *, dropout: float = 0.0, gradients: str 
     Call it before fully_shard. Raises ValueError, on every process alike, for what cannot be trained.
     """
     def make(model, found, skipped, config, exchange, seed, place):
-        check_arguments(dropout, gradients, basis, dtype)
+        check_arguments(dropout, gradients, basis, dtype, rounding)
         for name, module in found if dtype is not None else ():
             W = module.weight
             if dtype != W.dtype and (W.dtype, dtype) != (torch.float32, torch.bfloat16):
                 raise ValueError(f"dtype={dtype} for {name}.weight of {W.dtype}: only float32 weights can be turned, "
                                  "into torch.bfloat16; use dtype=None")
         return Adapters(model, found, skipped, config, exchange, seed, torch.device(device or place),
-                        dropout=dropout, gradients=gradients, basis=basis, bucket_mb=bucket_mb,
-                        accumulate=accumulate)
+                        init=init, dropout=dropout, gradients=gradients, basis=basis, rounding=rounding,
+                        bucket_mb=bucket_mb, accumulate=accumulate)
 
-    adapters = hd_pissa.attach(model, rank, decompose=decompose, make=make, **core)
+    seeded = init == "random"
+    adapters = hd_pissa.attach(model, rank, init="hd_pissa" if seeded else init, make=make,
+                               decompose=None if seeded else decompose, **core)
     for slot in adapters.slots:
-        if dtype == torch.bfloat16 and slot.low is None:
+        if dtype == torch.bfloat16 and slot.module.weight.dtype == torch.float32:
             slot.halve_()
     return adapters
 
-def check_arguments(dropout=0.0, gradients="local", basis="cached", dtype=None) -> None:
+def check_arguments(dropout=0.0, gradients="local", basis="cached", dtype=None, rounding="exact") -> None:
     """Raise ValueError for arguments of `attach` here that no model could be trained with."""
-    for name, value, known in (("gradients", gradients, ("local", "global")), ("basis", basis, ("cached", "resend"))):
+    for name, value, known in (("gradients", gradients, ("local", "global")),
+                               ("basis", basis, ("cached", "resend")),
+                               ("rounding", rounding, ("exact", "stochastic"))):
         if value not in known:
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(known)}")
     if not 0 <= dropout < 1:
@@ -511,8 +607,11 @@ def lora_factors(adapters, slot, rank: int | None = None) -> tuple[torch.Tensor,
     if adapters.sums is None:
         raise ValueError("no sums of the increments were kept; attach with accumulate=True (--export_lora)")
     columns = slice(slot.start, slot.start + slot.size)
-    factors = adapters.basis[adapters.own, columns], adapters.sums[:, columns]
-    (A, B), (dA, dB) = (slot.views(gather_shards(flat).double(), slot.start) for flat in factors)
+    dA, dB = slot.views(gather_shards(adapters.sums[:, columns]).double(), slot.start)
+    if adapters.init == "random":
+        A, B = Seeded(slot, adapters.seed, 0, adapters.K).make(adapters.device, torch.float64)
+    else:
+        A, B = slot.views(gather_shards(adapters.basis[adapters.own, columns]).double(), slot.start)
     P = adapters.share() * torch.cat((dA, A)).mT.flatten(0, 1).T        # (2K, m, r) -> (m, 2Kr)
     Q = torch.cat((B, dB)).flatten(0, 1)                                # (2K, r, n) -> (2Kr, n)
     if rank is not None:

@@ -83,7 +83,7 @@ FLAGS = (
     "more: method",
     ("targets", str, "all-linear", "all-linear, or comma-separated suffixes of module names"),
     ("init", ("hd_pissa", "top", "lora", "random"), "hd_pissa", "factors of the shards (appendix C)"
-     "; random: orthonormal, of no SVD (not in the paper)"),
+     "; random: orthonormal, from the seed, never kept (not in the paper)"),
     ("alpha", float, None, "the adapter is scaled by alpha / rank; None = off (scale 1)"),
     ("dropout", float, 0.0, "probability on the adapter's input, 0 = off"),
     ("aggregate", ("mean", "sum"), "mean", "mean: the paper; sum: its published code"),
@@ -102,6 +102,7 @@ FLAGS = (
     "more: machine",
     ("dtype", ("float32", "bfloat16", "autocast", "float64"), "float32", "of the weights (paper: "
      "float32); bfloat16 keeps 16 more bits beside each; autocast: bfloat16 matmuls alone"),
+    ("rounding", ("exact", "stochastic"), "exact", "of bfloat16 weights: 16 more bits kept, or random"),
     ("shard_weights", bool, False, "cut W over the processes by FSDP2; off: each holds all of it"),
     ("svd_cache", str, None, "directory that keeps decompositions for later runs; None = off"),
     ("bucket_mb", int, 256, "MiB of gathered factors per collective"),
@@ -120,7 +121,8 @@ ABOVE_ZERO = ("rank", "shards", "batch_size", "micro_batch_size", "eval_rows", "
               "epochs", "eval_tokens", "block_size", "lora_rank", "threads", "timeout", "lr")
 ZERO_OR_MORE = ("warmup", "max_grad_norm", "seed", "bucket_mb", "save_every", "save_minutes",
                 "check_every", "eval_every", "heartbeat", "skip_nonfinite")
-HD_PISSA = ("init", "aggregate", "exchange", "basis", "gradients", "svd_cache", "shard_weights")
+HD_PISSA = ("init", "aggregate", "exchange", "basis", "gradients", "svd_cache", "shard_weights",
+            "rounding")
 
 
 class OneLineErrors(argparse.ArgumentParser):
@@ -246,10 +248,9 @@ def attach(args, model, device, resumed: bool):
     """The adapters of --method; from here on the model has its final dtype and place."""
     if args.method == "hd_pissa":
         decompose = cached_components(args.svd_cache) if args.svd_cache else hd_pissa_extra.components
-        decompose = hd_pissa_extra.random_components if args.init == "random" else decompose
         adapters = hd_pissa_extra.attach(
             model, args.rank, shards=args.shards, targets=args.targets, alpha=args.alpha,
-            init="hd_pissa" if args.init == "random" else args.init, dropout=args.dropout,
+            init=args.init, dropout=args.dropout, rounding=args.rounding,
             aggregate=args.aggregate, exchange=args.exchange, basis=args.basis,
             gradients=args.gradients, seed=args.seed, bucket_mb=args.bucket_mb, device=device,
             dtype=torch.bfloat16 if args.dtype == "bfloat16" else None, progress=True,
