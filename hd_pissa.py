@@ -625,7 +625,8 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
                              f"{min(module.weight.shape)}; lower rank or shards, or use exclude=[{name!r}]")
     if not found:
         left_out = ", ".join(f"{name} ({why})" for name, why in list(skipped.items())[:8]) or "none"
-        raise ValueError(f"no layer to adapt: {left_out}. Lower rank or shards, or name others in targets")
+        most = max((min(named[name].weight.shape) for name in linear if name in skipped), default=0)
+        raise ValueError(f"no layer to adapt, of {left_out}. Name others in targets; K r may be {most} at most")
     return found, skipped
 
 def checksum(tensor: torch.Tensor, start: int = 0) -> int:
