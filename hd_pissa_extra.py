@@ -340,7 +340,7 @@ class Adapters(hd_pissa.Adapters):
         self.init, self.rounding, self.also, self.also_summed = init, rounding, also, False
         super().__init__(model, found, skipped, config, exchange, seed, device)
         self.mean_over = self.K         # stays when a checkpoint's components are dealt to other K
-        self.applied = torch.ones(())
+        self.applied, self.folded = torch.ones(()), torch.zeros(())
         self.sums = torch.zeros_like(self.increments) if accumulate else None   # of merged increments
         self.backwards: dict[tuple, int] = {}   # by (layer, shard): dropout draws anew each time
         self.buckets = []
@@ -516,13 +516,14 @@ class Adapters(hd_pissa.Adapters):
         else:
             dU = slot.add_sum_(left @ right, self.share())[:8]
         dW = self.share() * dU
-        self.applied = ((slot.read()[0][:8] - before) * dW).sum() / dW.square().sum()
+        self.folded = ((slot.read()[0][:8] - before) * dW).sum() / dW.square().sum()
 
     def share(self) -> float:
         return self.s / self.mean_over if self.aggregate == "mean" else self.s
 
     def next_step(self) -> None:
         super().next_step()
+        self.applied, self.folded = self.folded, torch.zeros(())       # 0 of a step that is left out
         self.also_summed = False
         self.backwards.clear()
         for slot in self.slots if self.whole_batch else ():
@@ -664,7 +665,7 @@ def lora_factors(adapters, slot, rank: int | None = None) -> tuple[torch.Tensor,
 
     `rank`: fewer components, the best ones, by an SVD of the product. Collective: every process calls it.
     """
-    if adapters.sums is None:
+    if getattr(adapters, "sums", None) is None:
         raise ValueError("no sums of the increments were kept; attach with accumulate=True (--export_lora)")
     columns = slice(slot.start, slot.start + slot.size)
     dA, dB = slot.views(gather_shards(adapters.sums[:, columns]).double(), slot.start)

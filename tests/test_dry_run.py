@@ -71,7 +71,7 @@ def test_two_processes_halve_what_is_dealt(tmp_path):
     assert done.returncode == 0, done.stderr
     adapted, everything = base_shapes()
     factors = 2 * sum(m + n for m, n in adapted)
-    for expected in (4 * everything // 2, 2 * 4 * factors, 4 * 2 * 4 * factors,
+    for expected in (4 * everything // 2, 2 * 4 * factors, 2 * 2 * 4 * factors,
                      2 * 4 * sum(m * n for m, n in adapted) // 2):  # fmt: skip
         assert f"{expected / 2**20:12.1f} MiB" in done.stdout, (expected / 2**20, done.stdout)
 
