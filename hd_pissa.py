@@ -230,10 +230,12 @@ class Slot:
         self.r, self.s, self.size = adapters.r, adapters.s, adapters.r * (self.m + self.n)
         self.A = self.B = self.dA = self.dB = self.mask = None      # of the shard that trains now
         self.leaves, self.was = [], self.kind()                     # (dA, dB) of each local shard
-        if (W := module.weight).dtype not in self.dtypes or hasattr(W, "to_local") or W.is_inference():
-            raise ValueError(f"{name}.weight is {self.kind()}: small updates of 16 bits are lost, sharded and "
-                             "inference tensors cannot be updated; load float32 weights, or see "
-                             "hd_pissa_extra.attach for bfloat16 and for FSDP2 after it")
+        W = module.weight
+        if W.dtype not in self.dtypes or hasattr(W, "to_local") or W.is_inference():
+            raise ValueError(f"{name}.weight is {self.kind()}: 16 bits lose small updates, sharded and inference"
+                             " tensors take none; load float32 weights, or see hd_pissa_extra.attach")
+        if not W.is_meta and not torch.isfinite(W).all():
+            raise ValueError(f"{name}.weight holds NaN or Inf; the checkpoint is damaged, load it again")
 
     def views(self, flat: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, m, r) and (rows, r, n) in `rows` of factors, whose columns begin at `offset`."""
@@ -307,12 +309,14 @@ def check_optimizer(ours: list, optimizer) -> str:
     Increments begin every step at zero. So two copies of it train stand-ins with equal gradients:
     one lets them move on from 1, the other resets them to zero as merge_ does. Steps must be equal.
     """
-    name, groups, steps = type(optimizer).__name__, optimizer.param_groups, []
+    name, groups, ids, steps = type(optimizer).__name__, optimizer.param_groups, {id(p) for p in ours}, []
     held = {id(p): p.device for group in groups for p in group["params"]}
-    if (lacks := {id(p) for p in ours} - {*held}) or len(held) > len(ours) and world_size() > 1:
-        raise ValueError(f"{name} lacks {len(lacks)} of the {len(ours)} increments (adapters.parameters()), or "
-                         "has others beside them, whose gradients no one adds up over processes: "
-                         "hd_pissa_extra.attach(also=...) does")
+    if lacks := len(ids - {*held}):
+        raise ValueError(f"{name} lacks {lacks} of the {len(ids)} increments; build it from "
+                         "adapters.parameters()")
+    if len(held) > len(ids) and world_size() > 1:
+        raise ValueError(f"{name} holds {len(held) - len(ids)} tensors beside the increments: no one adds up "
+                         "their gradients over processes, as hd_pissa_extra.attach(also=...) does")
     for start in (1.0, 0.0):
         stand = {p: torch.full((4, 2), start, dtype=torch.float64, device=d) for p, d in held.items()}
         new = {id(hooks): type(hooks)() for key, hooks in vars(optimizer).items() if "hooks" in key}
@@ -323,11 +327,12 @@ def check_optimizer(ours: list, optimizer) -> str:
                 for p in stand.values():
                     p.grad = torch.linspace(1, 2 + t % 3, 8).to(p).view(4, 2)
                 type(probe).step(probe)
-                steps += [p - q for p, q in zip(stand.values(), before)]
+                steps += [p - q for (key, p), q in zip(stand.items(), before) if key in ids]
                 torch._foreach_mul_([*stand.values()], start)
         except Exception as e:
             raise ValueError(f"{name} takes no step on a copy ({e}); use AdamW, SGD, RMSprop") from e
-    half, decays = len(steps) // 2, any(group.get("weight_decay") for group in groups)
+    half, decays = len(steps) // 2, any(group.get("weight_decay") for group in groups
+                                        if ids & {id(p) for p in group["params"]})
     if decays or not all(torch.allclose(a, b, 1e-6, 0) for a, b in zip(steps[:half], steps[half:])):
         raise ValueError(f"{name} {'has weight_decay, which' if decays else 'has a rule that'} reads the "
                          "parameter, but increments begin every step at zero; use AdamW with "
@@ -625,7 +630,8 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
                              f"{min(module.weight.shape)}; lower rank or shards, or use exclude=[{name!r}]")
     if not found:
         left_out = ", ".join(f"{name} ({why})" for name, why in list(skipped.items())[:8]) or "none"
-        raise ValueError(f"no layer to adapt: {left_out}. Lower rank or shards, or name others in targets")
+        most = max((min(named[name].weight.shape) for name in linear if name in skipped), default=0)
+        raise ValueError(f"no layer to adapt, of {left_out}. Name others in targets; K r may be {most} at most")
     return found, skipped
 
 def checksum(tensor: torch.Tensor, start: int = 0) -> int:

@@ -331,16 +331,16 @@ class Adapters(hd_pissa.Adapters):
 
     Slot = Slot
 
-    def __init__(self, model, found, skipped, config, exchange, seed, device, *, init, dropout, gradients,
+    def __init__(self, model, found, skipped, config, exchange, seed, device, *, init, also, dropout, gradients,
                  basis, rounding, bucket_mb, accumulate):
         config.update(init=init, dropout=dropout, gradients=gradients)
         if init == "random":
             config.update(seed=seed)    # it is the basis
         self.dropout, self.whole_batch, self.resend = dropout, gradients == "global", basis == "resend"
-        self.init, self.rounding = init, rounding
+        self.init, self.rounding, self.also, self.also_summed = init, rounding, also, False
         super().__init__(model, found, skipped, config, exchange, seed, device)
         self.mean_over = self.K         # stays when a checkpoint's components are dealt to other K
-        self.applied = torch.ones(())
+        self.applied, self.folded = torch.ones(()), torch.zeros(())
         self.sums = torch.zeros_like(self.increments) if accumulate else None   # of merged increments
         self.backwards: dict[tuple, int] = {}   # by (layer, shard): dropout draws anew each time
         self.buckets = []
@@ -370,6 +370,33 @@ class Adapters(hd_pissa.Adapters):
             if self.init == "random":
                 first, k = (0, self.K) if self.whole_batch else (self.first + i, 1)
                 slot.A, slot.B = Seeded(slot, self.seed, first, k), None
+
+    # -- parameters that train whole beside the adapters
+
+    def named_parameters(self, first: int = 0):
+        """Also the parameters of `also`, by their names in the model."""
+        yield from super().named_parameters(first)
+        yield from self.also.items()
+
+    def sum_also(self) -> None:
+        """Make the gradients of `also` those of the whole step batch, once a step.
+
+        In local mode every shard's loss is a mean over its own tokens, and this is the mean over the K
+        shards: exact where they have equally many tokens. In global mode it is the sum.
+        """
+        grads = [p.grad for p in self.also.values()]
+        if self.also_summed:
+            if any(g is not None and g._version != v for g, v in zip(grads, self.also_summed)):
+                raise ValueError("a backward after the gradients of this step were summed over the processes; "
+                                 "run all micro-batches first")
+            return
+        for p in self.also.values():
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if world_size() > 1:
+                dist.all_reduce(p.grad)
+            if not self.whole_batch:
+                p.grad.div_(self.K)
+        self.also_summed = [p.grad._version for p in self.also.values()]
 
     # -- dropout on the adapter's input
 
@@ -407,11 +434,12 @@ class Adapters(hd_pissa.Adapters):
 
     @torch.no_grad()
     def collect_(self) -> None:
-        """Sum the caught gradients over the processes, each shard's at its owner: a reduce-scatter a bucket.
+        """Sum gradients over the processes: caught ones, each shard's at its owner, and those of `also`.
 
         optimizer.step(), clip_grad_norm_ and merge_ do so. Call it yourself before you read or change
         gradients of several processes in another way (GradScaler.unscale_, say).
         """
+        self.sum_also()
         if world_size() == 1 or not self.whole_batch:
             return                      # the increments' gradients are the caught ones already
         if all(leaf.grad is None for slot in self.slots for leaf in slot.caught):
@@ -432,8 +460,19 @@ class Adapters(hd_pissa.Adapters):
                     pair[0].grad, pair[1].grad = gA.clone(), gB.clone()
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Over all K shards and what `also` names."""
         self.collect_()
-        return super().clip_grad_norm_(max_norm)
+        also = [p.grad for p in self.also.values()]
+        if not also:
+            return super().clip_grad_norm_(max_norm)
+        squares = torch.stack(torch._foreach_norm(also)).double().square().sum()
+        norm = (super().clip_grad_norm_(math.inf).square() + squares).sqrt()
+        if max_norm < math.inf:
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0)
+            for grad in (p.grad for p in self.parameters() if p.grad is not None):
+                grad.mul_(scale.to(grad))
+            self.also_summed = [p.grad._version for p in self.also.values()]
+        return norm
 
     # -- the merge
 
@@ -477,13 +516,15 @@ class Adapters(hd_pissa.Adapters):
         else:
             dU = slot.add_sum_(left @ right, self.share())[:8]
         dW = self.share() * dU
-        self.applied = ((slot.read()[0][:8] - before) * dW).sum() / dW.square().sum()
+        self.folded = ((slot.read()[0][:8] - before) * dW).sum() / dW.square().sum()
 
     def share(self) -> float:
         return self.s / self.mean_over if self.aggregate == "mean" else self.s
 
     def next_step(self) -> None:
         super().next_step()
+        self.applied, self.folded = self.folded, torch.zeros(())       # 0 of a step that is left out
+        self.also_summed = False
         self.backwards.clear()
         for slot in self.slots if self.whole_batch else ():
             for leaf in slot.caught:
@@ -545,7 +586,7 @@ register_optimizer_step_pre_hook(_before_step)
 def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: float = 0.0,
            gradients: str = "local", basis: str = "cached", dtype: torch.dtype | None = None,
            rounding: str = "exact", device=None, bucket_mb: int = 256, accumulate: bool = False,
-           decompose=components, **core) -> Adapters:
+           also=(), exclude=(), decompose=components, **core) -> Adapters:
     """`hd_pissa.attach`, whose arguments it takes, with more of them.
 
     init        also "random": A_i, B_i are slices of random orthonormal matrices, made again from the seed
@@ -560,9 +601,16 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
     device      of the adapters and the decomposition: "cuda" for W on the CPU until FSDP2 moves it; None: W's
     bucket_mb   MiB of gathered factors per collective
     accumulate  keep the sums of all merged dA_i, dB_i, as large as the increments, for `export_lora`
+    also        names (or their ends) of modules or parameters that train whole beside the adapters: a new
+                head, embeddings, norms. They are among adapters.parameters(), the same on every process
 
     Call it before fully_shard. Raises ValueError, on every process alike, for what cannot be trained.
     """
+    beside = also_parameters(model, [also] if isinstance(also, str) else also)
+    own = {id(p) for p in beside.values()}
+    whole = [name for name, x in model.named_modules() if isinstance(x, nn.Linear) and id(x.weight) in own]
+    exclude = [*([exclude] if isinstance(exclude, str) else exclude), *whole]
+
     def make(model, found, skipped, config, exchange, seed, place):
         check_arguments(dropout, gradients, basis, dtype, rounding)
         for name, module in found if dtype is not None else ():
@@ -571,16 +619,29 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
                 raise ValueError(f"dtype={dtype} for {name}.weight of {W.dtype}: only float32 weights can be turned, "
                                  "into torch.bfloat16; use dtype=None")
         return Adapters(model, found, skipped, config, exchange, seed, torch.device(device or place),
-                        init=init, dropout=dropout, gradients=gradients, basis=basis, rounding=rounding,
+                        init=init, also=beside, dropout=dropout, gradients=gradients, basis=basis, rounding=rounding,
                         bucket_mb=bucket_mb, accumulate=accumulate)
 
     seeded = init == "random"
     adapters = hd_pissa.attach(model, rank, init="hd_pissa" if seeded else init, make=make,
-                               decompose=None if seeded else decompose, **core)
+                               decompose=None if seeded else decompose, exclude=exclude, **core)
+    for p in beside.values():
+        p.requires_grad_(True)
     for slot in adapters.slots:
         if dtype == torch.bfloat16 and slot.module.weight.dtype == torch.float32:
             slot.halve_()
     return adapters
+
+def also_parameters(model: nn.Module, also) -> dict[str, nn.Parameter]:
+    """{name: parameter} of the modules and parameters that `also` names; ValueError for one that is not there."""
+    chosen = {}
+    for part in also:
+        hits = {name: p for name, p in model.named_parameters() if f".{part}." in f".{name}."}
+        if not hits:
+            raise ValueError(f"also={part!r} names no module or parameter; there are "
+                             f"{', '.join(dict.fromkeys(n.rsplit('.', 1)[0] for n, _ in model.named_parameters()))}")
+        chosen |= hits
+    return {name: p for name, p in model.named_parameters() if name in chosen}
 
 def check_arguments(dropout=0.0, gradients="local", basis="cached", dtype=None, rounding="exact") -> None:
     """Raise ValueError for arguments of `attach` here that no model could be trained with."""
@@ -604,7 +665,7 @@ def lora_factors(adapters, slot, rank: int | None = None) -> tuple[torch.Tensor,
 
     `rank`: fewer components, the best ones, by an SVD of the product. Collective: every process calls it.
     """
-    if adapters.sums is None:
+    if getattr(adapters, "sums", None) is None:
         raise ValueError("no sums of the increments were kept; attach with accumulate=True (--export_lora)")
     columns = slice(slot.start, slot.start + slot.size)
     dA, dB = slot.views(gather_shards(adapters.sums[:, columns]).double(), slot.start)

@@ -16,30 +16,58 @@ from training.report import sampled
 
 
 def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool) -> int:
-    """Bytes that one forward keeps for its backward, counted by autograd's own hooks, parameters apart.
+    """Bytes that one forward of the muted model keeps for its backward, by autograd's own hooks.
 
-    A linear layer whose weight trains keeps its input and its weight, exactly as the muted layer does.
+    layers      (name, module) pairs that are muted, as `hd_pissa.attach` does; parameters do not count
     """
     model.requires_grad_(False)
     for _, module in layers:
-        module.weight.requires_grad_(True)
-    parameters = {p.untyped_storage()._cdata for p in model.parameters()}
-    seen = {}
+        conv1d, zero = not isinstance(module, nn.Linear), torch.zeros(())
+        m, n = module.weight.shape if conv1d else module.weight.T.shape
+        A, B = zero.expand(1, m, 1), zero.expand(1, 1, n)
+        leaves = [factor[0].detach().requires_grad_() for factor in (A, B)]
+        module.forward = lambda x, f=(module, A, B, *leaves, conv1d): hd_pissa.Mute.apply(
+            x, f[0].weight, f[0].bias, *f[1:5], 1.0, f[5], None)
+    own = {p.untyped_storage()._cdata for p in model.parameters()}
+    seen, kept = {}, []
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage._cdata not in parameters:
+        if storage._cdata not in own:
             seen[storage._cdata] = storage.nbytes()
         kept.append(storage)            # a freed storage's address would be given to the next
         return tensor
 
-    kept = []
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
             logits = hd_pissa.logits_of(model, x)
         nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="sum")
     # The backward begins with the logits and their gradient alive beside what was saved.
     return sum(seen.values()) + 2 * logits.numel() * logits.element_size()
+
+
+def lora(factors: int, K: int, times: int, zero: int) -> dict[str, float]:
+    """Numbers a device of LoRA with AdamW on K devices: what it holds, and receives in a step.
+
+    factors     numbers of A and B at rank r; times: 1 for rank r, K for rank K r
+    zero        0: every device holds all; ZeRO's stage 1 spreads moments, 2 also gradients, 3 also A, B
+    """
+    n, there = times * factors, (K - 1) / K
+    return {"factors": n / K if zero == 3 else n, "increments": 0, "gradients": n / K if zero >= 2 else n,
+            "moments": 2 * n / K if zero >= 1 else 2 * n, "received": (3 if zero == 3 else 2) * there * n}
+
+
+def hd_pissa_numbers(factors: int, K: int, processes: int, *, gradients="local", init="hd_pissa",
+                     exchange="auto", basis="cached") -> dict[str, float]:
+    """The same of HD-PiSSA: K shards over `processes`, without W and its low halves."""
+    S, there = K // processes, (processes - 1) / processes
+    whole = gradients == "global"
+    every = whole or exchange != "all_reduce" and basis == "cached"
+    caught = K * factors if whole and processes > 1 else 0     # the own part is replaced by the sums
+    gathers = (basis == "resend" and init != "random" and not whole) + 1 + whole
+    return {"factors": 0 if init == "random" else (K if every else S) * factors, "increments": S * factors,
+            "gradients": max(caught, S * factors), "moments": 2 * S * factors,
+            "received": gathers * there * K * factors}
 
 
 def available(device: str) -> tuple[int, str]:
@@ -84,10 +112,10 @@ def dry_run(args, load_model, default_steps: int) -> dict:
         x = torch.zeros((min(args.micro_batch_size, args.batch_size // K), longest), dtype=torch.long)
         activations = saved_bytes(model.train(), layers, x, args.dtype == "autocast")
     factors = r * sum(a + b for a, b in shapes)                         # numbers of one shard
-    foreign = args.gradients == "global" or (args.exchange != "all_reduce" and args.basis == "cached")
-    kept = K if foreign else S
+    own = hd_pissa_numbers(factors, K, processes, gradients=args.gradients, init=args.init,
+                           exchange=args.exchange, basis=args.basis)
     whole = everything * (2 if args.dtype == "bfloat16" else width)
-    low = 2 * adapted if args.dtype == "bfloat16" else 0
+    low = 2 * adapted if args.dtype == "bfloat16" and args.rounding == "exact" else 0
     cut = processes if args.shard_weights else 1
     # gloo receives into a copy of its own; the largest layer's factors are concatenated for the fold.
     sent = min(args.bucket_mb * 2**20, K * factors * width) * (1 if args.basis == "cached" else 2)
@@ -95,19 +123,19 @@ def dry_run(args, load_model, default_steps: int) -> dict:
     if args.exchange == "all_reduce":
         exchange = max(a * b for a, b in shapes) * width
     memory = {"W and all other weights": whole // cut, "low halves": low // cut,
-              f"A_i, B_i of {kept} shards": kept * factors * width,
-              f"increments, gradients, AdamW moments of {S} shards": 4 * S * factors * width,
+              "A_i, B_i": own["factors"] * width, f"increments of {S} shards": own["increments"] * width,
+              "gradients": own["gradients"] * width, "AdamW moments": own["moments"] * width,
               "sums of increments, for --export_lora": S * factors * width * args.export_lora,
               "copies of up to 8 weights, for the rank of dW at the end":
                   sum(math.prod(by_name[name]) for name in sampled(list(by_name))) * width,
               f"the larger of activations ({x.shape[0]} rows of {longest} tokens) and exchange":
                   max(activations, exchange)}
     there = (processes - 1) / processes
-    gather = K * factors * width * there * (1 if args.basis == "cached" else 2)
-    traffic = {"all_gather": gather, "all_reduce": 2 * there * adapted * width}
+    traffic = {"all_gather": own["received"] * width,
+               "all_reduce": 2 * there * adapted * width + (args.gradients == "global") * there * K * factors * width}
     start = time.perf_counter()
     torch.linalg.eigh(torch.eye(512) + torch.ones(512, 512) / 512)
-    init = sum((min(s) / 512) ** 3 for s in shapes) * (time.perf_counter() - start) * 2 / processes
+    init = args.init not in ("random", "lora") and sum((min(s) / 512) ** 3 for s in shapes) * (time.perf_counter() - start) * 2 / processes
 
     per_epoch = len(sizes) // args.batch_size
     steps = args.max_steps or (max(1, round(args.epochs * per_epoch)) if args.epochs else default_steps)
@@ -118,7 +146,13 @@ def dry_run(args, load_model, default_steps: int) -> dict:
                  "memory of each process")
     for name, size in (memory | {"sum": sum(memory.values())}).items():
         say(f"  {name:70} {size / 2**20:12.1f} MiB")
-    say("bytes received by each process a step")
+    say(f"beside LoRA with AdamW on {K} devices: A and B, increments, gradients, moments a device; received a step")
+    rows = {f"this run on {processes} processes": own}
+    rows |= {f"LoRA of rank {times * r}" + (f", ZeRO-{zero}" if zero else ""): lora(factors, K, times, zero)
+             for times, zero in ((1, 0), (K, 0), (K, 1), (K, 2), (K, 3))}
+    for name, numbers in rows.items():
+        say(f"  {name:40}" + "".join(f"{n * width / 2**20:11.1f}" for n in numbers.values()) + " MiB")
+    say("bytes received by each process a step, by --exchange")
     for name, size in traffic.items():
         say(f"  {name:70} {size / 2**20:12.1f} MiB")
     needed, (there, where) = sum(memory.values()), available(args.device)

@@ -134,7 +134,7 @@ def export(args, adapters, sums: dict, folder: Path, load_model) -> float:
         return base
 
     base = together(load_base)
-    error = hd_pissa.export_lora(adapters, str(folder), base, args.model, args.lora_rank)
+    error = hd_pissa_extra.export_lora(adapters, str(folder), base, args.model, args.lora_rank)
     rank = args.lora_rank or 2 * args.shards * args.rank
     say(f"\nLoRA of rank {rank} in {folder}: relative error {error:.1e} of dW")
     return error

@@ -1,0 +1,94 @@
+"""Parameters that train whole beside the adapters: their gradients are those of the whole step batch.
+
+Oracle: plain autograd of the mean loss over all rows through a copy of the model.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+from spawned import spawn
+
+import hd_pissa_extra
+
+K, STEPS = 4, 3
+
+
+def problem():
+    g = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 12), nn.Tanh(),
+                          nn.Linear(12, 5)).double()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3, generator=g)
+    return model, torch.randn((STEPS, K, 6, 12), generator=g, dtype=torch.float64)
+
+
+def run(gradients="local", clip=None):
+    """(weights after training, gradients of `also` at the first step)"""
+    model, data = problem()
+    adapters = hd_pissa_extra.attach(model, 2, shards=K, gradients=gradients, also=["5", "2"])
+    optimizer, first = torch.optim.SGD(adapters.parameters(), 1e-2), None
+    adapters.check(optimizer)
+    for x in data:
+        for i in range(adapters.S):
+            with adapters.shard(i):
+                loss = model(x[adapters.first + i]).square().mean()
+                (loss / K if gradients == "global" else loss).backward()
+        if clip:
+            adapters.clip_grad_norm_(clip)
+        else:
+            adapters.collect_()
+        first = first or [p.grad.tolist() for p in adapters.also.values()]
+        optimizer.step()
+        adapters.merge_()
+    return [p.tolist() for p in model.parameters()], first
+
+
+@pytest.mark.parametrize("gradients", ["local", "global"])
+def test_gradients_are_the_whole_batch_s(gradients):
+    model, data = problem()
+    model(data[0].flatten(0, 1)).square().mean().backward()
+    expected = [p.grad for name, p in model.named_parameters() if name[0] in "25"]
+    weights, first = run(gradients)
+    for a, b in zip(first, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(a, dtype=torch.float64), b, rtol=1e-10, atol=1e-14)
+    moved = [torch.tensor(a, dtype=torch.float64) for a in weights]
+    for (name, p), a in zip(problem()[0].named_parameters(), moved):
+        assert torch.equal(p, a) == (name in ("0.bias", "3.bias")), "weights and `also` move, biases stay"
+
+
+@pytest.mark.parametrize("gradients", ["local", "global"])
+@pytest.mark.parametrize("clip", [None, 0.05])
+def test_any_processes_and_shards_give_the_same(gradients, clip, tmp_path):
+    expected, _ = run(gradients, clip)
+    ranks = spawn(2, run, tmp_path, gradients, clip)
+    assert ranks[0][0] == ranks[1][0]
+    for a, b in zip(ranks[0][0], expected):
+        a, b = (torch.tensor(x, dtype=torch.float64) for x in (a, b))
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_clipping_is_joint():
+    model, data = problem()
+    adapters = hd_pissa_extra.attach(model, 2, shards=1, also="5")
+    model(data[0].flatten(0, 1)).square().mean().backward()
+    grads = [p.grad.clone() for p in adapters.parameters()]
+    norm = adapters.clip_grad_norm_(1e-2)
+    expected = torch.cat([g.flatten() for g in grads]).norm()
+    torch.testing.assert_close(norm, expected)
+    for p, g in zip(adapters.parameters(), grads):
+        torch.testing.assert_close(p.grad, g * 1e-2 / (expected + 1e-6))
+
+
+def test_a_name_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="also='scores' names no module"):
+        hd_pissa_extra.attach(problem()[0], 2, also="scores")
+
+
+def test_what_trains_beside_is_not_adapted_and_the_model_keeps_its_names():
+    model, _ = problem()
+    names = list(copy.deepcopy(model).state_dict())
+    adapters = hd_pissa_extra.attach(model, 2, also=["5.weight"])
+    assert [slot.name for slot in adapters.slots] == ["0", "3"] and list(model.state_dict()) == names
+    assert model[5].weight.requires_grad and not model[5].bias.requires_grad

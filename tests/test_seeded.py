@@ -1,0 +1,124 @@
+"""A basis from a seed and stochastic rounding: numbers that are made again instead of kept.
+
+Oracles: the same basis stored by decompose=, a DCT written from its definition by NumPy, the mean and the
+two neighbours of a rounded number by exact arithmetic.
+"""
+
+import numpy as np
+import pytest
+import torch
+import toy
+from spawned import spawn
+
+import hd_pissa
+import hd_pissa_extra
+
+
+def orthogonal(size: int, seed: int) -> np.ndarray:
+    """(size, size): random signs times the DCT-II matrix, its frequencies rotated, from the definitions."""
+    j, f = np.arange(size)[:, None], (np.arange(size) + seed % size) % size
+    C = np.sqrt(2 / size) * np.cos(np.pi * (2 * j + 1) * f / (2 * size))
+    C[:, f == 0] /= np.sqrt(2)
+    rows = hd_pissa_extra.seeded_columns(size, 0, size, seed, "cpu", torch.float64).numpy()
+    signs = np.sign((rows * C.T).sum(0))                                # of one column alone, then of all
+    return signs[:, None] * C
+
+
+def stored(seed: int):
+    """The basis of init="random" as a decomposition that is kept."""
+    def decompose(W, k, name):
+        U, V = (orthogonal(size, hd_pissa.seed_of("basis", seed, name, side))[:, :k]
+                for side, size in zip("AB", W.shape))
+        return torch.from_numpy(U), torch.ones(k, dtype=torch.float64), torch.from_numpy(V).T
+    return decompose
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 129])
+def test_columns_are_a_signed_dct(size):
+    """Every entry has the size of the DCT's, all columns are orthonormal, one sign a row of the matrix."""
+    seed = hd_pissa.seed_of("test", size)
+    Q = hd_pissa_extra.seeded_columns(size, 0, size, seed, "cpu", torch.float64).T
+    torch.testing.assert_close(Q.T @ Q, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
+    torch.testing.assert_close(Q, torch.from_numpy(orthogonal(size, seed)), rtol=0, atol=1e-12)
+
+
+def test_bases_differ_by_seed_layer_and_side_and_half_the_signs_are_negative():
+    def signs(*parts):
+        seed = hd_pissa.seed_of("basis", *parts)
+        return hd_pissa_extra.scramble(torch.arange(4000).int() ^ (seed >> 20 & 0x7FFFFFFF)) & 1
+
+    draws = [signs(0, "a", "A"), signs(1, "a", "A"), signs(0, "b", "A"), signs(0, "a", "B")]
+    for i, a in enumerate(draws):
+        assert 0.46 < a.float().mean() < 0.54
+        assert all(0.46 < (a == b).float().mean() < 0.54 for b in draws[:i])
+
+
+@pytest.mark.parametrize("exchange", ["all_gather", "all_reduce"])
+@pytest.mark.parametrize("gradients", ["local", "global"])
+@pytest.mark.parametrize("alpha", [None, 6.0])
+def test_training_equals_the_stored_basis(gradients, exchange, alpha):
+    weights, bias, data = toy.problem()
+    options = dict(gradients=gradients, exchange=exchange, alpha=alpha)
+    made, adapters = toy.run(weights, bias, data, init="random", **options)
+    kept, _ = toy.run(weights, bias, data, decompose=stored(0), **options)
+    for a, b, W in zip(made, kept, weights):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+        assert (a - W).abs().max() > 1e-3
+    assert adapters.basis.numel() == 0 and not any(".A" in name for name in adapters.tensors())
+    other, _ = toy.run(weights, bias, data, init="random", seed=1, **options)
+    assert not torch.allclose(made[0], other[0])
+
+
+def two_processes():
+    return [W.tolist() for W in toy.run(*toy.problem(torch.float32), init="random", gradients="global")[0]]
+
+
+def test_processes_make_the_same_basis(tmp_path):
+    expected = two_processes()
+    for result in spawn(2, two_processes, tmp_path):
+        for a, b in zip(result, expected):
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-5, atol=1e-6)
+
+
+def test_state_of_another_seed_is_refused():
+    weights, bias, _ = toy.problem()
+    a, b = (hd_pissa_extra.attach(toy.module(weights, bias), 2, shards=2, init="random", seed=seed)
+            for seed in (0, 1))
+    with pytest.raises(ValueError, match="seed is 1 here, 0 there"):
+        b.load_state_dict(a.state_dict())
+
+
+def test_rounding_goes_to_a_neighbour_and_its_mean_is_exact():
+    """Over many steps: only the two bfloat16 neighbours occur, and their mean is W within its own noise."""
+    W = torch.randn(2000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-20, 20, 2000)
+    draws = torch.stack([hd_pissa_extra.round_stochastically(W, hd_pissa.seed_of(t)).double()
+                         for t in range(400)])
+    bits = W.view(torch.int32)
+    below = (bits >> 16 << 16).view(torch.float32).double()             # towards zero
+    above = ((bits >> 16) + 1 << 16).view(torch.float32).double()
+    assert ((draws == below) | (draws == above)).all()
+    gap = (above - below).abs()
+    off = (draws.mean(0) - W.double()).abs() / gap
+    assert off.max() < 5 * 0.5 / 400**0.5 and abs(((draws.mean(0) - W.double()) / gap).mean()) < 3e-3
+
+
+def test_rows_round_alike_whoever_holds_them():
+    W = torch.randn((40, 30), generator=torch.Generator().manual_seed(0))
+    whole = hd_pissa_extra.round_stochastically(W, 5)
+    assert torch.equal(hd_pissa_extra.round_stochastically(W[13:], 5, 13 * 30), whole[13:])
+    assert not torch.equal(hd_pissa_extra.round_stochastically(W, 6), whole)
+
+
+def test_two_bytes_a_weight_keep_the_mean_of_small_updates():
+    """Steps of 1e-3 of a unit of bfloat16: nearest rounding loses all, stochastic none in the mean."""
+    weights, bias, _ = toy.problem(torch.float32)
+    share = []
+    model = toy.module(weights, bias)
+    adapters = toy.attach(model, 2, shards=toy.K, dtype=torch.bfloat16, rounding="stochastic")
+    assert model[0].weight.dtype == torch.bfloat16 and not any("low" in name for name in adapters.tensors())
+    g = torch.Generator().manual_seed(1)
+    for _ in range(200):
+        adapters.increments.copy_(1e-4 * torch.randn(adapters.increments.shape, generator=g))
+        adapters.merge_()
+        share.append(float(adapters.applied))
+    assert abs(sum(share) / len(share) - 1) < 4 * torch.tensor(share).std() / len(share) ** 0.5 < 1
