@@ -53,7 +53,7 @@ def attach_seconds(shapes, decay):
     """(attach, full SVD of every layer) on this rank, both from a barrier to the last rank's end."""
     model, out = layers(*shapes, decay=decay), []
     for work in (
-        lambda: hd_pissa.attach(model, 16, shards=8),
+        lambda: hd_pissa_extra.attach(model, 16, shards=8),
         lambda: [torch.linalg.svd(layer.weight.detach(), full_matrices=False) for layer in model],
     ):
         dist.barrier()
@@ -78,7 +78,6 @@ def merge_seconds(K, exchange):
     adapters = hd_pissa.attach(model, 16, shards=K, exchange=exchange)
     times = []
     for _ in range(12):
-        adapters.touched.update(range(adapters.S))
         adapters.increments.normal_(std=1e-6)
         start = time.perf_counter()
         adapters.merge_()
@@ -102,8 +101,7 @@ def bench_merge(tmp):
 def bytes_of_a_merge():
     out = []
     for options in ({}, {"basis": "resend"}, {"exchange": "all_reduce"}):
-        adapters = hd_pissa.attach(layers((4096, 4096)), 16, shards=8, init="lora", **options)
-        adapters.touched.update(range(adapters.S))
+        adapters = hd_pissa_extra.attach(layers((4096, 4096)), 16, shards=8, init="lora", **options)
         adapters.increments.normal_(std=1e-6)
         out.append(received_bytes(adapters.merge_))
     return out
@@ -125,7 +123,7 @@ def bench_global(tmp):
     runs, x = {}, torch.randn(512, 4096)
     for gradients in ("local", "global"):
         model = layers((4096, 4096), (4096, 4096))
-        adapters = hd_pissa.attach(model, 16, shards=8, gradients=gradients)
+        adapters = hd_pissa_extra.attach(model, 16, shards=8, gradients=gradients)
         runs[gradients] = model, adapters, torch.optim.AdamW(adapters.parameters(), weight_decay=0.0), []
     for _ in tqdm(range(6), desc="gradients", unit="round"):
         for model, adapters, optimizer, times in runs.values():

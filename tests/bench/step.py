@@ -31,6 +31,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import hd_pissa  # noqa: E402
+import hd_pissa_extra  # noqa: E402
 
 RANK = 16
 
@@ -60,9 +61,9 @@ class Published(nn.Module):
         super().__init__()
         self.linear = linear
         n, m = linear.weight.shape
-        At_B = hd_pissa.shard_factors(linear.weight.T, 1, RANK, "hd_pissa", 1.0, 0)[0].to(linear.weight)
-        self.A = nn.Parameter(At_B[: RANK * m].view(RANK, m).T.contiguous())
-        self.B = nn.Parameter(At_B[RANK * m :].view(RANK, n).contiguous())
+        factors = hd_pissa.shard_factors(linear.weight.T, 1, RANK, "hd_pissa", 1.0, 0)[0].to(linear.weight)
+        self.A = nn.Parameter(factors[: m * RANK].view(m, RANK).clone())
+        self.B = nn.Parameter(factors[m * RANK :].view(RANK, n).clone())
 
     def forward(self, x):
         return self.linear(x) + 1e-16 * F.linear(x, (self.A @ self.B).T)
@@ -75,9 +76,9 @@ class Step:
         self.variant, self.model = variant, llama(args)
         self.adapters, parameters = None, []
         if variant.startswith("hd_pissa"):
-            gradients = "global" if variant.endswith("global") else "local"
-            shards = args.shards
-            self.adapters = hd_pissa.attach(self.model, RANK, shards=shards, gradients=gradients)
+            options = {"gradients": "global"} if "global" in variant else {}
+            options |= {"init": "random"} if "seed" in variant else {}
+            self.adapters = hd_pissa_extra.attach(self.model, RANK, shards=args.shards, **options)
             parameters = self.adapters.parameters()
         elif variant in ("lora", "pissa"):
             from peft import LoraConfig, get_peft_model
@@ -105,7 +106,7 @@ class Step:
         shards = range(self.adapters.S) if self.adapters else [0]
         for s, rows in zip(shards, x.chunk(len(shards))):
             if self.adapters:
-                self.adapters._select(s)
+                self.adapters.select(s)
             logits = self.model(rows).logits
             F.cross_entropy(logits.flatten(0, 1).float(), rows.flatten()).backward()
         for W in self.touched:
