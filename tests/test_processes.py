@@ -184,7 +184,7 @@ def test_a_fault_on_rank_1_stops_both_with_one_message(tmp_path):
     assert ranks[0] == ranks[1]
     words = [
         "2.weight holds NaN",
-        "no layer to adapt: 0 (fewer than K r = 198 components)",
+        "no layer to adapt, of 0 (fewer than K r = 198 components)",
         "shards [1] of 2 got no gradient",
         "shards [1] hold NaN",
         "missing.jsonl: no such data file",
