@@ -212,7 +212,12 @@ def whole(weight: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor
 
 def components(W: torch.Tensor, k: int, name: str = "W"):
     """`hd_pissa.components` by a Gram matrix where its result is right, by a full SVD elsewhere."""
-    found = gram_components(W, k, name) if W.dtype != torch.float64 else None
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")       # TF32 is too coarse for this, whatever was set
+    try:
+        found = gram_components(W, k, name) if W.dtype != torch.float64 else None
+    finally:
+        torch.set_float32_matmul_precision(before)
     return found or hd_pissa.components(W, k, name)
 
 def random_components(W: torch.Tensor, k: int, name: str = "W"):
@@ -222,7 +227,7 @@ def random_components(W: torch.Tensor, k: int, name: str = "W"):
     tutorial/results.
     """
     generator = torch.Generator().manual_seed(hd_pissa.seed_of("basis", name))
-    U, V = (torch.linalg.qr(torch.randn((side, k), generator=generator, dtype=torch.float64)).Q
+    U, V = (torch.linalg.qr(torch.randn((side, k), generator=generator, dtype=torch.float64, device="cpu")).Q
             for side in W.shape)                                                # (m, k), (n, k)
     return U.to(W), torch.ones(k).to(W), V.T.to(W)
 
@@ -239,7 +244,7 @@ def gram_components(W: torch.Tensor, k: int, name: str = "W"):
         wide = wide.to(gram)
         G = wide @ wide.T                                                       # (d, d)
         # diag(R) of G times a random (d, k) follows the k largest eigenvalues: does float32 reach them?
-        probe = torch.randn((len(G), k), generator=torch.Generator().manual_seed(0)).to(G)
+        probe = torch.randn((len(G), k), generator=torch.Generator().manual_seed(0), device="cpu").to(G)
         R = torch.linalg.qr(G @ probe).R.diagonal().abs()
         if gram == torch.float32 and R.min() < 1e-3 * R.max():
             tqdm.write(f"{name}: squared singular values fall by {R.min() / R.max():.0e}: float64 Gram "
@@ -255,7 +260,7 @@ def gram_components(W: torch.Tensor, k: int, name: str = "W"):
             U, SVt = E, E.T @ wide
             S = SVt.norm(dim=1)
             Vt = SVt / S.clamp_min(1e-300)[:, None]
-            error = torch.dist(Vt @ Vt.T, torch.eye(k).to(S), p=math.inf)
+            error = torch.dist(Vt @ Vt.T, torch.eye(k, device="cpu").to(S), p=math.inf)
         if error <= 1e-5:
             return (U, S, Vt) if wide.shape == M.shape else (Vt.T, S, U.T)
         tqdm.write(f"{name}: components by a {str(gram)[6:]} Gram matrix are off by {error:.0e}, next driver")
@@ -511,12 +516,12 @@ class Adapters(hd_pissa.Adapters):
         before = W[:8].clone()
         left, right = (Pt.T, Q) if slot.conv1d else (Q.T, Pt)
         if self.exchange == "all_gather":
-            dU = left[rows][:8] @ right
+            dU = left[rows][:8].double() @ right.double()
             slot.add_(left, right, self.share())
         else:
             dU = slot.add_sum_(left @ right, self.share())[:8]
-        dW = self.share() * dU
-        self.folded = ((slot.read()[0][:8] - before) * dW).sum() / dW.square().sum()
+        dW = self.share() * dU.double()
+        self.folded = ((slot.read()[0][:8] - before).double() * dW).sum() / dW.square().sum()
 
     def share(self) -> float:
         return self.s / self.mean_over if self.aggregate == "mean" else self.s
