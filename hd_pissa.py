@@ -80,11 +80,13 @@ def everywhere(work) -> list:
     result = error = None
     try:
         result = work()
-    except (ValueError, OSError, RuntimeError) as e:    # others are faults of the program
+    except Exception as e:
         error = e
     said = [(result, error and (str(error) or repr(error)))] * world_size()
     if world_size() > 1:
         dist.all_gather_object(said, said[0])
+    if error and not isinstance(error, (ValueError, OSError, RuntimeError)):
+        raise error                     # a fault of the program: here with its own traceback
     for message in (message for _, message in said if message):
         raise ValueError(message) from error
     return [result for result, _ in said]

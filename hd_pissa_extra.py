@@ -342,7 +342,8 @@ class Adapters(hd_pissa.Adapters):
         if init == "random":
             config.update(seed=seed)    # it is the basis
         self.dropout, self.whole_batch, self.resend = dropout, gradients == "global", basis == "resend"
-        self.init, self.rounding, self.also, self.also_summed = init, rounding, also, False
+        self.init, self.rounding, self.also = init, rounding, also
+        self.also_summed = self.collected = False
         super().__init__(model, found, skipped, config, exchange, seed, device)
         self.mean_over = self.K         # stays when a checkpoint's components are dealt to other K
         self.applied, self.folded = torch.ones(()), torch.zeros(())
@@ -447,8 +448,9 @@ class Adapters(hd_pissa.Adapters):
         self.sum_also()
         if world_size() == 1 or not self.whole_batch:
             return                      # the increments' gradients are the caught ones already
-        if all(leaf.grad is None for slot in self.slots for leaf in slot.caught):
-            return
+        if self.collected:
+            return                      # once a step on every process, whatever it has caught: none waits
+        self.collected = True
         for slots in self.buckets:
             parts = []                                                  # (K, m r) and (K, r n) of each layer
             for slot in slots:
@@ -529,7 +531,7 @@ class Adapters(hd_pissa.Adapters):
     def next_step(self) -> None:
         super().next_step()
         self.applied, self.folded = self.folded, torch.zeros(())       # 0 of a step that is left out
-        self.also_summed = False
+        self.also_summed = self.collected = False
         self.backwards.clear()
         for slot in self.slots if self.whole_batch else ():
             for leaf in slot.caught:
