@@ -80,11 +80,13 @@ def everywhere(work) -> list:
     result = error = None
     try:
         result = work()
-    except (ValueError, OSError, RuntimeError) as e:    # others are faults of the program
+    except Exception as e:
         error = e
     said = [(result, error and (str(error) or repr(error)))] * world_size()
     if world_size() > 1:
         dist.all_gather_object(said, said[0])
+    if error and not isinstance(error, (ValueError, OSError, RuntimeError)):
+        raise error                     # a fault of the program: here with its own traceback
     for message in (message for _, message in said if message):
         raise ValueError(message) from error
     return [result for result, _ in said]
@@ -116,12 +118,14 @@ def shard_factors(W, K: int, r: int, init: str, s: float, seed: int, decompose=c
     m, n = W.shape
     if init == "lora":
         draws = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(K)]
-        A = torch.stack([torch.rand((r, m), generator=g, dtype=torch.float64) for g in draws]).mT
-        A, B = (2 * A - 1) / math.sqrt(m), torch.zeros((K, r, n), dtype=torch.float64)  # (K, m, r)
+        like = dict(dtype=torch.float64, device="cpu")      # equal draws on every device
+        A = torch.stack([torch.rand((r, m), generator=g, **like) for g in draws]).mT
+        A, B = (2 * A - 1) / math.sqrt(m), torch.zeros((K, r, n), **like)               # (K, m, r)
     else:
         k = r if init == "top" else K * r
         U, S, Vt = decompose(W, k, name)
-        if max(torch.dist(Q @ Q.T, torch.eye(k).to(Q), p=math.inf) for Q in (U.T, Vt)) > 1e-4:
+        grams = [Q @ Q.T for Q in (U.T.double(), Vt.double())]      # TF32 would not do for this check
+        if max(torch.dist(G, torch.eye(k, device="cpu").to(G), p=math.inf) for G in grams) > 1e-4:
             raise ValueError(f"{name}: components not orthonormal, shards overlap; mend decompose=")
         if not S[-1] > (zero := 2 * torch.finfo(W.dtype).eps * S[0]):
             raise ValueError(f"{name}.weight has rank {int((S > zero).sum())}, {k} components are needed:"
@@ -325,7 +329,7 @@ def check_optimizer(ours: list, optimizer) -> str:
             for t in range(9):
                 before = [p.clone() for p in stand.values()]
                 for p in stand.values():
-                    p.grad = torch.linspace(1, 2 + t % 3, 8).to(p).view(4, 2)
+                    p.grad = torch.linspace(1, 2 + t % 3, 8, device=p.device).to(p).view(4, 2)
                 type(probe).step(probe)
                 steps += [p - q for (key, p), q in zip(stand.items(), before) if key in ids]
                 torch._foreach_mul_([*stand.values()], start)
@@ -465,7 +469,7 @@ class Adapters:
         there = [[n > 0 or any(p.grad is not None for p in slot.leaves[i])
                   for n, slot in zip(row, self.slots)] for i, row in enumerate(self.seen)]  # (S, layers)
         low, high = self.increments.aminmax(dim=1)
-        flags = torch.tensor([[any(row), bool(faults)] for row in there]).to(low)
+        flags = torch.tensor([[any(row), bool(faults)] for row in there], device="cpu").to(low)
         # A (K, 3) gather tells every process the state of every shard, so that all refuse alike.
         table = torch.cat((flags, torch.maximum(-low, high)[:, None]), dim=1)   # NaN and Inf survive
         trained, faulty, size = gather_shards(table).T.tolist()
@@ -774,11 +778,11 @@ def pad(rows, device) -> tuple[torch.Tensor, torch.Tensor]:
 
     Padding stands on the right of causal attention, so no real token sees it and no mask is needed.
     """
-    x = [torch.tensor(row[0][:-1]) for row in rows]
+    x = [torch.tensor(row[0][:-1], device="cpu") for row in rows]
     y = [torch.full_like(tokens, -100) for tokens in x]
     for row, targets in zip(rows, y):
         for a, b in spans(row):
-            targets[a - 1:b - 1] = torch.tensor(row[0][a:b])
+            targets[a - 1:b - 1] = torch.tensor(row[0][a:b], device="cpu")
     return pad_sequence(x, True).to(device), pad_sequence(y, True, -100).to(device)
 
 def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -212,7 +212,12 @@ def whole(weight: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor
 
 def components(W: torch.Tensor, k: int, name: str = "W"):
     """`hd_pissa.components` by a Gram matrix where its result is right, by a full SVD elsewhere."""
-    found = gram_components(W, k, name) if W.dtype != torch.float64 else None
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")       # TF32 is too coarse for this, whatever was set
+    try:
+        found = gram_components(W, k, name) if W.dtype != torch.float64 else None
+    finally:
+        torch.set_float32_matmul_precision(before)
     return found or hd_pissa.components(W, k, name)
 
 def random_components(W: torch.Tensor, k: int, name: str = "W"):
@@ -222,7 +227,7 @@ def random_components(W: torch.Tensor, k: int, name: str = "W"):
     tutorial/results.
     """
     generator = torch.Generator().manual_seed(hd_pissa.seed_of("basis", name))
-    U, V = (torch.linalg.qr(torch.randn((side, k), generator=generator, dtype=torch.float64)).Q
+    U, V = (torch.linalg.qr(torch.randn((side, k), generator=generator, dtype=torch.float64, device="cpu")).Q
             for side in W.shape)                                                # (m, k), (n, k)
     return U.to(W), torch.ones(k).to(W), V.T.to(W)
 
@@ -239,7 +244,7 @@ def gram_components(W: torch.Tensor, k: int, name: str = "W"):
         wide = wide.to(gram)
         G = wide @ wide.T                                                       # (d, d)
         # diag(R) of G times a random (d, k) follows the k largest eigenvalues: does float32 reach them?
-        probe = torch.randn((len(G), k), generator=torch.Generator().manual_seed(0)).to(G)
+        probe = torch.randn((len(G), k), generator=torch.Generator().manual_seed(0), device="cpu").to(G)
         R = torch.linalg.qr(G @ probe).R.diagonal().abs()
         if gram == torch.float32 and R.min() < 1e-3 * R.max():
             tqdm.write(f"{name}: squared singular values fall by {R.min() / R.max():.0e}: float64 Gram "
@@ -255,7 +260,7 @@ def gram_components(W: torch.Tensor, k: int, name: str = "W"):
             U, SVt = E, E.T @ wide
             S = SVt.norm(dim=1)
             Vt = SVt / S.clamp_min(1e-300)[:, None]
-            error = torch.dist(Vt @ Vt.T, torch.eye(k).to(S), p=math.inf)
+            error = torch.dist(Vt @ Vt.T, torch.eye(k, device="cpu").to(S), p=math.inf)
         if error <= 1e-5:
             return (U, S, Vt) if wide.shape == M.shape else (Vt.T, S, U.T)
         tqdm.write(f"{name}: components by a {str(gram)[6:]} Gram matrix are off by {error:.0e}, next driver")
@@ -337,7 +342,8 @@ class Adapters(hd_pissa.Adapters):
         if init == "random":
             config.update(seed=seed)    # it is the basis
         self.dropout, self.whole_batch, self.resend = dropout, gradients == "global", basis == "resend"
-        self.init, self.rounding, self.also, self.also_summed = init, rounding, also, False
+        self.init, self.rounding, self.also = init, rounding, also
+        self.also_summed = self.collected = False
         super().__init__(model, found, skipped, config, exchange, seed, device)
         self.mean_over = self.K         # stays when a checkpoint's components are dealt to other K
         self.applied, self.folded = torch.ones(()), torch.zeros(())
@@ -442,8 +448,9 @@ class Adapters(hd_pissa.Adapters):
         self.sum_also()
         if world_size() == 1 or not self.whole_batch:
             return                      # the increments' gradients are the caught ones already
-        if all(leaf.grad is None for slot in self.slots for leaf in slot.caught):
-            return
+        if self.collected:
+            return                      # once a step on every process, whatever it has caught: none waits
+        self.collected = True
         for slots in self.buckets:
             parts = []                                                  # (K, m r) and (K, r n) of each layer
             for slot in slots:
@@ -511,12 +518,12 @@ class Adapters(hd_pissa.Adapters):
         before = W[:8].clone()
         left, right = (Pt.T, Q) if slot.conv1d else (Q.T, Pt)
         if self.exchange == "all_gather":
-            dU = left[rows][:8] @ right
+            dU = left[rows][:8].double() @ right.double()
             slot.add_(left, right, self.share())
         else:
             dU = slot.add_sum_(left @ right, self.share())[:8]
-        dW = self.share() * dU
-        self.folded = ((slot.read()[0][:8] - before) * dW).sum() / dW.square().sum()
+        dW = self.share() * dU.double()
+        self.folded = ((slot.read()[0][:8] - before).double() * dW).sum() / dW.square().sum()
 
     def share(self) -> float:
         return self.s / self.mean_over if self.aggregate == "mean" else self.s
@@ -524,7 +531,7 @@ class Adapters(hd_pissa.Adapters):
     def next_step(self) -> None:
         super().next_step()
         self.applied, self.folded = self.folded, torch.zeros(())       # 0 of a step that is left out
-        self.also_summed = False
+        self.also_summed = self.collected = False
         self.backwards.clear()
         for slot in self.slots if self.whole_batch else ():
             for leaf in slot.caught:

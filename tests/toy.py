@@ -11,7 +11,7 @@ SIZES, K, R, STEPS = (20, 24, 18), 4, 2, 5  # m of the first weight, n, n of the
 
 def attach(model, rank, **arguments):
     """hd_pissa.attach, or hd_pissa_extra.attach where an argument is only its own."""
-    if set(arguments) <= set(CORE):
+    if set(arguments) <= set(CORE) and arguments.get("init") != "random":
         return hd_pissa.attach(model, rank, **arguments)
     import hd_pissa_extra
 

@@ -1,0 +1,72 @@
+"""torch.set_default_device and float32 matmul precision are the user's: attach, steps and the loop do not mind.
+
+"meta" stands in for "cuda": a tensor that were made without a device of its own would have no values.
+"""
+
+import pytest
+import torch
+import toy
+
+import hd_pissa
+import hd_pissa_extra
+
+
+@pytest.fixture
+def elsewhere():
+    torch.set_default_device("meta")
+    yield
+    torch.set_default_device(None)
+
+
+OPTIONS = [{}, {"init": "lora"}, {"init": "random"}, {"gradients": "global"}, {"dropout": 0.5},
+           {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "rounding": "stochastic"}]  # fmt: skip
+
+
+def trained(options: dict, where) -> list[torch.Tensor]:
+    """The weights after five steps on the CPU, while the default device is `where`."""
+    weights, bias, data = toy.problem(torch.float32)
+    dtype, model = options.get("dtype", torch.float32), toy.module(weights, bias)
+    torch.set_default_device(where)
+    try:
+        adapters = toy.attach(model, toy.R, shards=toy.K, **options)
+        model[0].bias.data = model[0].bias.data.to(dtype)
+        optimizer = torch.optim.AdamW(adapters.parameters(), 1e-2, weight_decay=0.0)
+        adapters.check(optimizer)
+        for batch in data:
+            for i, (x, y) in enumerate(batch):
+                with adapters.shard(i):
+                    (model(x.to(dtype)) - y).float().square().mean().backward()
+            adapters.clip_grad_norm_(1.0)
+            optimizer.step()
+            adapters.merge_()
+    finally:
+        torch.set_default_device(None)
+    return [slot.module.weight.detach().clone() for slot in adapters.slots]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a_run_is_the_same_under_another_default_device(options):
+    for a, b in zip(trained(options, None), trained(options, "meta"), strict=True):
+        assert torch.equal(a, b) and a.device.type == "cpu"
+
+
+def test_decompositions_do_not_see_a_coarse_matmul_precision(monkeypatch):
+    """TF32 has 10 bits: components would fail their check. What the user has set comes back afterwards."""
+    seen = []
+    monkeypatch.setattr(hd_pissa_extra, "gram_components", lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    torch.set_float32_matmul_precision("medium")
+    try:
+        hd_pissa_extra.components(torch.randn(8, 6), 2)
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_loop_under_another_default_device(elsewhere):
+    with torch.device("cpu"):
+        table = torch.nn.Embedding(16, 8)
+        model = torch.nn.Sequential(table, torch.nn.Linear(8, 8), torch.nn.Linear(8, 16))
+    adapters = hd_pissa.attach(model, 1, shards=2)
+    rows = [(list(range(i, i + 6)), 2) for i in range(4)]
+    records = list(hd_pissa.train(model, adapters, [rows] * 2, lr=1e-2, max_steps=2, progress=False))
+    assert len(records) == 2 and records[1]["loss"] < records[0]["loss"]
