@@ -1,4 +1,4 @@
-"""hd_pissa.py copied alone, into an empty folder and into a package: every oracle of the core is as green as here.
+"""hd_pissa.py copied alone, into an empty folder and into a package: all oracles of the core are green there.
 
 The copy must be the whole method, so hd_pissa_extra, training and data cannot be imported there.
 """
@@ -56,21 +56,18 @@ def outcome(folder: Path, *more) -> str:
 def test_all_oracles_of_the_core_hold_for_the_file_alone(place, tmp_path):
     """None fails; what skips is about another file, and no more than here."""
     copied(tmp_path, place)
-    text = outcome(tmp_path)
+    text = outcome(tmp_path, "-k", "not peft and not step_0")       # these compare with other libraries
     counts = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|skipped|error)", text)}
     assert not counts.get("failed") and not counts.get("error") and counts["passed"] > 80, text
     lines = [line for line in text.splitlines() if line.startswith("SKIPPED")]
-    other = [line for line in lines if not any(f"No module named '{name}'" in line or f"import '{name}'" in line
-                                               for name in OF_OTHERS)]
-    assert not [line for line in other if "transformers" not in line and "peft" not in line], text
+    other = [line for line in lines if not any(f"import '{name}'" in line for name in OF_OTHERS)]
+    assert not [line for line in other if "transformers" not in line], text
 
 
-def test_a_package_trains_as_the_file_does(tmp_path):
-    """Planted faults are found in the package's copy too: it is that one which runs there."""
-    copied(tmp_path, "package.hd_pissa")
-    assert re.search(r"\d+ passed", (text := outcome(tmp_path, "-k", "planted or no_fault"))), text
-    assert "failed" not in text and "error" not in text
-    file = tmp_path / "package" / "hd_pissa.py"
+def test_it_is_the_packages_copy_that_runs(tmp_path):
+    """The dense simulation agrees with it, and no longer once a fault is planted in that copy."""
+    file = copied(tmp_path, "package.hd_pissa")
+    assert "1 passed" in (text := outcome(tmp_path, "-k", "no_fault")), text
     file.write_text(file.read_text().replace("return self.s / self.K if", "return self.s if"))
     assert "1 failed" in (text := outcome(tmp_path, "-k", "no_fault")), text
 

@@ -11,7 +11,6 @@ from torch.distributed.fsdp import fully_shard
 import hd_pissa
 import hd_pissa_extra
 
-
 SIZES = {"even": (32, 48, 16), "odd": (33, 47, 15), "fewer rows than processes": (33, 3, 17)}
 
 

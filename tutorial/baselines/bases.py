@@ -1,4 +1,4 @@
-"""Other fixed bases and another optimizer for the direct weight update, as arguments of hd_pissa_extra.attach.
+"""Other fixed bases and another optimizer for the direct weight update, for hd_pissa_extra.attach.
 
 `decompose=` takes a function with the arguments of hd_pissa_extra.components; shard i gets components
 ir .. (i+1)r - 1 of whatever it returns, and A_i = U S^1/2, B_i = S^1/2 Vt.

@@ -59,7 +59,8 @@ class KeepShards(TrainerCallback):
         self.adapters, self.optimizer = adapters, optimizer
 
     def file(self, args, state) -> Path:
-        return Path(args.output_dir, f"checkpoint-{state.global_step}", f"hd_pissa_{hd_pissa.process_index()}.pt")
+        name = f"hd_pissa_{hd_pissa.process_index()}.pt"
+        return Path(args.output_dir, f"checkpoint-{state.global_step}", name)
 
     def on_save(self, args, state, control, **kwargs):
         kept = {"adapters": self.adapters.state_dict(), "optimizer": self.optimizer.state_dict()}
