@@ -43,7 +43,7 @@ from data.report import (
     sampled,
 )
 from data.report_html import write_report
-from data.rows import enough, load, step_batches
+from data.rows import enough, load, preview, step_batches, table
 from data.svd_cache import cached_components
 from data.tokenizer import GPTTokenizer
 from hd_pissa_extra import everywhere, say
@@ -416,9 +416,13 @@ def run(args) -> dict:
     model = model.double() if args.dtype == "float64" else model
     model = model if args.shard_weights else model.to(device)
     block_size = min(args.block_size or min(context, 1024), context)
-    rows, held, rows_hash = everywhere(
-        lambda: load(args.data, args.eval_data, args.eval_rows, tokenizer, block_size))
+    report = {}
+    rows, held, rows_hash = everywhere(lambda: load(
+        args.data, args.eval_data, args.eval_rows, tokenizer, block_size, report=report,
+        progress=hd_pissa.rank() == 0))
+    say(table(report))
     enough(args, rows, held)
+    say(f"the first row, with + before what the loss covers:\n{preview(rows[0], tokenizer)}")
     if args.max_steps is None:
         args.max_steps = max(1, round(args.epochs * (len(rows) // args.batch_size))) if args.epochs else STEPS
 

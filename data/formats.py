@@ -322,13 +322,15 @@ def usable(pairs, path, form: str | None, account: dict):
         row.turns = turns
         account["kept"] += 1
         yield row
+
+
+def read_rows(path, form: str | None = None, report: dict | None = None) -> list[Row]:
+    """The usable rows of a container, each the dict that it is there, with its conversation in `turns`."""
+    account = entry(report, str(path))
+    rows = list(usable(records(path), path, form, account))
     if not account["read"]:
         raise ValueError(f"{path}: holds no rows; {NEEDED}")
     if not account["kept"]:
         reason, (count, place) = next(iter(account["dropped"].items()))
         raise ValueError(f"{place}: {reason}, and no row is left of {account['read']}; {NEEDED}")
-
-
-def read_rows(path, form: str | None = None, report: dict | None = None) -> list[Row]:
-    """The usable rows of a container, each the dict that it is there, with its conversation in `turns`."""
-    return list(usable(records(path), path, form, entry(report, str(path))))
+    return rows

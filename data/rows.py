@@ -168,6 +168,7 @@ def pack(rows, tokenizer, dtype=np.uint32, account: dict | None = None):
         parts.append(np.array(tokens, dtype))
         spans += several
         start += len(tokens)
+    account["kept"] = len(index)
     tokens = np.concatenate(parts) if parts else np.zeros(0, dtype)
     return tokens, np.array(index, INDEX), np.array(spans, "<u4").reshape(-1, 2), list(domains)
 

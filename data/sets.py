@@ -7,9 +7,7 @@ gets a raw row whose fields have the types of the table, and returns (instructio
 import re
 from typing import NamedTuple
 
-
-class Dropped(str):
-    """The reason why a row is left out."""
+from data.formats import Dropped
 
 
 class Set(NamedTuple):
@@ -100,7 +98,6 @@ def science(question: str):
 
 
 QA, KEY = {"query": str, "answer": str}, {"choices": dict, "answerKey": str}
-OWN = {"instruction": str, "response": str}
 NUMBER = (int, str)
 SETS = {
     "metamathqa": Set("meta-math/MetaMathQA", None, None, 395_000, {"query": str, "response": str},
@@ -125,7 +122,7 @@ SETS = {
     "arc-e": Set("allenai/ai2_arc", "ARC-Easy", None, 2_300, {"question": str} | KEY, science("question")),
     "obqa": Set("allenai/openbookqa", "main", None, 5_000, {"question_stem": str} | KEY,
                 science("question_stem")),
-    "rows": Set(None, None, None, None, OWN, pair("instruction", "response")),
+    "rows": Set(None, None, None, None, {}, None),
 }
 COMMONSENSE = ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-c", "arc-e", "obqa"]
 MIXES = {"commonsense": COMMONSENSE, "multitask": ["metamathqa", "codefeedback", "wizardlm", *COMMONSENSE]}
@@ -149,23 +146,3 @@ def as_in_paper(rows: int, paper: int) -> bool:
     """Whether a count rounds to the figure of table 6."""
     return abs(rows - paper) <= (500 if paper >= 100_000 else 50)
 
-
-def plain(raw):
-    """A row that is already a question and an answer: instruction (and input), response or output."""
-    more = raw.get("input") or ""
-    answer = raw["response"] if "response" in raw else raw["output"]
-    return raw["instruction"] + (f"\n{more}" if more else ""), answer
-
-
-def conversion(name: str, keys) -> tuple[dict, object, str]:
-    """(fields, conversion, what was taken) for rows of set `name` with these keys; KeyError if none fits.
-
-    The set's own fields are looked for first, then those of instruction data, as a file of a whole mix has.
-    """
-    entry = SETS.get(name)
-    if entry and set(entry.fields) <= set(keys):
-        return entry.fields, entry.convert, f"template of {name}: {', '.join(entry.fields)}"
-    for answer in ("response", "output"):
-        if {"instruction", answer} <= set(keys):
-            return {"instruction": str, answer: str}, plain, f"as they are: instruction, {answer}"
-    raise KeyError(name)
