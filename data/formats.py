@@ -56,16 +56,16 @@ def one_line(what: str, remedy: str):
 # ---- Containers: each yields (place, raw row) --------------------------------------------------------------
 
 
-def regular(path) -> None:
+def regular(path, remedy: str = f"give {FILES}") -> None:
     """ValueError unless `path` is a file: a pipe or a device would block or never end."""
     try:
         mode = os.stat(path).st_mode
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such data file; give {FILES}") from None
+        raise ValueError(f"{path}: no such data file; {remedy}") from None
     except (OSError, ValueError) as e:                  # a loop of links, a name that no system has
-        raise ValueError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); give {FILES}") from None
+        raise ValueError(f"{path}: cannot be read ({getattr(e, 'strerror', None) or e}); {remedy}") from None
     if not stat.S_ISREG(mode):
-        raise ValueError(f"{path}: a {KINDS.get(stat.S_IFMT(mode), 'device')}, no file; give {FILES}")
+        raise ValueError(f"{path}: a {KINDS.get(stat.S_IFMT(mode), 'device')}, no file; {remedy}")
 
 
 def parsed(data: bytes, path, line: int = 0):

@@ -207,9 +207,9 @@ def seal(manifest: dict) -> str:
 def read_manifest(folder) -> dict:
     """The manifest of a prepared set; ValueError if it is none, of another format, or changed since."""
     path, again = Path(folder) / "manifest.json", "make it again with data/prepare.py"
-    if not path.exists():
+    if not os.path.lexists(path):
         raise ValueError(f"{folder}: no manifest.json, so no prepared set; {again}")
-    regular(path)
+    regular(path, again)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         form, known = manifest["format"], manifest.get("digest")
@@ -235,7 +235,7 @@ def temporary(path: Path) -> Path:
 def verify(folder: Path, files: dict) -> bool:
     """Compare the digests of a set's files, once for each size and time that they have; was it done now?"""
     for name in PARTS:
-        regular(folder / name)
+        regular(folder / name, "make it again with data/prepare.py")
         if (there := (folder / name).stat().st_size) != files[name][0]:
             raise ValueError(f"{folder / name} has {there} of its {files[name][0]} bytes; make it again with "
                              "data/prepare.py")

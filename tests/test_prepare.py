@@ -39,13 +39,14 @@ def files_of(folder):
 
 
 def by_hand(folder, width=2):
-    """(tokens, prompt length, domain) of every row, from the bytes: 26 of index a row, little-endian."""
-    tokens, index = (folder / "tokens.bin").read_bytes(), (folder / "index.bin").read_bytes()
+    """(tokens, loss, domain) of every row, from the bytes: 40 of index a row, little-endian."""
+    tokens, index, spans = ((folder / f"{name}.bin").read_bytes() for name in ("tokens", "index", "spans"))
     domains, found = json.loads((folder / "manifest.json").read_text())["domains"], []
-    for at in range(0, len(index), 26):
-        start, length, prompt, domain = struct.unpack_from("<QIIH", index, at)
+    for at in range(0, len(index), 40):
+        start, length, prompt, domain, turns, _, first = struct.unpack_from("<QIIIIQQ", index, at)
         row = struct.unpack_from(f"<{length}{'H' if width == 2 else 'I'}", tokens, start * width)
-        found.append((row, prompt, domains[domain]))
+        several = struct.unpack_from(f"<{2 * turns}I", spans, 8 * first)
+        found.append((row, tuple(zip(several[::2], several[1::2])) or prompt, domains[domain]))
     return found
 
 
@@ -206,7 +207,7 @@ def test_tokens_are_those_of_the_rows(tmp_path, monkeypatch):
         for name, (size, digest) in manifest["files"].items():
             data = (out / name).read_bytes()
             assert len(data) == size and hashlib.blake2b(data, digest_size=32).hexdigest() == digest
-        assert manifest["settings"]["sources"]["rows"]["digest"][0] == os.path.getsize(path)
+        assert manifest["settings"]["sources"]["rows"]["digest"][0][0] == os.path.getsize(path)
         opened = rows.open_rows(str(out), tokenizer, 10_000, "train")
         assert [(tuple(t), p, d) for t, p, d in opened] == orders[-1]
         assert opened[5:8][1] == opened[6] and opened[-1] == opened[299]
@@ -223,7 +224,7 @@ def test_a_wide_vocabulary_takes_four_bytes(tmp_path):
 
     some = embedded(20)
     source = prepare.File(jsonl(tmp_path / "a.jsonl", some), {})
-    source.how = sets.conversion("rows", some[0])
+    source.form = "instruction"
     prepare.prepare("rows", {"rows": source}, Wide(), "wide", tmp_path / "out", 0)
     assert collections.Counter(by_hand(tmp_path / "out", 4)) == collections.Counter(expected(some, Wide()))
 
@@ -254,9 +255,10 @@ def test_finished_text_and_drops_are_counted(tmp_path, capsys):
     wanted = [{"instruction": "a", "response": "b"}, {"instruction": "a\nc", "response": "d"}]
     assert sorted(by_hand(tmp_path / "o")) == sorted(expected(wanted, GPTTokenizer(), "boolq"))
     assert manifest["sets"]["boolq"] == {"read": 3, "kept": 2, "paper": 9400,
-                                         "dropped": {"empty question or answer": 1}}  # fmt: skip
+                                         "notes": {},
+                                         "dropped": {"no text in 'output'": [1, f"{path}:3"]}}  # fmt: skip
     text = capsys.readouterr().out
-    assert "1 empty question or answer; not the paper's number of rows" in text and "9.4K" in text
+    assert "1 no text in 'output'; not the paper's number of rows" in text and "9.4K" in text
 
 
 def test_a_mix_keeps_its_parts_apart(tmp_path, monkeypatch):
@@ -431,7 +433,7 @@ def test_a_full_disk(tmp_path, monkeypatch, capsys):
 
     def full(handle):
         calls.append(handle)
-        if len(calls) == 3:
+        if len(calls) == 4:             # the settings, two parts
             raise OSError(28, "No space left on device")
         sync(handle)
 
@@ -613,7 +615,8 @@ def test_a_large_set_stays_on_the_disk(tmp_path):
     index["hash"] = np.random.default_rng(0).integers(0, 2**63, n)
     index.tofile(out / "index.bin")
     os.truncate(out / "tokens.bin", 2 * n * length)                     # sparse: zeros
-    manifest["files"] = {name: [(out / name).stat().st_size, ""] for name in ("tokens.bin", "index.bin")}
+    manifest["files"] = {name: rows.digest(out / name) for name in rows.PARTS}
+    manifest["digest"] = rows.seal(manifest)
     (out / "manifest.json").write_text(json.dumps(manifest))
     tracemalloc.start()
     some, held, _ = rows.load(str(out), None, 500, GPTTokenizer(), 512)
@@ -694,18 +697,15 @@ def refused(argv, capsys):
 
 
 GOOD = {"query": "a", "response": "b"}
-PRETTY = json.dumps([GOOD, GOOD, {"query": "a"}], indent=1)
+PRETTY = json.dumps([GOOD, GOOD], indent=1)
 FILES = {
-    "no such file": (None, ["no such file", "JSONL or JSON"]),
+    "no such file": (None, ["no such data file", "JSONL"]),
     "empty": ("\n", ["holds no rows"]),
     "empty list": ("[ ]", ["holds no rows"]),
-    "a field missing later": (f"{json.dumps(GOOD)}\n\n{json.dumps({'query': 'a'})}\n",
-                              ["bad.json:3", "no field 'response'", "--fields response="]),
-    "a field missing in a list": (PRETTY, ["bad.json:10", "no field 'response'"]),
-    "a field missing at once": (json.dumps({"query": "a", "text": "b"}),
-                                ["bad.json:1", "no response", "(it has query, text)", "response=FIELD"]),
+    "no row with the field": (json.dumps(GOOD | {"response": None}), ["bad.json:1", "no 'response'", "no row is left"]),
+    "a field missing at once": (json.dumps({"query": "a", "label": "b"}),
+                                ["bad.json:1", "(query, label)", "response=FIELD"]),
     "a number": (json.dumps({"query": "a", "response": 3}), ["bad.json:1", "int in field 'response'"]),
-    "null": (json.dumps({"query": "a", "response": None}), ["bad.json:1", "NoneType in field 'response'"]),
     "not JSON": (json.dumps(GOOD) + "\n{oops}\n", ["bad.json:2", "not JSON"]),
     "not JSON in a list": ("[\n" + json.dumps(GOOD) + ",\n{oops}]", ["bad.json:3", "not JSON"]),
     "an open list": ("[\n" + json.dumps(GOOD) + "\n", ["bad.json:3", "not JSON"]),
@@ -713,8 +713,9 @@ FILES = {
     "two lists": ("[" + json.dumps(GOOD) + "]\n[]", ["bad.json:2", "not JSON"]),
     "not an object": (json.dumps(GOOD) + "\n[1]\n", ["bad.json:2", "a list, not an object"]),
     "one object over lines": (json.dumps(GOOD, indent=1), ["bad.json:1", "a row a line, or one list"]),
-    "not UTF-8": (b"\xff\xfe\x00", ["bad.json:1", "not JSON"]),
-    "nothing left": (json.dumps({"query": "a", "response": " "}), ["no row is left", "empty question"]),
+    "not UTF-8": (b"\xff\x00", ["bad.json:1", "not UTF-8"]),
+    "UTF-16": (json.dumps(GOOD).encode("utf-16"), ["bad.json:1", "UTF-16"]),
+    "nothing left": (json.dumps({"query": "a", "response": " "}), ["no row is left", "no text in 'response'"]),
 }  # fmt: skip
 
 
@@ -741,7 +742,7 @@ def test_a_row_of_another_shape(tmp_path, capsys):
 COMMANDS = {
     "metamath": ["metamath: unknown set", "did you mean metamathqa?", "--list"],
     "": ["no name", "metamathqa"],
-    "multitask --from FILE": ["no instruction, response in this row", "instruction=FIELD,response=FIELD"],
+    "multitask --from FILE": ["no format has the fields of this row", "instruction=FIELD,response=FIELD"],
     "commonsense --from wizardlm=FILE": ["wizardlm is no part of boolq, piqa"],
     "commonsense --from FILE --from boolq=FILE": ["boolq is no part of commonsense"],
     "commonsense --from boolq=FILE --from FILE": ["one file for a whole mix, or its parts, boolq=FILE"],
@@ -798,9 +799,9 @@ SPOILT = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), ["no manifest.json", "data/prepare.py"]),
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), ["not a prepared set's manifest"]),
     "no digests": (spoil_manifest(lambda m: m.pop("files")), ["not a prepared set's manifest", "KeyError"]),
-    "newer": (spoil_manifest(lambda m: m.update(format=9)), ["format 9", "format 1"]),
+    "newer": (spoil_manifest(lambda m: m.update(format=9)), ["format 9", "format 2"]),
     "cut": (lambda f: os.truncate(f / "tokens.bin", 10), ["tokens.bin has 10 of its", "make it again"]),
-    "no index": (lambda f: (f / "index.bin").unlink(), ["index.bin has 0 of its"]),
+    "no index": (lambda f: (f / "index.bin").unlink(), ["index.bin: no such", "make it again"]),
 }
 
 
@@ -836,7 +837,7 @@ def test_bad_lists(text, three, tmp_path):
 
 
 def test_a_source_without_a_row_that_fits(three, tmp_path):
-    with pytest.raises(ValueError, match="no row has a response within --block_size 2"):
+    with pytest.raises(ValueError, match="no row has an answer within --block_size 2"):
         rows.load(f"{three[0][1]},{three[0][2]}", None, 10, GPTTokenizer(), 2)
     one = tmp_path / "one.jsonl"
     with pytest.raises(ValueError, match="all its rows are held out; give more, or --eval_data"):
