@@ -151,6 +151,9 @@ def is_saved(path) -> bool:
 
 def saved_rows(path):
     datasets = needed("datasets", path)
+    for folder, _, names in os.walk(path):      # the library would wait for a pipe for ever
+        for name in names:
+            regular(os.path.join(folder, name), "save the folder again with save_to_disk")
     with one_line(f"{path}: no folder saved whole by datasets", "save it again with save_to_disk"):
         data = datasets.load_from_disk(str(path))
         splits = dict(data) if isinstance(data, dict) else {"train": data}
@@ -203,7 +206,7 @@ def recognise(some: list[dict], place: str) -> str:
         for name, fields in FORMATS.items():
             if all(row.get(field) is not None for field in fields):
                 return name
-    there = ", ".join(map(str, list(some[0])[:8])) or "none"
+    there = ", ".join(str(field)[:40] for field in list(some[0])[:8]) or "none"
     raise ValueError(f"{place}: no format has the fields of this row ({there}); {NEEDED}")
 
 
@@ -257,7 +260,7 @@ def conversation(raw: dict, form: str) -> list[dict] | Dropped:
         del made[0]
     roles = [turn["role"] for turn in made]
     if other := [role for role in roles if role not in ROLES]:
-        return Dropped(f"a turn of role {other[0]!r}")
+        return Dropped(f"a turn of role {other[0][:40]!r}")
     if not all(turn["content"].strip() for turn in made):
         return Dropped("an empty turn" if len(made) > 2 else f"no text in {FORMATS[form][0]!r}")
     if "assistant" not in roles or roles[roles[0] == "system"] != "user":
@@ -310,7 +313,7 @@ def usable(pairs, path, form: str | None, account: dict):
         used = {*FORMATS[form], *KNOWN, "system", *(MORE if form in ("instruction", "alpaca") else ())}
         for field, value in raw.items():
             if field not in used and value is not None:
-                note(account, f"field {field!r} is not used")
+                note(account, f"field {field[:40]!r} is not used")
         try:
             turns = conversation(raw, form)
         except ValueError as e:

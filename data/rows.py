@@ -221,7 +221,7 @@ def read_manifest(folder) -> dict:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path}: not a prepared set's manifest ({type(e).__name__}); {again}") from None
     if form != FORMAT:
-        raise ValueError(f"{folder} is of format {form}, this program reads format {FORMAT}; {again}")
+        raise ValueError(f"{folder} is of format {str(form)[:40]}, this program reads format {FORMAT}; {again}")
     if not right or known != seal(manifest):
         raise ValueError(f"{path}: not as it was written; {again}")
     return manifest
