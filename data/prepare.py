@@ -271,8 +271,8 @@ HOST = re.escape(socket.gethostname())
 OURS = re.compile(r"(?:settings\.json|\d\d_\d{5,}\.part)(?:\..+\.\d+\.tmp)?")
 
 
-def discard(folder: Path) -> None:
-    """Remove what this program wrote there, and the folder if that was all."""
+def discard(folder: Path, itself: bool = True) -> None:
+    """Remove what this program wrote there, and the folder itself if that was all."""
     if folder.is_symlink() or not folder.is_dir():
         return
     for path in folder.iterdir():
@@ -280,8 +280,9 @@ def discard(folder: Path) -> None:
             discard(path)
         elif OURS.fullmatch(path.name) or folder.name == "whole" and path.name in (*PARTS, "manifest.json"):
             path.unlink()
-    with contextlib.suppress(OSError):                  # something of others is in it
-        folder.rmdir()
+    if itself:
+        with contextlib.suppress(OSError):              # something of others is in it
+            folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -350,8 +351,7 @@ def prepare(name: str, sources: dict, tokenizer, model: str, out: Path, seed: in
         return manifest
     with alone(work):
         if read_settings(work) != settings:
-            discard(work)
-            work.mkdir(exist_ok=True)
+            discard(work, itself=False)                     # the lock is on this folder
             whole(work / "settings.json", json.dumps(settings, indent=1).encode())
         elif there := len(list(work.glob("*.part"))):
             print(f"{work}: going on after {there} parts", flush=True)

@@ -253,7 +253,7 @@ def verify(folder: Path, files: dict) -> bool:
     return True
 
 
-def open_prepared(folder: str, tokenizer) -> TokenFile:
+def open_prepared(folder: str, tokenizer, report: dict | None = None) -> TokenFile:
     """A prepared set, mapped; ValueError if it is damaged, of another format or of another tokenizer."""
     path, manifest = Path(folder), read_manifest(folder)
     files, domains = manifest["files"], manifest["domains"]
@@ -263,8 +263,9 @@ def open_prepared(folder: str, tokenizer) -> TokenFile:
     verify(path, files)
     tokens, index, spans = (np.memmap(path / name, dtype, "r") if files[name][0] else np.zeros(0, dtype)
                             for name, dtype in zip(PARTS, (manifest["dtype"], INDEX, "<u4")))
-    name = repr([files[name] for name in PARTS])
-    return TokenFile(tokens, index, spans.reshape(-1, 2), domains, str(folder), name)
+    entry(report, str(folder)).update(format="prepared", read=len(index), kept=len(index))
+    return TokenFile(tokens, index, spans.reshape(-1, 2), domains, str(folder),
+                     repr([files[name] for name in PARTS]))
 
 
 def packed(path: str, tokenizer, form: str | None = None, report: dict | None = None,
@@ -411,14 +412,14 @@ def is_prepared(path: str) -> bool:
 def open_rows(text: str, tokenizer, block_size: int, what: str, *, format: str | None = None, loss: str = "all",
               report: dict | None = None, progress: bool = False) -> Rows:
     """All rows that a list of sources has, without those that keep no answer at block_size."""
-    listed, account = sources(text), entry(report, what)
-    files = [open_prepared(path, tokenizer) if is_prepared(path) else
+    listed = sources(text)
+    files = [open_prepared(path, tokenizer, report) if is_prepared(path) else
              packed(path, tokenizer, format, report, progress) for _, path in listed]
     shares = [weight for weight, _ in listed] if listed[0][0] is not None else None
     which = np.concatenate([np.full(len(file.index), k, np.uint16) for k, file in enumerate(files)])
     at = np.concatenate([np.arange(len(file.index), dtype=np.uint32) for file in files])
     rows = Rows(files, which, at, block_size, shares, loss)
-    fits = rows.starts() < np.minimum(rows.column("length"), block_size)
+    account, fits = entry(report, what), rows.starts() < np.minimum(rows.column("length"), block_size)
     account["read"], account["cut"] = len(rows), int((rows.column("length")[fits] > block_size).sum())
     rows = rows.take(fits)
     account["kept"] = len(rows)
@@ -480,7 +481,7 @@ def load(data: str, eval_data: str | None, eval_rows: int, tokenizer, block_size
     held = held[:eval_rows]
     if isinstance(held, Rows):
         held = list(held)
-        entry(report, "held out").update(kept=len(held))
+        entry(report, "held out").update(read=len(held), kept=len(held))
     else:
         held = encode(held, tokenizer, block_size, "held out", **how)
     report["to train on"]["doubled"] = doubled

@@ -816,6 +816,139 @@ def test_spoilt_sets_are_refused(case, three, capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_one_changed_bit_is_seen_once_and_for_all(three, tmp_path, monkeypatch):
+    """Any bit of any file; the digests are taken at the first opening alone, and again if a file changes."""
+    folder, tokenizer = tmp_path / "set1", GPTTokenizer()
+    for name in ("tokens.bin", "index.bin"):
+        data = (folder / name).read_bytes()
+        for at in (0, len(data) // 2, len(data) - 1):
+            (folder / name).write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1:])
+            with pytest.raises(ValueError, match=f"{name} has other bytes than"):
+                rows.open_prepared(str(folder), tokenizer)
+        (folder / name).write_bytes(data)
+    taken = []
+    monkeypatch.setattr(rows, "digest", lambda path: taken.append(path.name) or prepare.digest(path))
+    for _ in range(3):
+        assert len(rows.open_prepared(str(folder), tokenizer).index) == 100
+    assert taken == list(rows.PARTS) and not list(folder.glob("*.tmp"))
+    os.utime(folder / "tokens.bin", ns=(1, 1))
+    rows.open_prepared(str(folder), tokenizer)
+    assert len(taken) == 6
+
+
+MANIFESTS = {
+    "a digit": (lambda m: m.update(tokens=m["tokens"] + 1), False, "not as it was written"),
+    "pointers": (lambda m: m.update(dtype="O"), True, "not as it was written"),
+    "another type": (lambda m: m.update(dtype="<f4"), True, "not as it was written"),
+    "domains": (lambda m: m.update(domains=[3]), True, "not as it was written"),
+    "no domains": (lambda m: m.pop("domains"), True, "KeyError"),
+    "a list": (None, False, "TypeError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_a_changed_manifest_is_refused(case, three, tmp_path):
+    """Sealed by its own digest; and by whoever seals it anew, the types are still from a list."""
+    change, sealed, words = MANIFESTS[case]
+    path = tmp_path / "set1" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    if change:
+        change(manifest)
+        manifest["digest"] = rows.seal(manifest) if sealed else manifest["digest"]
+    path.write_text(json.dumps(manifest if change else [manifest]))
+    with pytest.raises(ValueError) as error:
+        rows.open_prepared(str(tmp_path / "set1"), GPTTokenizer())
+    assert words in str(error.value) and "make it again" in str(error.value) and str(path) in str(error.value)
+
+
+# ---- OUT.tmp -----------------------------------------------------------------------------------------------
+
+
+def everything(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+FOREIGN = {
+    "a file": lambda work, other: (work.mkdir(), (work / "thesis.txt").write_text("x")),
+    "a folder": lambda work, other: ((work / "sub").mkdir(parents=True), (work / "sub" / "00_00000.part").write_text("x")),
+    "a file of that name": lambda work, other: work.write_text("x"),
+    "a link to a folder": lambda work, other: work.symlink_to(other),
+    "settings of another program": lambda work, other: (work.mkdir(), (work / "settings.json").write_text('{"theme": 1}')),
+    "settings that are a link": lambda work, other: (work.mkdir(), (work / "settings.json").symlink_to(other)),
+    "a link called whole": lambda work, other: (work.mkdir(), (work / "whole").symlink_to(other)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_others_have_in_out_tmp_stays(case, tmp_path, capsys):
+    """Refused in one line; nothing in it, nor behind a link, is touched."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokens.bin").write_text("precious")
+    FOREIGN[case](tmp_path / "out.tmp", tmp_path / "other")
+    jsonl(tmp_path / "a.jsonl", embedded(30))
+    before = everything(tmp_path)
+    line = refused(["rows", "--from", tmp_path / "a.jsonl", "--out", tmp_path / "out"], capsys)
+    assert "out.tmp: is needed for the parts" in line and "move it away" in line
+    assert everything(tmp_path) == before
+
+
+def test_what_came_in_while_it_worked_stays(tmp_path, monkeypatch, capsys):
+    """A file of others in OUT.tmp outlives the end of the command, and so does a link's target."""
+    path, write = jsonl(tmp_path / "a.jsonl", embedded(30)), prepare.write_part
+    (tmp_path / "other").write_text("precious")
+
+    def and_more(part, *args):
+        write(part, *args)
+        (part.parent / "thesis").write_text("x")
+        (part.parent / "00_00009.part").symlink_to(tmp_path / "other")
+
+    monkeypatch.setattr(prepare, "write_part", and_more)
+    prepare.main(["rows", "--from", path, "--out", str(tmp_path / "out")])
+    assert len(by_hand(tmp_path / "out")) == 30 and (tmp_path / "other").read_text() == "precious"
+    assert [p.name for p in (tmp_path / "out.tmp").iterdir()] == ["thesis"]
+
+
+def test_two_at_once_and_files_of_killed_ones(tmp_path, monkeypatch, capsys):
+    """A second command is refused while one works; temporary files of this host's dead are removed."""
+    path, write = jsonl(tmp_path / "a.jsonl", embedded(30)), prepare.write_part
+    work, lines = tmp_path / "out.tmp", []
+    work.mkdir()
+    mine = rows.temporary(work / "00_00000.part")
+    mine.write_text("half")
+
+    def twice(*args):
+        if not lines:
+            lines.append("")
+            lines.append(refused(["rows", "--from", path, "--out", tmp_path / "out"], capsys))
+        write(*args)
+
+    monkeypatch.setattr(prepare, "write_part", twice)
+    prepare.main(["rows", "--from", path, "--out", str(tmp_path / "out")])
+    assert "another prepare.py is writing to" in lines[1] and len(by_hand(tmp_path / "out")) == 30
+    assert not mine.exists()
+
+
+def test_many_domains(tmp_path):
+    """More than two bytes count."""
+    some = [{"instruction": f"a{i}", "response": "b", "domain": f"d{i}"} for i in range(66_000)]
+    prepare.main(["rows", "--from", jsonl(tmp_path / "a.jsonl", some), "--out", str(tmp_path / "out")])
+    opened = rows.open_rows(str(tmp_path / "out"), GPTTokenizer(), 20, "train")
+    assert len({opened[j][2] for j in range(0, 66_000, 100)}) == 660 and opened.files[0].domains[-1] == "d65999"
+
+
+def test_conversations_in_parts(tmp_path, monkeypatch):
+    """Several answers a row over several parts: spans stand beside their tokens, in any order."""
+    monkeypatch.setattr(prepare, "PART", 7)
+    some = [{"conversations": [{"from": ("human", "gpt")[j % 2], "value": f"{i} {j}"} for j in range(2 + 2 * (i % 4))],
+             "domain": "x"} for i in range(30)]  # fmt: skip
+    prepare.main(["rows", "--from", jsonl(tmp_path / "a.jsonl", some), "--out", str(tmp_path / "out")])
+    tokenizer, wanted = GPTTokenizer(), []
+    for row in some:
+        tokens, spans = tokenizer.conversation(rows.turns_of(row))
+        wanted.append((tuple(tokens), tuple(spans) if len(spans) > 1 else spans[0][0], "x"))
+    assert sorted(map(repr, by_hand(tmp_path / "out"))) == sorted(map(repr, wanted))
+
+
 LISTS = {
     "A,0.5:B": ["weight to every source", "or to none"],
     "0:A,1:B": ["0:", "above 0"],
