@@ -1,15 +1,16 @@
-"""Prepare a set of the paper for training: its rows, from the public source or a file, as tokens on the disk.
+"""Prepare a set for training: its rows, of the public source or a file, as tokens on the disk.
 
     python data/prepare.py --list
     python data/prepare.py metamathqa --model DIR                           # from the hub
     python data/prepare.py metamathqa --model DIR --from MetaMathQA-395K.json
-    python data/prepare.py multitask --model DIR --from boolq=boolq.jsonl   # the other ten from the hub
-    python data/prepare.py commonsense --model DIR --from mix.json          # one file of finished text
-    python data/prepare.py rows --model DIR --from own.jsonl --fields instruction=question,response=answer
+    python data/prepare.py multitask --model DIR --from boolq=boolq.jsonl   # ten from the hub
+    python data/prepare.py commonsense --model DIR --from mix.json          # finished rows
+    python data/prepare.py rows --model DIR --from chat.parquet             # a file of your own
+    python data/prepare.py rows --model DIR --from own.csv --fields instruction=q,response=a
     python train.py --model DIR --data prepared/metamathqa
 
-The result is a folder that data/rows.py reads. It is written as OUT.tmp, in parts, and renamed when it is
-whole. The same command goes on where a killed one stopped, and ends with the same bytes.
+The result is a folder that data/rows.py reads. It is written as OUT.tmp, in parts, and renamed when
+it is whole. The same command goes on where a killed one stopped, and ends with the same bytes.
 """
 
 import argparse
@@ -26,7 +27,7 @@ import sys
 from pathlib import Path
 
 if __package__ in (None, ""):
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)       # run as a file: imports begin at the root
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)   # run as a file
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-# ---- Sources: each yields (place, raw row) from row `start` on, and an identity that changes with its bytes ----
+# ---- Sources: each yields (place, raw row) from row `start` on; `identity` changes with its bytes
 
 
 class File:
@@ -76,14 +77,15 @@ class File:
         for file in files:
             regular(file)
         self.path, self.names, self.total = path, names, None
-        self.identity = {"file": Path(path).name, "digest": [digest(file) for file in files], "names": names}
+        self.identity = {"file": Path(path).name, "digest": [digest(file) for file in files],
+                         "names": names}
 
     def rows(self, start: int = 0):
         for place, row in itertools.islice(records(self.path), start, None):
             if not isinstance(row, dict):
                 raise ValueError(f"{place}: a {type(row).__name__}, not an object with fields")
             named = {ours: row[theirs] for ours, theirs in self.names.items() if theirs in row}
-            left = {field: value for field, value in row.items() if field not in self.names.values()}
+            left = {field: row[field] for field in row if field not in self.names.values()}
             yield place, left | named
 
 
@@ -99,8 +101,8 @@ class Hub:
             import datasets
             import huggingface_hub
         except ImportError:
-            raise ValueError(f"{name}: reading {entry.hub} needs the datasets library: pip install -r "
-                             f"requirements-extra.txt; or give {files}") from None
+            raise ValueError(f"{name}: reading {entry.hub} needs the datasets library: pip install "
+                             f"-r requirements-extra.txt; or give {files}") from None
         remedy = f"download it where there is a network, copy it here and give {files}"
         why = "the hub answers, but not with this set"
         try:                    # asked once: the library itself would ask for half a minute
@@ -110,7 +112,8 @@ class Hub:
             why = "the hub cannot be reached, and its cache here has no copy"
         datasets.utils.logging.set_verbosity_error()
         with one_line(f"{name}: {entry.hub}: {why}", remedy):
-            self.data = datasets.load_dataset(entry.hub, entry.config, split="train", revision=entry.revision)
+            self.data = datasets.load_dataset(entry.hub, entry.config, split="train",
+                                              revision=entry.revision)
         self.total, self.where = len(self.data), f"{entry.hub} row "
         self.identity = {"hub": entry.hub, "config": entry.config, "revision": entry.revision,
                          "rows": self.total, "fingerprint": self.data._fingerprint}
@@ -122,11 +125,11 @@ class Hub:
                 yield f"{self.where}{i + j}", dict(zip(block, values))
 
 
-# ---- Rows to parts -----------------------------------------------------------------------------------------
+# ---- Rows to parts -------------------------------------------------------------------------------
 
 
 def conversations(pairs, name: str, form: str, account: dict):
-    """(turns, domain) of (place, raw row) pairs in a format, or by the template of a set; the rest is counted."""
+    """(turns, domain) of raw rows in a format, or by the template of a set; the rest is counted."""
     own = name == "rows" or name in MIXES
     if form in FORMATS:
         for row in usable(pairs, name, form, account):
@@ -137,15 +140,16 @@ def conversations(pairs, name: str, form: str, account: dict):
         account["read"] += 1
         for field, kind in fields.items():
             if raw.get(field) is not None and not isinstance(raw[field], kind):
-                raise ValueError(f"{place}: {type(raw[field]).__name__} in field {field!r}, which is of another type "
-                                 f"in rows of {name}; mend that row, or name the file's own field: --fields "
-                                 f"{field}=FIELD (it has {', '.join(map(str, list(raw)[:8]))})")
+                raise ValueError(f"{place}: {type(raw[field]).__name__} in field {field!r}, which "
+                                 f"is of another type in rows of {name}; mend that row, or name "
+                                 f"the file's own field: --fields {field}=FIELD (it has "
+                                 f"{', '.join(map(str, list(raw)[:8]))})")
         try:
             lacking = [field for field in fields if raw.get(field) is None]
             result = Dropped(f"no {lacking[0]!r}") if lacking else convert(raw)
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as e:
-            raise ValueError(f"{place}: not as rows of {name} are made ({type(e).__name__}: {e}); mend that row or "
-                             "leave it out") from None
+            raise ValueError(f"{place}: not as rows of {name} are made ({type(e).__name__}: {e}); "
+                             "mend that row or leave it out") from None
         if not isinstance(result, Dropped):
             result = conversation(dict(zip(("instruction", "response"), result)), "instruction")
         if isinstance(result, Dropped):
@@ -174,7 +178,7 @@ def whole(path: Path, data: bytes) -> None:
 
 
 def read_part(path: Path):
-    """(tokens, index, spans, counts) of a part; None if it is not there, or not as it was written."""
+    """(tokens, index, spans, counts) of a part; None if it is not there as it was written."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -210,7 +214,7 @@ def write_parts(work: Path, k: int, name: str, source, tokenizer, dtype) -> list
 
 
 def assemble(made: Path, parts: list[tuple[str, Path]], settings: dict, dtype, seed: int) -> dict:
-    """tokens.bin, spans.bin, index.bin in a shuffled order and manifest.json of all parts; the manifest."""
+    """tokens.bin, spans.bin, a shuffled index.bin and manifest.json of all parts; the manifest."""
     discard(made)
     made.mkdir()
     indices, domains, start, spanned, sets = [], {}, 0, 0, {}
@@ -235,13 +239,16 @@ def assemble(made: Path, parts: list[tuple[str, Path]], settings: dict, dtype, s
                 note(total, text, count)
     index = np.concatenate(indices)
     if not len(index):
-        why = [f"{place}: {reason}" for total in sets.values() for reason, (_, place) in total["dropped"].items()]
-        raise ValueError(f"{settings['set']}: no row is left; {why[0] if why else 'its source holds none'}")
+        why = [f"{place}: {reason}" for total in sets.values()
+               for reason, (_, place) in total["dropped"].items()]
+        raise ValueError(f"{settings['set']}: no row is left; "
+                         f"{why[0] if why else 'its source holds none'}")
     generator = torch.Generator().manual_seed(seed_of("prepare", seed))
     index[torch.randperm(len(index), generator=generator).numpy()].tofile(made / "index.bin")
     read = sum(total["read"] for total in sets.values())
     rows = {"read": read, "kept": len(index), "dropped": read - len(index)}
-    manifest = {"format": FORMAT, "settings": settings, "dtype": np.dtype(dtype).str, "tokens": start,
+    manifest = {"format": FORMAT, "settings": settings, "dtype": np.dtype(dtype).str,
+                "tokens": start,
                 "domains": list(domains), "rows": rows, "sets": sets,
                 "files": {name: digest(made / name) for name in PARTS}}
     manifest["digest"] = seal(manifest)
@@ -254,18 +261,19 @@ def assemble(made: Path, parts: list[tuple[str, Path]], settings: dict, dtype, s
 def report(manifest: dict, out: Path) -> None:
     print(f"{'set':14} {'rows read':>9} {'kept':>7} {'paper':>6}  dropped")
     for name, s in manifest["sets"].items():
-        why, paper = ", ".join(f"{n} {reason}" for reason, (n, _) in s["dropped"].items()) or "0", ""
+        why = ", ".join(f"{n} {reason}" for reason, (n, _) in s["dropped"].items()) or "0"
+        paper = ""
         if s["paper"]:
             paper = in_thousands(s["paper"])
             why += "" if as_in_paper(s["kept"], s["paper"]) else "; not the paper's number of rows"
         print(f"{name:14} {s['read']:9} {s['kept']:7} {paper:>6}  {why}")
         for text, count in s["notes"].items():
             print(f"  {text} ({count} rows)")
-    print(f"{out}: {manifest['rows']['kept']} rows, {manifest['tokens']} tokens of {manifest['dtype'][1:]}, "
-          f"tokenizer of {manifest['settings']['model']}", flush=True)
+    print(f"{out}: {manifest['rows']['kept']} rows, {manifest['tokens']} tokens of "
+          f"{manifest['dtype'][1:]}, tokenizer of {manifest['settings']['model']}", flush=True)
 
 
-# ---- OUT.tmp: what an earlier call has left. Only names that we write are ever removed, links never followed. --
+# ---- OUT.tmp: only names that this program writes are ever removed, and no link is followed ------
 
 HOST = re.escape(socket.gethostname())
 OURS = re.compile(r"(?:settings\.json|\d\d_\d{5,}\.part)(?:\..+\.\d+\.tmp)?")
@@ -278,7 +286,8 @@ def discard(folder: Path, itself: bool = True) -> None:
     for path in folder.iterdir():
         if path.name == "whole":
             discard(path)
-        elif OURS.fullmatch(path.name) or folder.name == "whole" and path.name in (*PARTS, "manifest.json"):
+        elif OURS.fullmatch(path.name) or (folder.name == "whole"
+                                           and path.name in (*PARTS, "manifest.json")):
             path.unlink()
     if itself:
         with contextlib.suppress(OSError):              # something of others is in it
@@ -287,15 +296,16 @@ def discard(folder: Path, itself: bool = True) -> None:
 
 @contextlib.contextmanager
 def alone(work: Path):
-    """Make and hold the folder; ValueError if another process has it, or if it is not this program's."""
+    """Make and hold the folder; ValueError if another process has it, or it is not ours."""
     foreign = work.is_symlink() or work.exists() and not work.is_dir()
     if not foreign and work.exists():
         there = [path.name for path in work.iterdir() if path.name != "whole" or path.is_symlink()]
         known = read_settings(work)
-        foreign = any(not OURS.fullmatch(name) for name in there) or "settings.json" in there and known is None
+        foreign = (not all(OURS.fullmatch(name) for name in there)
+                   or "settings.json" in there and known is None)
     if foreign:
-        raise ValueError(f"{work}: is needed for the parts, and holds what prepare.py did not write; move it away, or "
-                         "give another --out")
+        raise ValueError(f"{work}: is needed for the parts, and holds what prepare.py did not "
+                         "write; move it away, or give another --out")
     work.mkdir(parents=True, exist_ok=True)
     handle = os.open(work, os.O_RDONLY)
     try:
@@ -303,7 +313,8 @@ def alone(work: Path):
             import fcntl
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"another prepare.py is writing to {work}; wait for it, or give another --out") from None
+            raise ValueError(f"another prepare.py is writing to {work}; wait for it, or give "
+                             "another --out") from None
         except (ImportError, OSError):
             pass                        # no such locks on this system, or on this network disk
         for path in work.iterdir():     # of killed processes of this host: it is ours alone now
@@ -315,7 +326,7 @@ def alone(work: Path):
 
 
 def read_settings(work: Path) -> dict | None:
-    """What the parts in OUT.tmp were made of; None if that is not to be read, or was written by another program."""
+    """What the parts in OUT.tmp were made of; None if no settings of this program are there."""
     try:
         regular(work / "settings.json")
         known = json.loads((work / "settings.json").read_text())
@@ -325,25 +336,27 @@ def read_settings(work: Path) -> dict | None:
 
 
 def prepare(name: str, sources: dict, tokenizer, model: str, out: Path, seed: int) -> dict:
-    """Write the folder `out` and return its manifest. Goes on with what an earlier call has left in out.tmp.
+    """Write the folder `out` and return its manifest. Goes on after what is whole in out.tmp.
 
-    sources     {set: File or Hub}, in the order in which their rows are numbered, each with its `form`
+    sources     {set: File or Hub}, in the order in which their rows are numbered, each with its
+                `form`
     Raises ValueError if `out` holds something else, or a source cannot be read.
     """
     vocabulary = tokenizer.vocabulary if hasattr(tokenizer, "vocabulary") else len(tokenizer.hf)
     dtype = np.dtype("<u2" if vocabulary <= 1 << 16 else "<u4")
-    settings = {"set": name, "model": model, "tokenizer": identity(tokenizer), "seed": seed, "part": PART,
-                "sources": {key: source.identity | {"form": source.form} for key, source in sources.items()}}
+    described = {key: source.identity | {"form": source.form} for key, source in sources.items()}
+    settings = {"set": name, "model": model, "tokenizer": identity(tokenizer), "seed": seed,
+                "part": PART, "sources": described}
     work = out.with_name(out.name + ".tmp")
     if out.exists():
         try:
             manifest = read_manifest(out)
         except ValueError as e:
-            raise ValueError(f"--out {out}: there is something else already; remove it or give another --out "
-                             f"({e})") from None
+            raise ValueError(f"--out {out}: there is something else already; remove it or give "
+                             f"another --out ({e})") from None
         if manifest["settings"] != settings:
-            raise ValueError(f"--out {out}: holds a set that was prepared otherwise (its manifest.json says "
-                             "how); remove it or give another --out")
+            raise ValueError(f"--out {out}: holds a set that was prepared otherwise (its "
+                             "manifest.json says how); remove it or give another --out")
         if read_settings(work) == settings:
             discard(work)
         print(f"{out} is prepared already")
@@ -360,7 +373,7 @@ def prepare(name: str, sources: dict, tokenizer, model: str, out: Path, seed: in
                      for path in write_parts(work, k, key, source, tokenizer, dtype)]
             manifest = assemble(work / "whole", parts, settings, dtype, seed)
         except ValueError:
-            discard(work)                                   # the same command would fail at the same row
+            discard(work)                   # the same command would fail at the same row
             raise
         (work / "whole").rename(out)
         sync(out.parent)
@@ -369,7 +382,7 @@ def prepare(name: str, sources: dict, tokenizer, model: str, out: Path, seed: in
     return manifest
 
 
-# ---- The command -------------------------------------------------------------------------------------------
+# ---- The command ---------------------------------------------------------------------------------
 
 
 def list_sets() -> None:
@@ -387,14 +400,15 @@ def list_sets() -> None:
 
 
 def open_sources(name: str, given: list[str], fields: str | None, form: str | None) -> dict:
-    """{set: File or Hub} of the command line, each with its `form`: a format, or the set of whose template."""
+    """{set: File or Hub} of the command line, each with its `form`: a format or a set."""
     parts, files = MIXES.get(name, [name]), {}
     for text in given:
         part, sign, path = text.partition("=")
         part, path = (part, path) if sign and part in SETS else (name, text)
         if part == name in MIXES:
             if files:
-                raise ValueError(f"--from {text}: one file for a whole mix, or its parts, {parts[0]}=FILE")
+                raise ValueError(f"--from {text}: one file for a whole mix, or its parts, "
+                                 f"{parts[0]}=FILE")
             parts = [name]
         if part not in parts or part in files:
             raise ValueError(f"--from {text}: " + ("given twice" if part in files else
@@ -407,9 +421,10 @@ def open_sources(name: str, given: list[str], fields: str | None, form: str | No
             raise ValueError(f"--fields {fields}: give pairs, OURS=FILE'S, such as response=answer")
         names[ours] = theirs
     if names and (parts != [name] or not files):
-        raise ValueError("--fields names the columns of one --from file; prepare that part alone, then train "
-                         "on a list: --data prepared/a,prepared/b")
-    known = {*(field for some in FORMATS.values() for field in some), "input", "context", "system", "domain",
+        raise ValueError("--fields names the columns of one --from file; prepare that part alone, "
+                         "then train on a list: --data prepared/a,prepared/b")
+    known = {*(field for some in FORMATS.values() for field in some), "input", "context", "system",
+             "domain",
              *(SETS[name].fields if name in SETS else ())}
     if other := sorted(set(names) - known):
         raise ValueError(f"--fields {fields}: {other[0]!r} is no field of {name}; it has "
@@ -426,25 +441,31 @@ def open_sources(name: str, given: list[str], fields: str | None, form: str | No
         try:
             source.form = form or recognise([row for _, row in some], some[0][0])
         except ValueError as e:
-            wanted = [field for field in own if field not in some[0][1]] or ["instruction", "response"]
-            raise ValueError(f"{e}; or name the file's own: --fields {','.join(f'{f}=FIELD' for f in wanted)} (or "
+            wanted = [field for field in own
+                      if field not in some[0][1]] or ["instruction", "response"]
+            raise ValueError(f"{e}; or name the file's own: --fields "
+                             f"{','.join(f'{f}=FIELD' for f in wanted)} (or "
                              "instruction=FIELD,response=FIELD for finished text)") from None
     return sources
 
 
 def main(argv=None) -> dict | None:
-    """Run a command line; exit status 2 and one sentence on stderr for what the user can put right."""
+    """Run a command line; status 2 and one sentence on stderr for what the user can put right."""
     p = argparse.ArgumentParser(prog="prepare.py", description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = lambda message: p.exit(2, f"{p.prog}: error: {message}\n")
-    p.add_argument("name", nargs="?", help=f"{', '.join([*SETS, *MIXES])}; rows is a file of your own")
-    p.add_argument("--model", default="scratch", help="as train.py's: its tokenizer makes the tokens")
+    p.add_argument("name", nargs="?",
+                   help=f"{', '.join([*SETS, *MIXES])}; rows is a file of your own")
+    p.add_argument("--model", default="scratch",
+                   help="as train.py's: its tokenizer makes the tokens")
     p.add_argument("--tokenizer", help="as train.py's, of the small GPT; None: data/'s")
     p.add_argument("--from", dest="files", action="append", default=[], metavar="[SET=]FILE",
-                   help="file in place of the public source (JSONL, JSON, CSV, Parquet, a folder saved by datasets); "
+                   help="file in place of the public source (JSONL, JSON, CSV, Parquet, a folder "
+                        "saved by datasets); "
                    "for a mix, of its part SET, or of all in one file of finished rows")
     p.add_argument("--format", choices=FORMATS, help="of the rows of --from; None: recognised")
-    p.add_argument("--fields", help="OURS=FILE'S,...: the columns of --from that hold what --list names")
+    p.add_argument("--fields",
+                   help="OURS=FILE'S,...: the columns of --from that hold what --list names")
     p.add_argument("--out", help="folder to write; None: prepared/NAME")
     p.add_argument("--seed", type=int, default=0, help="of the order of the rows")
     p.add_argument("--list", action="store_true", help="print the sets and stop")
@@ -455,12 +476,14 @@ def main(argv=None) -> dict | None:
     args.name = SPELLINGS.get(lower, lower) or None
     if args.name not in known:
         near = difflib.get_close_matches(lower, known, 1)
-        p.error(f"{args.name or 'no name'}: unknown set" + (f", did you mean {near[0]}?" if near else ";")
+        p.error(f"{args.name or 'no name'}: unknown set" +
+                (f", did you mean {near[0]}?" if near else ";")
                 + f" There are {', '.join(known)} (--list says more)")
     try:
         tokenizer = open_tokenizer(args.model, args.tokenizer)
         sources = open_sources(args.name, args.files, args.fields, args.format)
-        return prepare(args.name, sources, tokenizer, args.model, Path(args.out or f"prepared/{args.name}"),
+        return prepare(args.name, sources, tokenizer, args.model,
+                       Path(args.out or f"prepared/{args.name}"),
                        args.seed)
     except KeyboardInterrupt:
         p.exit(130, f"{p.prog}: stopped; the same command goes on\n")

@@ -1,14 +1,16 @@
 """Rows to train on: of files, prepared sets and weighted lists of both; held out, in step batches.
 
-A row of the training loop is (tokens, loss, domain). `loss` is the number of tokens of the prompt, where the loss
-covers all that follows, or else the list of (start, stop) of the tokens that it covers: the answers of a
-conversation. A prepared set (data/prepare.py makes it) is a folder:
+A row of the training loop is (tokens, loss, domain). `loss` is the number of tokens of the prompt,
+where the loss covers all that follows, or else the list of (start, stop) of the tokens that it
+covers: the answers of a conversation. A prepared set (data/prepare.py makes it) is a folder:
 
     tokens.bin      token ids of all rows, one row after the other, uint16 or uint32
-    index.bin       INDEX of each row: where it starts, its length, where its first answer starts, domain, hash of
-                    its text, and its place in spans.bin with its number of answers (0: all behind the prompt)
+    index.bin       INDEX of each row: where it starts, its length, where its first answer starts,
+                    domain, hash of its text, and its place in spans.bin with its number of answers
+                    (0: all behind the prompt)
     spans.bin       (start, stop) of the answers of rows that have several, uint32
-    manifest.json   source, what was kept and dropped, tokenizer, size and digest of the other files and of itself
+    manifest.json   source, what was kept and dropped, tokenizer, size and digest of the other
+                    files and of itself
     verified.json   size and time of these files when their digests were last found right
 
 The files are mapped, not read: a row becomes a list when it is asked for.
@@ -47,18 +49,19 @@ from data.formats import (
 from data.tokenizer import TemplateError
 
 FORMAT = 2
-INDEX = np.dtype([("start", "<u8"), ("length", "<u4"), ("prompt", "<u4"), ("domain", "<u4"), ("turns", "<u4"),
+INDEX = np.dtype([("start", "<u8"), ("length", "<u4"), ("prompt", "<u4"), ("domain", "<u4"),
+                  ("turns", "<u4"),
                   ("hash", "<u8"), ("spans", "<u8")])
 DTYPES = ("<u2", "<u4")                 # of tokens.bin; NumPy knows others, among them pointers
 PARTS = ("tokens.bin", "index.bin", "spans.bin")
 
 
 def seed_of(*parts) -> int:
-    """A 63-bit seed. The same formula as the training loop's, written again: data/ imports nothing of it."""
+    """A 63-bit seed, by the training loop's formula, written again: data/ imports nothing of it."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-# ---- Rows of one file, held as lists -----------------------------------------------------------------------
+# ---- Rows of one file, held as lists -------------------------------------------------------------
 
 
 def turns_of(row: dict) -> list[dict]:
@@ -70,12 +73,14 @@ def turns_of(row: dict) -> list[dict]:
 
 
 def questions(path: str, form: str | None = None) -> list[dict]:
-    """Rows to be asked: fields as they are, `instruction` a text or all turns before the last answer, `response`."""
+    """Rows to be asked: their fields, with the last answer as `response`, and as `instruction` the
+    question, or all turns before that answer where there are several."""
     made = []
     for row in read_rows(path, form):
         *before, answer = row.turns
         if answer["role"] != "assistant" or not before:
-            raise ValueError(f"{path}: row {len(made) + 1} does not end with an answer to a question; leave it out")
+            raise ValueError(f"{path}: row {len(made) + 1} does not end with an answer to a "
+                             "question; leave it out")
         question = before[0]["content"] if len(before) == 1 else before
         made.append(row | {"instruction": question, "response": answer["content"]})
     return made
@@ -87,11 +92,12 @@ def held_out_number(rows: int) -> int:
 
 
 def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(train, held out): 5 % of the texts, at most 500, chosen by hash, so that equal texts stay together.
+    """(train, held out): 5 % of the texts, at most 500, by hash, so that equal texts stay together.
 
     Rows of one text go where the smallest of their own hashes goes.
     """
-    keys = [hashlib.blake2b(json.dumps(row, sort_keys=True, default=str).encode()).digest() for row in rows]
+    keys = [hashlib.blake2b(json.dumps(row, sort_keys=True, default=str).encode()).digest()
+            for row in rows]
     texts, first = [text_key(turns_of(row)) for row in rows], {}
     for text, key in zip(texts, keys):
         first[text] = min(key, first.get(text, key))
@@ -115,11 +121,13 @@ def trained(tokens: list[int], spans, block_size: int, loss: str = "all"):
     return tokens, spans[0][0] if len(spans) == 1 else spans
 
 
-def encode(rows, tokenizer, block_size: int, what: str, *, loss: str = "all", report: dict | None = None,
+def encode(rows, tokenizer, block_size: int, what: str, *, loss: str = "all",
+           report: dict | None = None,
            progress: bool = False) -> list[tuple]:
-    """(tokens, loss, domain) a row, cut on the right at block_size, dropped without a token of the loss."""
+    """(tokens, loss, domain) a row, cut on the right at block_size, dropped if no loss is left."""
     encoded, account, before = [], entry(report, what), dict(tokenizer.counts)
-    for row in tqdm(rows, desc=f"tokenize {what}", unit="row", disable=not progress or len(rows) < 20_000):
+    for row in tqdm(rows, desc=f"tokenize {what}", unit="row",
+                    disable=not progress or len(rows) < 20_000):
         account["read"] += 1
         try:
             tokens, spans = tokenizer.conversation(turns_of(row))
@@ -138,11 +146,11 @@ def encode(rows, tokenizer, block_size: int, what: str, *, loss: str = "all", re
     return encoded
 
 
-# ---- Prepared sets, and lists of them ----------------------------------------------------------------------
+# ---- Prepared sets, and lists of them ------------------------------------------------------------
 
 
 class TokenFile(NamedTuple):
-    """One source of rows: token ids, INDEX and (n, 2) span arrays, names of domains, path, digest of all that."""
+    """One source: token ids, INDEX and (n, 2) span arrays, domains, path, digest of all that."""
 
     tokens: np.ndarray
     index: np.ndarray
@@ -153,7 +161,7 @@ class TokenFile(NamedTuple):
 
 
 def pack(rows, tokenizer, dtype=np.uint32, account: dict | None = None):
-    """(tokens, index, spans, domains) of (turns, domain) rows, uncut; refused ones are dropped and counted."""
+    """(tokens, index, spans, domains) of (turns, domain) rows, uncut; refused ones are counted."""
     account = entry(None, "") if account is None else account
     parts, index, spans, domains, start = [], [], [], {}, 0
     for turns, domain in rows:
@@ -164,7 +172,8 @@ def pack(rows, tokenizer, dtype=np.uint32, account: dict | None = None):
             continue
         tokens, several = tokens[:mine[-1][1]], mine if len(mine) > 1 else []
         number = domains.setdefault(domain, len(domains))
-        index.append((start, len(tokens), max(1, mine[0][0]), number, len(several), text_key(turns), len(spans)))
+        index.append((start, len(tokens), max(1, mine[0][0]), number, len(several), text_key(turns),
+                      len(spans)))
         parts.append(np.array(tokens, dtype))
         spans += several
         start += len(tokens)
@@ -173,13 +182,14 @@ def pack(rows, tokenizer, dtype=np.uint32, account: dict | None = None):
     return tokens, np.array(index, INDEX), np.array(spans, "<u4").reshape(-1, 2), list(domains)
 
 
-# What a tokenizer does with this tells it from others: words, digits, code, several scripts, white space.
-PROBE = ("The 3 quick brown foxes aren't 12,345.67 km away.\n\n\tdef f(x):\n        return x**2  # twice\n"
-         "Größe, naïve café, Привет мир, 你好世界, שלום, 😀 ∑ₖ∂ℒ/∂W ≤ ∞   \r\n<b>\\frac{1}{2}</b>")
+# What a tokenizer does with this tells it from others: words, digits, code, scripts, white space.
+PROBE = ("The 3 quick brown foxes aren't 12,345.67 km away.\n\n\tdef f(x):\n        return x**2  # "
+         "twice\nGröße, naïve café, Привет мир, 你好世界, שלום, 😀 ∑ₖ∂ℒ/∂W ≤ ∞   "
+         "\r\n<b>\\frac{1}{2}</b>")
 
 
 def identity(tokenizer) -> str:
-    """A digest that equal tokenizers share. A chat template counts as its text: it may print today's date."""
+    """A digest that equal tokenizers share. A chat template is its text: it may print a date."""
     hf = getattr(tokenizer, "hf", None)
     if hf is not None:
         parts = [hf.chat_template, len(hf), hf(PROBE)["input_ids"], tokenizer.response(PROBE)]
@@ -205,7 +215,7 @@ def seal(manifest: dict) -> str:
 
 
 def read_manifest(folder) -> dict:
-    """The manifest of a prepared set; ValueError if it is none, of another format, or changed since."""
+    """The manifest of a prepared set; ValueError if it is none, of another format, or changed."""
     path, again = Path(folder) / "manifest.json", "make it again with data/prepare.py"
     if not os.path.lexists(path):
         raise ValueError(f"{folder}: no manifest.json, so no prepared set; {again}")
@@ -216,12 +226,16 @@ def read_manifest(folder) -> dict:
         if form == FORMAT:
             files, domains = manifest["files"], manifest["domains"]
             settings = [manifest["settings"][key] for key in ("tokenizer", "model")]
-            right = (all(isinstance(x, str) for x in [*domains, *settings]) and manifest["dtype"] in DTYPES
-                     and all(isinstance(files[name], list) and len(files[name]) == 2 for name in PARTS))
+            right = (all(isinstance(x, str) for x in [*domains, *settings])
+                     and manifest["dtype"] in DTYPES
+                     and all(isinstance(files[name], list) and len(files[name]) == 2
+                             for name in PARTS))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{path}: not a prepared set's manifest ({type(e).__name__}); {again}") from None
+        raise ValueError(f"{path}: not a prepared set's manifest ({type(e).__name__}); "
+                         f"{again}") from None
     if form != FORMAT:
-        raise ValueError(f"{folder} is of format {str(form)[:40]}, this program reads format {FORMAT}; {again}")
+        raise ValueError(f"{folder} is of format {str(form)[:40]}, this program reads format "
+                         f"{FORMAT}; {again}")
     if not right or known != seal(manifest):
         raise ValueError(f"{path}: not as it was written; {again}")
     return manifest
@@ -233,20 +247,22 @@ def temporary(path: Path) -> Path:
 
 
 def verify(folder: Path, files: dict) -> bool:
-    """Compare the digests of a set's files, once for each size and time that they have; was it done now?"""
+    """Compare the digests of a set's files, once for each size and time; was it done now?"""
     for name in PARTS:
         regular(folder / name, "make it again with data/prepare.py")
         if (there := (folder / name).stat().st_size) != files[name][0]:
-            raise ValueError(f"{folder / name} has {there} of its {files[name][0]} bytes; make it again with "
-                             "data/prepare.py")
+            raise ValueError(f"{folder / name} has {there} of its {files[name][0]} bytes; make it "
+                             "again with data/prepare.py")
     stamp = {name: [*files[name], (folder / name).stat().st_mtime_ns] for name in PARTS}
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        if (folder / "verified.json").is_file() and json.loads((folder / "verified.json").read_text()) == stamp:
+        known = folder / "verified.json"
+        if known.is_file() and json.loads(known.read_text()) == stamp:
             return False
     for name in PARTS:
         if digest(folder / name) != files[name]:
-            raise ValueError(f"{folder / name} has other bytes than data/prepare.py wrote; make it again")
-    with contextlib.suppress(OSError):                  # a folder that cannot be written is compared every time
+            raise ValueError(f"{folder / name} has other bytes than data/prepare.py wrote; make it "
+                             "again")
+    with contextlib.suppress(OSError):          # a folder not to be written is compared every time
         new = temporary(folder / "verified.json")
         new.write_text(json.dumps(stamp))
         new.replace(folder / "verified.json")
@@ -254,14 +270,16 @@ def verify(folder: Path, files: dict) -> bool:
 
 
 def open_prepared(folder: str, tokenizer, report: dict | None = None) -> TokenFile:
-    """A prepared set, mapped; ValueError if it is damaged, of another format or of another tokenizer."""
+    """A prepared set, mapped; ValueError if it is damaged, or of another format or tokenizer."""
     path, manifest = Path(folder), read_manifest(folder)
     files, domains = manifest["files"], manifest["domains"]
     if manifest["settings"]["tokenizer"] != identity(tokenizer):
-        raise ValueError(f"{folder} holds tokens of {manifest['settings']['model']}, whose tokenizer is not this "
-                         "--model's; prepare it for this model, under another --out")
+        raise ValueError(f"{folder} holds tokens of {manifest['settings']['model']}, whose "
+                         "tokenizer is not this --model's; prepare it for this model, under "
+                         "another --out")
     verify(path, files)
-    tokens, index, spans = (np.memmap(path / name, dtype, "r") if files[name][0] else np.zeros(0, dtype)
+    tokens, index, spans = (np.memmap(path / name, dtype, "r") if files[name][0]
+                            else np.zeros(0, dtype)
                             for name, dtype in zip(PARTS, (manifest["dtype"], INDEX, "<u4")))
     entry(report, str(folder)).update(format="prepared", read=len(index), kept=len(index))
     return TokenFile(tokens, index, spans.reshape(-1, 2), domains, str(folder),
@@ -272,9 +290,12 @@ def packed(path: str, tokenizer, form: str | None = None, report: dict | None = 
            progress: bool = False) -> TokenFile:
     """A file as one of the sources of a list, in memory, four bytes a token."""
     rows = read_rows(path, form, report)
-    bar = tqdm(rows, desc=f"tokenize {path}", unit="row", disable=not progress or len(rows) < 20_000)
-    made = pack(((row.turns, domain_of(row)) for row in bar), tokenizer, account=entry(report, path))
-    digest = hashlib.blake2b(b"".join(x.tobytes() for x in made[:3]) + repr(made[3]).encode(), digest_size=16)
+    bar = tqdm(rows, desc=f"tokenize {path}", unit="row",
+               disable=not progress or len(rows) < 20_000)
+    made = pack(((row.turns, domain_of(row)) for row in bar), tokenizer,
+                account=entry(report, path))
+    digest = hashlib.blake2b(b"".join(x.tobytes() for x in made[:3]) + repr(made[3]).encode(),
+                             digest_size=16)
     return TokenFile(*made, path, digest.hexdigest())
 
 
@@ -288,7 +309,8 @@ class Rows(Sequence):
     loss        "all" answers or the "last"
     """
 
-    def __init__(self, files: list[TokenFile], which, at, block_size: int, shares=None, loss: str = "all"):
+    def __init__(self, files: list[TokenFile], which, at, block_size: int, shares=None,
+                 loss: str = "all"):
         self.files, self.which, self.at = files, which, at
         self.block_size, self.shares, self.loss = block_size, shares, loss
 
@@ -301,11 +323,12 @@ class Rows(Sequence):
         file = self.files[self.which[j]]
         start, length, prompt, domain, turns, _, at = file.index[self.at[j]].item()
         tokens = file.tokens[start:start + min(length, self.block_size)].tolist()
-        spans = [tuple(span) for span in file.spans[at:at + turns].tolist()] if turns else [(prompt, length)]
+        spans = [tuple(span) for span in file.spans[at:at + turns].tolist()] or [(prompt, length)]
         return (*trained(tokens, spans, self.block_size, self.loss), file.domains[domain])
 
     def take(self, positions) -> "Rows":
-        return Rows(self.files, self.which[positions], self.at[positions], self.block_size, self.shares, self.loss)
+        return Rows(self.files, self.which[positions], self.at[positions], self.block_size,
+                    self.shares, self.loss)
 
     def column(self, name: str) -> np.ndarray:
         """One column of the index, for all rows."""
@@ -328,7 +351,7 @@ class Rows(Sequence):
         return np.minimum(self.column("length"), self.block_size)
 
     def hold_out(self) -> tuple["Rows", "Rows"]:
-        """As the function of that name; the held-out rows in the order of their hashes, so mixed."""
+        """As the function of that name; held-out rows in the order of their hashes, so mixed."""
         keys = self.column("hash")
         chosen = np.unique(keys)
         held = np.isin(keys, chosen[:held_out_number(len(chosen))])
@@ -341,12 +364,13 @@ class Rows(Sequence):
             return np.bincount(self.which, minlength=len(self.files)).tolist()
         exact = np.array(self.shares) / sum(self.shares) * len(self)
         draws = np.floor(exact).astype(int)
-        for k in np.argsort(draws - exact, kind="stable")[:len(self) - draws.sum()]:   # largest remainders
+        largest = np.argsort(draws - exact, kind="stable")      # remainders
+        for k in largest[:len(self) - draws.sum()]:
             draws[k] += 1
         return draws.tolist()
 
     def order(self, generator: torch.Generator) -> list[int]:
-        """Positions of one epoch. A source gives no row once more before it has given all of them."""
+        """Positions of one epoch. A source gives no row again before it has given all of them."""
         if self.shares is None:
             return torch.randperm(len(self), generator=generator).tolist()
         chosen = []
@@ -359,15 +383,17 @@ class Rows(Sequence):
         return chosen[torch.randperm(len(chosen), generator=generator)].tolist()
 
     def digest(self) -> str:
-        place = hashlib.blake2b(self.which.tobytes() + self.at.tobytes(), digest_size=16).hexdigest()
-        return repr([[file.digest for file in self.files], place, self.block_size, self.shares, self.loss])
+        place = hashlib.blake2b(self.which.tobytes() + self.at.tobytes(),
+                                digest_size=16).hexdigest()
+        return repr([[file.digest for file in self.files], place, self.block_size, self.shares,
+                     self.loss])
 
 
-# ---- What --data, --eval_data and --eval mean --------------------------------------------------------------
+# ---- What --data, --eval_data and --eval mean ----------------------------------------------------
 
 
 def weighted(item: str) -> tuple[float | None, str]:
-    """(weight or None, path) of "0.7:a.jsonl". A drive's letter (E:/a.jsonl) is no weight: it has no digit."""
+    """(weight or None, path) of "0.7:a.jsonl". A drive's letter (E:/a.jsonl) is no weight."""
     match = re.fullmatch(r"([+-]?\.?[0-9][0-9.eE+-]*):(.+)", item.strip())
     if os.path.exists(item.strip()) or not match:
         return None, item.strip()
@@ -381,10 +407,11 @@ def weighted(item: str) -> tuple[float | None, str]:
 
 
 def split_list(text: str) -> list[str]:
-    """Items of a comma-separated list, in which the path of a file that is there may have commas of its own."""
+    """Items of a comma-separated list; the path of a file that is there may have commas."""
     items, pieces = [], text.split(",")
     while pieces:
-        whole = (k for k in range(len(pieces), 1, -1) if os.path.exists(weighted(",".join(pieces[:k]))[1]))
+        whole = (k for k in range(len(pieces), 1, -1)
+                 if os.path.exists(weighted(",".join(pieces[:k]))[1]))
         k = next(whole, 1)
         items.append(",".join(pieces[:k]).strip())
         del pieces[:k]
@@ -395,7 +422,8 @@ def sources(text: str) -> list[tuple[float | None, str]]:
     """(weight or None, path) of a path or a comma-separated list "0.7:a.jsonl,0.3:prepared/b"."""
     found = [weighted(item) for item in split_list(text)]
     if len({weight is None for weight, _ in found}) > 1:
-        raise ValueError(f"{text}: give a weight to every source (0.7:a.jsonl,0.3:b.jsonl) or to none")
+        raise ValueError(f"{text}: give a weight to every source (0.7:a.jsonl,0.3:b.jsonl) or to "
+                         "none")
     for _, path in found:
         if not os.path.exists(path) and not os.path.islink(path):
             begun = os.path.isdir(path + ".tmp")
@@ -409,7 +437,8 @@ def is_prepared(path: str) -> bool:
     return os.path.isdir(path) and not is_saved(path)
 
 
-def open_rows(text: str, tokenizer, block_size: int, what: str, *, format: str | None = None, loss: str = "all",
+def open_rows(text: str, tokenizer, block_size: int, what: str, *, format: str | None = None,
+              loss: str = "all",
               report: dict | None = None, progress: bool = False) -> Rows:
     """All rows that a list of sources has, without those that keep no answer at block_size."""
     listed = sources(text)
@@ -419,24 +448,28 @@ def open_rows(text: str, tokenizer, block_size: int, what: str, *, format: str |
     which = np.concatenate([np.full(len(file.index), k, np.uint16) for k, file in enumerate(files)])
     at = np.concatenate([np.arange(len(file.index), dtype=np.uint32) for file in files])
     rows = Rows(files, which, at, block_size, shares, loss)
-    account, fits = entry(report, what), rows.starts() < np.minimum(rows.column("length"), block_size)
-    account["read"], account["cut"] = len(rows), int((rows.column("length")[fits] > block_size).sum())
+    account, fits = entry(report, what), rows.starts() < np.minimum(rows.column("length"),
+                                                                    block_size)
+    account["read"] = len(rows)
+    account["cut"] = int((rows.column("length")[fits] > block_size).sum())
     rows = rows.take(fits)
     account["kept"] = len(rows)
     if not fits.all():
         account["dropped"][f"no answer within --block_size {block_size}"] = [int((~fits).sum()), ""]
     for k, file in enumerate(files):
         if not (rows.which == k).any():
-            raise ValueError(f"{file.name}: no row has an answer within --block_size {block_size}; give a "
-                             "larger one, or leave that source out")
+            raise ValueError(f"{file.name}: no row has an answer within --block_size {block_size}; "
+                             "give a larger one, or leave that source out")
     return rows
 
 
 def text_keys(rows) -> list[int]:
-    return rows.column("hash").tolist() if isinstance(rows, Rows) else [text_key(turns_of(row)) for row in rows]
+    return rows.column("hash").tolist() if isinstance(rows, Rows) else [text_key(turns_of(row))
+                                                                        for row in rows]
 
 
-def load(data: str, eval_data: str | None, eval_rows: int, tokenizer, block_size: int, *, format: str | None = None,
+def load(data: str, eval_data: str | None, eval_rows: int, tokenizer, block_size: int, *,
+         format: str | None = None,
          loss: str = "all", report: dict | None = None, progress: bool = False):
     """(rows to train on, at most eval_rows held-out rows, hash of both) of --data and --eval_data.
 
@@ -447,7 +480,8 @@ def load(data: str, eval_data: str | None, eval_rows: int, tokenizer, block_size
     Rows of one file are a list; of anything else `Rows`, which leaves the tokens on the disk.
     """
     def plain(text):
-        return len(listed := sources(text)) == 1 and listed[0][0] is None and not is_prepared(listed[0][1])
+        (weight, path), *more = sources(text)
+        return weight is None and not more and not is_prepared(path)
 
     def opened(text, what):
         if plain(text):
@@ -459,7 +493,8 @@ def load(data: str, eval_data: str | None, eval_rows: int, tokenizer, block_size
     report = {} if report is None else report
     how, held = {"loss": loss, "report": report, "progress": progress}, None
     if eval_data and sources(eval_data)[0][0] is not None:
-        raise ValueError(f"--eval_data {eval_data}: every row is evaluated, so its sources have no weights")
+        raise ValueError(f"--eval_data {eval_data}: every row is evaluated, so its sources have no "
+                         "weights")
     rows = opened(data, "to train on")
     keys = text_keys(rows)
     doubled = len(keys) - len(set(keys))
@@ -474,7 +509,8 @@ def load(data: str, eval_data: str | None, eval_rows: int, tokenizer, block_size
     if isinstance(rows, Rows):
         for k, file in enumerate(rows.files):
             if not (rows.which == k).any():
-                raise ValueError(f"{file.name}: all its rows are held out; give more, or --eval_data")
+                raise ValueError(f"{file.name}: all its rows are held out; give more, or "
+                                 "--eval_data")
         report["to train on"]["kept"] = len(rows)
     else:
         rows = encode(rows, tokenizer, block_size, "to train on", **how)
@@ -489,7 +525,8 @@ def load(data: str, eval_data: str | None, eval_rows: int, tokenizer, block_size
         note(report["held out"], "texts of --eval_data that are trained on too", also)
     if isinstance(rows, Rows) and rows.shares is not None:
         for file, draws, there in zip(rows.files, rows.draws(), np.bincount(rows.which)):
-            note(report["to train on"], f"{file.name}: {draws} of an epoch's {len(rows)} rows, each of its {there} rows "
+            note(report["to train on"], f"{file.name}: {draws} of an epoch's {len(rows)} rows, "
+                                        f"each of its {there} rows "
                  f"{draws / there:.2f} times", 0)
     seen = (rows.digest() if isinstance(rows, Rows) else rows, held)
     return rows, held, hashlib.blake2b(repr(seen).encode(), digest_size=16).hexdigest()
@@ -497,14 +534,16 @@ def load(data: str, eval_data: str | None, eval_rows: int, tokenizer, block_size
 
 def table(report: dict) -> str:
     """What was read, kept, cut, doubled and dropped, a line a source, reasons and notes below."""
-    lines = [f"{'rows of':24} {'format':11} {'read':>8} {'kept':>8} {'cut':>6} {'doubled':>7} {'dropped':>7}"]
+    lines = [f"{'rows of':24} {'format':11} {'read':>8} {'kept':>8} {'cut':>6} {'doubled':>7} "
+             f"{'dropped':>7}"]
     for name, a in report.items():
         dropped = sum(count for count, _ in a["dropped"].values())
-        lines.append(f"{name[-40:]:24} {a['format'] or '':11} {a['read']:8} {a['kept']:8} {a['cut']:6} "
-                     f"{a['doubled']:7} {dropped:7}")
+        lines.append(f"{name[-40:]:24} {a['format'] or '':11} {a['read']:8} {a['kept']:8} "
+                     f"{a['cut']:6} {a['doubled']:7} {dropped:7}")
         lines += [f"  {count} dropped: {reason}" + (f" ({place} the first)" if place else "")
                   for reason, (count, place) in a["dropped"].items()]
-        lines += [f"  {text}" + (f" ({count} rows)" if count else "") for text, count in a["notes"].items()]
+        lines += [f"  {text}" + (f" ({count} rows)" if count else "") for text,
+                  count in a["notes"].items()]
     return "\n".join(lines)
 
 
@@ -524,8 +563,9 @@ def preview(row, tokenizer, width: int = 300) -> str:
 def enough(args, rows, held) -> None:
     """ValueError where --data leaves no whole batch or nothing held out."""
     if len(rows) < args.batch_size or not held:
-        raise ValueError(f"{args.data}: {len(rows)} rows to train on, {len(held)} held out: too few for "
-                         f"--batch_size {args.batch_size}; give more rows or a larger --block_size")
+        raise ValueError(f"{args.data}: {len(rows)} rows to train on, {len(held)} held out: too "
+                         f"few for --batch_size {args.batch_size}; give more rows or a larger "
+                         "--block_size")
 
 
 def lengths(rows) -> np.ndarray:

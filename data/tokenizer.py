@@ -1,7 +1,7 @@
 """Tokenizers: tiktoken encodings for the built-in GPT, a Hugging Face model's own for that model.
 
-Both turn a conversation into tokens and the spans of its answers, which the loss covers: by the model's chat
-template where it has one, else by a plain format.
+Both turn a conversation into tokens and the spans of its answers, which the loss covers: by the
+model's chat template where it has one, else by a plain format.
 """
 
 import base64
@@ -21,17 +21,17 @@ from data.formats import one_line
 
 TOKENIZER = Path(__file__).with_name("tokenizer.tiktoken")
 PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# tiktoken's own regular expressions overflow its stack at some 500,000 blanks: longer runs are handed over in pieces.
+# tiktoken's regular expressions overflow its stack at some 500,000 blanks: long runs go in pieces.
 LONG = re.compile(r"\s{50000}(?=\s)|\S{50000}(?=\S)")
-SECONDS = 10.0                                          # that a chat template may take for two questions
+SECONDS = 10.0          # that a chat template may take for two questions
 
 
 class TemplateError(ValueError):
-    """A conversation that the chat template refuses, or whose answers cannot be found in what it writes."""
+    """A conversation that the chat template refuses, or in which answers cannot be found."""
 
 
 def from_file(path) -> tiktoken.Encoding:
-    """An Encoding with this project's pattern of a file of ranks, a line "base64-token rank" each."""
+    """An Encoding, with this project's pattern, of a file of lines "base64-token rank"."""
     ranks = {}
     for i, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
@@ -52,8 +52,10 @@ def from_file(path) -> tiktoken.Encoding:
 def from_tiktoken(name: str) -> tiktoken.Encoding:
     """tiktoken's encoding `name`, from its cache or the network."""
     if name not in (known := tiktoken.list_encoding_names()):
-        raise ValueError(f"--tokenizer {name}: no such file, nor one of tiktoken's {', '.join(known)}")
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR")) or os.path.join(
+        raise ValueError(f"--tokenizer {name}: no such file, nor one of tiktoken's "
+                         f"{', '.join(known)}")
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR",
+                           os.environ.get("DATA_GYM_CACHE_DIR")) or os.path.join(
         tempfile.gettempdir(), "data-gym-cache")
     before = os.listdir(cache) if os.path.isdir(cache) else []
     try:
@@ -64,13 +66,13 @@ def from_tiktoken(name: str) -> tiktoken.Encoding:
             raise ValueError(f"--tokenizer {name}: {e}") from e
         file = hashlib.sha1(url.encode()).hexdigest()
         why = "has another digest than tiktoken expects" if file in before else "is not there"
-        raise ValueError(f"--tokenizer {name}: {os.path.join(cache, file)} {why}, and {url} cannot be "
-                         f"reached; fetch that where there is a network, copy it here as {file} and set "
-                         "TIKTOKEN_CACHE_DIR to its folder") from e
+        raise ValueError(f"--tokenizer {name}: {os.path.join(cache, file)} {why}, and {url} cannot "
+                         f"be reached; fetch that where there is a network, copy it here as {file} "
+                         "and set TIKTOKEN_CACHE_DIR to its folder") from e
 
 
 def joined(turns: list[dict]) -> list[tuple[str, str]]:
-    """(role, text) of alternating questions and answers; a system prompt begins the first question."""
+    """(role, text) of questions and answers in turn; a system prompt begins the first question."""
     made = []
     for turn in turns:
         role, text = turn["role"].replace("system", "user"), turn["content"]
@@ -81,14 +83,16 @@ def joined(turns: list[dict]) -> list[tuple[str, str]]:
 
 
 class Tokenizer:
-    """Conversations in a plain format: question and answer, end of text, the next question and answer.
+    """Conversations in a plain format: question and answer, end of text, the next question and
+    answer.
 
-    A subclass has begin(), the tokens in front of a text, encode(text), plain_prompt(question), `ends`, the tokens
-    that end an answer, and decode(tokens). `counts` says how often something about the texts was noteworthy.
+    A subclass has begin(), the tokens in front of a text, encode(text), plain_prompt(question),
+    `ends`, the tokens that end an answer, and decode(tokens). `counts` says how often something
+    about the texts was noteworthy.
     """
 
     def prompt(self, question) -> list[int]:
-        """Tokens up to where the answer begins, of a question or of all turns before that answer."""
+        """Tokens up to where the answer begins, of a question or of all turns before it."""
         turns = question if isinstance(question, list) else [{"role": "user", "content": question}]
         tokens, spans = self.conversation([*turns, {"role": "assistant", "content": "."}])
         return tokens[:spans[-1][0]]
@@ -97,7 +101,7 @@ class Tokenizer:
         return self.encode(answer) + self.ends[:1]
 
     def conversation(self, turns: list[dict]) -> tuple[list[int], list[tuple[int, int]]]:
-        """(tokens, spans): tokens of all turns, and (start, stop) of each answer with its end of turn."""
+        """(tokens, spans): of all turns, and (start, stop) of each answer with its end of turn."""
         tokens, spans = self.begin(), []
         for role, text in joined(turns):
             if role == "user":
@@ -118,7 +122,8 @@ class GPTTokenizer(Tokenizer):
         path = TOKENIZER if name is None else name
         self.encoding = from_file(path) if os.path.isfile(path) else from_tiktoken(name)
         self.eot, self.vocabulary = self.encoding.eot_token, self.encoding.n_vocab
-        self.ends, self.counts, self.decode = [self.eot], collections.Counter(), self.encoding.decode
+        self.ends, self.counts = [self.eot], collections.Counter()
+        self.decode = self.encoding.decode
 
     def begin(self) -> list[int]:
         return []
@@ -135,12 +140,12 @@ class GPTTokenizer(Tokenizer):
         return self.encode(" " + answer) + [self.eot]
 
 
-# ---- A Hugging Face model's own ----------------------------------------------------------------------------
+# ---- A Hugging Face model's own ------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def within(seconds: float):
-    """TimeoutError in Python code of the block that runs for longer: a template may loop for ever."""
+    """TimeoutError in Python code of the block that runs longer: a template may loop for ever."""
     def trace(frame, event, arg):
         if time.monotonic() > deadline:
             raise TimeoutError(f"no end within {seconds:g} s")
@@ -157,9 +162,10 @@ def within(seconds: float):
 class HFTokenizer(Tokenizer):
     """A Hugging Face tokenizer with its chat template, or the Alpaca prompt where it has none.
 
-    What a template writes is tokenized as a whole. Where it marks the answers ({% generation %}), the loss covers
-    these marks. Else an answer begins where the template, given the turns before it, asks for one, and stops with
-    the token by which the template ends a turn (<end_of_turn>, <|im_end|>, </s>).
+    What a template writes is tokenized as a whole. Where it marks the answers ({% generation %}),
+    the loss covers these marks. Else an answer begins where the template, given the turns before
+    it, asks for one, and stops with the token by which the template ends a turn (<end_of_turn>,
+    <|im_end|>, </s>).
     """
 
     def __init__(self, path: str, hf=None):
@@ -168,22 +174,26 @@ class HFTokenizer(Tokenizer):
             hf = AutoTokenizer.from_pretrained(path)
         self.hf, self.name, self.counts = hf, path, collections.Counter()
         if hf.eos_token_id is None:
-            raise ValueError(f"the tokenizer of {path} has no eos token, so no response would ever end; set "
+            raise ValueError(f"the tokenizer of {path} has no eos token, so no response would ever "
+                             "end; set "
                              '"eos_token" in its tokenizer_config.json')
         added = getattr(hf, "added_tokens_decoder", {})
-        special = {str(token) for token in added.values() if token.special} | set(hf.all_special_tokens)
+        special = {str(token) for token in added.values()
+                   if token.special} | set(hf.all_special_tokens)
         self.special = sorted(special - {""}, key=len, reverse=True)
         self.control = set(hf.convert_tokens_to_ids(self.special))
         self.spelled = re.compile("|".join(map(re.escape, self.special)))
-        self.ends, self.turn_ends, self.takes_system, self.marks = [hf.eos_token_id], [], True, False
+        self.ends, self.turn_ends = [hf.eos_token_id], []
+        self.takes_system, self.marks = True, False
         if hf.chat_template:
             self.probe()
 
     def decode(self, tokens: list[int]) -> str:
         return self.hf.decode(tokens)
 
-    # -- Text to tokens. Special tokens that the data spells out must not become control tokens: each is hidden
-    # behind a character of Unicode's last private plane while the template writes, and tokenized on its own.
+    # -- Text to tokens. Special tokens that the data spells out must not become control tokens:
+    # each hides behind a character of Unicode's last private plane while the template writes, and
+    # is tokenized on its own.
 
     def hide(self, text: str) -> str:
         if not self.spelled.search(text):
@@ -204,14 +214,14 @@ class HFTokenizer(Tokenizer):
                     return self.hf(text, add_special_tokens=False)["input_ids"]
                 ids += self.hf(self.special[hidden], add_special_tokens=False,
                                split_special_tokens=True)["input_ids"]
-            elif part and i:    # behind a token, as within the whole text: no blank is put in front of it
+            elif part and i:    # behind a token, as in the whole text: no blank is put in front
                 ids += self.hf(self.hf.eos_token + part, add_special_tokens=False)["input_ids"][1:]
             elif part:
                 ids += self.hf(part, add_special_tokens=False)["input_ids"]
         return ids
 
     def begin(self) -> list[int]:
-        """What the tokenizer puts before a text (bos). What it puts behind one (eos) is no part of a prompt."""
+        """What the tokenizer puts before a text (bos). What it puts behind (eos) is no prompt's."""
         bare, full = (self.hf("a", add_special_tokens=add)["input_ids"] for add in (False, True))
         return next((full[:k] for k in range(len(full)) if full[k:k + len(bare)] == bare), [])
 
@@ -222,8 +232,9 @@ class HFTokenizer(Tokenizer):
         return self.tokens(text if control else self.hide(text))
 
     def plain_prompt(self, question: str) -> list[int]:
-        return self.encode("Below is an instruction that describes a task. Write a response that appropriately "
-                           f"completes the request.\n\n### Instruction:\n{question}\n\n### Response:\n")
+        return self.encode("Below is an instruction that describes a task. Write a response that "
+                           f"appropriately completes the request.\n\n### "
+                           f"Instruction:\n{question}\n\n### Response:\n")
 
     # -- The chat template
 
@@ -240,36 +251,43 @@ class HFTokenizer(Tokenizer):
             if turn["role"] == "assistant":
                 before = self.write(turns[:i], add_generation_prompt=True)
                 if not text.startswith(before):
-                    raise TemplateError("what it writes before an answer is not what it writes to ask for one; "
-                                        "mark the answers in the template by {% generation %}")
+                    raise TemplateError("what it writes before an answer is not what it writes to "
+                                        "ask for one; mark the answers in the template by {% "
+                                        "generation %}")
                 starts.append(len(before))
         return text, starts
 
     def probe(self) -> None:
-        """Learn how the template ends a turn, and whether it takes a system prompt; ValueError if it is of no use."""
+        """Learn how the template ends a turn and whether it takes a system prompt."""
         one = [{"role": "user", "content": "First?"}, {"role": "assistant", "content": "Yes1."}]
-        two = one + [{"role": "user", "content": "Second?"}, {"role": "assistant", "content": "No2."}]
+        two = one + [{"role": "user", "content": "Second?"},
+                     {"role": "assistant", "content": "No2."}]
         try:
             with within(SECONDS):
                 text, starts = self.parts(one)
-                if "First?" not in text[:starts[0]] or "Yes1." not in text[starts[0]:] or len(text) > 100_000:
+                asked, told = text[:starts[0]], text[starts[0]:]
+                if "First?" not in asked or "Yes1." not in told or len(text) > 100_000:
                     raise TemplateError("it does not write the question and then the answer")
                 found = [text.split("Yes1.")[-1]]
                 with contextlib.suppress(TemplateError):        # one that takes a single question
                     text, starts = self.parts(two)
                     found += [text[starts[0]:].split("Yes1.")[1].split("Second?")[0]]
                 try:
-                    self.takes_system = "Be3." in self.write([{"role": "system", "content": "Be3."}, *one])
+                    self.takes_system = "Be3." in self.write([{"role": "system", "content": "Be3."},
+                                                              *one])
                 except TemplateError:
                     self.takes_system = False
             template = self.hf.get_chat_template() if hasattr(self.hf, "get_chat_template") else ""
-            self.marks = self.hf.is_fast and bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
+            self.marks = self.hf.is_fast and bool(re.search(r"\{%-?\s*generation\s*-?%\}",
+                                                            template))
         except (TemplateError, TimeoutError, IndexError) as e:
-            raise ValueError(f"{self.name}: its chat template fails on a question and an answer ({e}); mend "
-                             "chat_template.jinja (or chat_template in tokenizer_config.json), or remove it for "
-                             "the plain prompt of a base model") from None
-        ends = [next((t for t in self.tokens(behind) if t in self.control), None) for behind in found]
-        if ends[0] is not None:         # else the template ends an answer by nothing that generation could stop at
+            raise ValueError(f"{self.name}: its chat template fails on a question and an answer "
+                             f"({e}); mend chat_template.jinja (or chat_template in "
+                             "tokenizer_config.json), or remove it for the plain prompt of a base "
+                             "model") from None
+        ends = [next((t for t in self.tokens(behind) if t in self.control), None)
+                for behind in found]
+        if ends[0] is not None:         # else nothing ends an answer that generation could stop at
             self.turn_ends = list(dict.fromkeys(t for t in ends if t is not None))
             self.ends = list(dict.fromkeys([*self.ends, *self.turn_ends]))
 
@@ -294,7 +312,7 @@ class HFTokenizer(Tokenizer):
         return turns
 
     def conversation(self, turns: list[dict]) -> tuple[list[int], list[tuple[int, int]]]:
-        """As the template writes it whole. TemplateError if it refuses these turns or hides where answers are."""
+        """As the template writes it whole; TemplateError if it refuses, or hides the answers."""
         if not self.hf.chat_template or turns[0]["role"] == "text":
             return super().conversation(turns)
         turns = self.hidden(turns)
@@ -303,29 +321,31 @@ class HFTokenizer(Tokenizer):
         text, starts = self.parts(turns)
         tokens, before = self.tokens(text), [self.tokens(text[:start]) for start in starts]
         if any(tokens[:len(b)] != b for b in before):
-            # A token reaches over the border of question and answer: both apart, as the model will see them.
+            # A token reaches over a border: question and answer apart, as the model will see them.
             cuts = [0, *starts, len(text)]
             pieces = [self.tokens(text[a:b]) for a, b in zip(cuts, cuts[1:])]
             tokens, before = sum(pieces, []), [sum(pieces[:i], []) for i in range(1, len(pieces))]
         answers, spans = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"], []
         for i, start in zip(answers, map(len, before)):
             if self.turn_ends:
-                stop = next((j + 1 for j in range(start, len(tokens)) if tokens[j] in self.turn_ends), None)
+                stop = next((j + 1 for j in range(start, len(tokens))
+                             if tokens[j] in self.turn_ends), None)
             elif i == len(turns) - 1:
                 tokens, stop = tokens + self.ends[:1], len(tokens) + 1
             else:
                 upto = self.tokens(self.write(turns[:i + 1]))
                 stop = len(upto) if tokens[:len(upto)] == upto else None
             if stop is None:
-                raise TemplateError("where an answer ends cannot be told from what it writes; mark the answers in "
-                                    "the template by {% generation %}")
+                raise TemplateError("where an answer ends cannot be told from what it writes; mark "
+                                    "the answers in the template by {% generation %}")
             spans.append((start, stop))
         return tokens, spans
 
     def marked(self, turns: list[dict]) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokens, and the spans that the template's own {% generation %} marks."""
         try:
-            made = self.hf.apply_chat_template(turns, return_dict=True, return_assistant_tokens_mask=True)
+            made = self.hf.apply_chat_template(turns, return_dict=True,
+                                               return_assistant_tokens_mask=True)
         except Exception as e:
             raise TemplateError(" ".join(str(e).split())[:200] or type(e).__name__) from e
         mask = [0, *made["assistant_masks"], 0]
@@ -335,11 +355,11 @@ class HFTokenizer(Tokenizer):
         return list(made["input_ids"]), list(zip(edges[::2], edges[1::2]))
 
 
-# ---- The tokenizer of a --model ----------------------------------------------------------------------------
+# ---- The tokenizer of a --model ------------------------------------------------------------------
 
 
 def open_tokenizer(model: str, name: str | None = None):
-    """The tokenizer that train.py uses with this --model and --tokenizer; no weights are read, no code is run."""
+    """The tokenizer of train.py's --model and --tokenizer; no weights are read, no code is run."""
     if model == "scratch" or model.endswith(".pt"):
         return GPTTokenizer(name)
     what, folder = f"--model {model}", model
@@ -348,16 +368,19 @@ def open_tokenizer(model: str, name: str | None = None):
     try:
         from transformers import AutoTokenizer
     except ImportError:
-        raise ValueError(f"{what} is not a .pt file, and Hugging Face models need transformers: pip install -r "
-                         "requirements-extra.txt") from None
+        raise ValueError(f"{what} is not a .pt file, and Hugging Face models need transformers: "
+                         "pip install -r requirements-extra.txt") from None
     if not os.path.isdir(model):
         if os.path.exists(model) or model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise ValueError(f"{what}: no such directory; give a folder with config.json, or a hub id")
+            raise ValueError(f"{what}: no such directory; give a folder with config.json, or a hub "
+                             "id")
         from huggingface_hub import snapshot_download
-        remedy = ("it is no directory: give a hub id that exists and that you may read (hf auth login); without a "
-                  f"network run `hf download {model} --local-dir DIR` elsewhere, copy it here, give --model DIR")
+        remedy = ("it is no directory: give a hub id that exists and that you may read (hf auth "
+                  f"login); without a network run `hf download {model} --local-dir DIR` elsewhere, "
+                  "copy it here, give --model DIR")
         with one_line(what, remedy):
-            folder = snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.jinja", "tokenizer*", "*.model"])
+            folder = snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.jinja",
+                                                              "tokenizer*", "*.model"])
     with one_line(f"{what}: its tokenizer", "download it again"):
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return HFTokenizer(model, hf)

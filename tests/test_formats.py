@@ -21,7 +21,7 @@ from data.tokenizer import GPTTokenizer
 
 MUTATIONS = int(os.environ.get("HD_PISSA_MUTATIONS", 200))
 
-# ---- Formats -----------------------------------------------------------------------------------------------
+# ---- Formats -------------------------------------------------------------------------------------
 
 
 def turns(*texts, system=None):
@@ -39,11 +39,15 @@ SYSTEM = turns("Hi", "Ho", system="Be kind.")
 # the same conversation in every format that can hold it
 SAME = {
     "one": (ONE, [
-        {"messages": ONE}, {"conversations": share(ONE)}, {"instruction": "Add.", "input": "2 and 3", "output": "5"},
-        {"instruction": "Add.\n2 and 3", "response": "5"}, {"instruction": "Add.", "context": "2 and 3", "response": "5"},
+        {"messages": ONE}, {"conversations": share(ONE)},
+        {"instruction": "Add.", "input": "2 and 3", "output": "5"},
+        {"instruction": "Add.\n2 and 3", "response": "5"},
+        {"instruction": "Add.", "context": "2 and 3", "response": "5"},
         {"prompt": "Add.\n2 and 3", "completion": "5"}, {"prompt": ONE[:1], "completion": ONE[1:]},
-        {"instruction": "Add.", "input": "2 and 3", "context": None, "system": "", "history": [], "output": "5"},
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Add.\n"}, {"type": "text", "text": "2 and 3"}],
+        {"instruction": "Add.", "input": "2 and 3", "context": None, "system": "", "history": [],
+         "output": "5"},
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "Add.\n"},
+                                                   {"type": "text", "text": "2 and 3"}],
                        "name": None}, ONE[1]]},
         {"conversations": [{"role": "human", "content": "Add.\n2 and 3"}, {"from": "GPT", "value": "5"}]},
     ]),
@@ -53,9 +57,12 @@ SAME = {
         {"instruction": "And?", "response": "Done.", "history": [["Hi", "Ho"]]},
     ]),
     "system": (SYSTEM, [
-        {"messages": SYSTEM}, {"conversations": share(SYSTEM)}, {"conversations": share(SYSTEM[1:]), "system": "Be kind."},
-        {"instruction": "Hi", "output": "Ho", "system": "Be kind."}, {"prompt": SYSTEM[:2], "completion": SYSTEM[2:]},
-        {"prompt": "Hi", "completion": "Ho", "system": "Be kind."}, {"messages": SYSTEM[1:], "system": "Be kind."},
+        {"messages": SYSTEM}, {"conversations": share(SYSTEM)},
+        {"conversations": share(SYSTEM[1:]), "system": "Be kind."},
+        {"instruction": "Hi", "output": "Ho", "system": "Be kind."},
+        {"prompt": SYSTEM[:2], "completion": SYSTEM[2:]},
+        {"prompt": "Hi", "completion": "Ho", "system": "Be kind."},
+        {"messages": SYSTEM[1:], "system": "Be kind."},
         {"messages": [{"role": "developer", "content": "Be kind."}, *SYSTEM[1:]]},
     ]),
 }  # fmt: skip
@@ -82,7 +89,10 @@ def test_the_format_is_told_from_the_first_rows_and_can_be_named(tmp_path):
     path.write_text(json.dumps(both) + "\n")
     report = {}
     assert formats.read_rows(path, "text", report)[0].turns == [{"role": "text", "content": both["text"]}]
-    assert set(report[str(path)]["notes"]) == {"field 'instruction' is not used", "field 'output' is not used"}
+    assert set(report[str(path)]["notes"]) == {
+        "field 'instruction' is not used",
+        "field 'output' is not used",
+    }
     with pytest.raises(ValueError, match="--format chat: give one of messages, sharegpt"):
         formats.read_rows(path, "chat")
     path.write_text(json.dumps({"question": "a", "reply": "b"}) + "\n")
@@ -111,7 +121,11 @@ DROPS = {
 def test_rows_without_a_conversation_are_dropped_and_counted(case, tmp_path):
     row, reason = DROPS[case]
     path, name = tmp_path / "a.jsonl", next(f for f in ("messages", "text", "instruction") if f in row)
-    good = {"messages": {"messages": TWO}, "text": {"text": "x"}, "instruction": {"instruction": "q", "response": "r"}}[name]
+    good = {
+        "messages": {"messages": TWO},
+        "text": {"text": "x"},
+        "instruction": {"instruction": "q", "response": "r"},
+    }[name]
     path.write_text("".join(json.dumps(x) + "\n" for x in (good, row, good, row)))
     report = {}
     assert len(formats.read_rows(path, None, report)) == 2
@@ -130,7 +144,8 @@ WRONG = {
     "a text": ({"messages": "hello"}, "'messages' is no list of turns"),
     "a turn": ({"messages": ["hello"]}, "'messages' is no list of turns"),
     "a role": ({"messages": [{"role": 3, "content": "a"}]}, "int in field 'role'"),
-    "a picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "list in field 'content'"),
+    "a picture": ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+                  "list in field 'content'"),
     "a value": ({"conversations": [{"from": "human", "value": 4}]}, "int in field 'value'"),
     "a prompt": ({"prompt": [3], "completion": "a"}, "'prompt' is no list of turns"),
 }  # fmt: skip
@@ -143,17 +158,23 @@ def test_fields_of_another_type_are_refused_with_their_place(case, tmp_path):
     path.write_text("\n" + json.dumps(row) + "\n")
     with pytest.raises(ValueError) as error:
         formats.read_rows(path)
-    assert str(error.value).startswith(f"{path}:2: ") and words in str(error.value) and "mend that row" in str(error.value)
+    assert (
+        str(error.value).startswith(f"{path}:2: ")
+        and words in str(error.value)
+        and "mend that row" in str(error.value)
+    )
 
 
-# ---- Containers --------------------------------------------------------------------------------------------
+# ---- Containers ----------------------------------------------------------------------------------
 
 FLAT = [{"instruction": f"Größe {i}?\nzwei", "response": f'"😀", {i}', "id": str(i)} for i in range(7)]
 DEEP = [{"messages": [*TWO, *turns(f"{i}?", f"{i}!")], "domain": "ab"[i % 2]} for i in range(7)]
 
 
 def lines(some):
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some).encode("utf-8", "surrogatepass")
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in some).encode(
+        "utf-8", "surrogatepass"
+    )
 
 
 def as_csv(some, tabs=False):
@@ -167,6 +188,7 @@ def as_csv(some, tabs=False):
 def write_parquet(path, some):
     import pyarrow
     from pyarrow import parquet
+
     parquet.write_table(pyarrow.Table.from_pylist(some), path)
 
 
@@ -180,14 +202,18 @@ CONTAINERS = {
     "a.jsonl": lines, "bom.jsonl": lambda some: b"\xef\xbb\xbf" + lines(some),
     "crlf.jsonl": lambda some: lines(some).replace(b"\n", b"\r\n"),
     "blank.jsonl": lambda some: b"\n  \n" + lines(some).replace(b"\n", b"\n\n \t\n"),
-    "unended.jsonl": lambda some: lines(some)[:-1], "joined.jsonl": lambda some: lines(some[:3]) + b"\xef\xbb\xbf" + lines(some[3:]),
+    "unended.jsonl": lambda some: lines(some)[:-1],
+    "joined.jsonl": lambda some: lines(some[:3]) + b"\xef\xbb\xbf" + lines(some[3:]),
     "escaped.jsonl": lambda some: "".join(json.dumps(row) + "\n" for row in some).encode(),
     "a.json": lambda some: json.dumps(some).encode(), "noname": lines,
     "pretty.json": lambda some: b"\xef\xbb\xbf\n" + json.dumps(some, indent=2, ensure_ascii=False).encode(),
-    "a.jsonl.gz": lambda some: gzip.compress(lines(some)), "a.json.gz": lambda some: gzip.compress(json.dumps(some).encode()),
+    "a.jsonl.gz": lambda some: gzip.compress(lines(some)),
+    "a.json.gz": lambda some: gzip.compress(json.dumps(some).encode()),
     "two.gz": lambda some: gzip.compress(lines(some[:3])) + gzip.compress(lines(some[3:])),
-    "a.csv": as_csv, "a.tsv": lambda some: as_csv(some, True), "A.CSV.gz": lambda some: gzip.compress(as_csv(some)),
-    "bom.csv": lambda some: b"\xef\xbb\xbf" + as_csv(some), "lf.csv": lambda some: as_csv(some).replace(b"\r\n", b"\n"),
+    "a.csv": as_csv, "a.tsv": lambda some: as_csv(some, True),
+    "A.CSV.gz": lambda some: gzip.compress(as_csv(some)),
+    "bom.csv": lambda some: b"\xef\xbb\xbf" + as_csv(some),
+    "lf.csv": lambda some: as_csv(some).replace(b"\r\n", b"\n"),
     "a.parquet": write_parquet, "parquet without a name": write_parquet, "saved": write_saved,
     "splits": lambda path, some: write_saved(path, some, ("test", "train")),
     "one split": lambda path, some: write_saved(path, some, ("all",)),
@@ -206,7 +232,7 @@ def made(name, folder, some):
 
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_every_container_holds_the_same_rows(name, tmp_path):
-    """Read alike by the reader, by train.py's load, and by prepare.py; texts with commas, quotes and line ends."""
+    """Read alike by the reader, by load and by prepare.py; texts with commas, quotes and line ends."""
     tokenizer = GPTTokenizer()
     for some in (FLAT, DEEP) if "sv" not in name.lower() else (FLAT,):
         (tmp_path / str(len(some[0]))).mkdir()
@@ -228,11 +254,17 @@ def test_real_rows_in_every_format(name, real_dir, tmp_path):
     some = [json.loads(line) for line in (real_dir / name).read_text().split("\n")[:60] if line]
     tokenizer = GPTTokenizer()
     pairs = [(row["instruction"], row["response"]) for row in some]
-    wanted = [row[:2] for row in rows.encode(formats.read_rows(str(real_dir / name))[:len(some)], tokenizer, 600, "a")]
+    wanted = [
+        row[:2]
+        for row in rows.encode(formats.read_rows(str(real_dir / name))[: len(some)], tokenizer, 600, "a")
+    ]
     dresses = {
         "messages": [{"messages": turns(q, a)} for q, a in pairs],
         "sharegpt": [{"conversations": share(turns(q, a))} for q, a in pairs],
-        "alpaca": [{"instruction": q.partition("\n")[0], "input": q.partition("\n")[2], "output": a} for q, a in pairs],
+        "alpaca": [
+            {"instruction": q.partition("\n")[0], "input": q.partition("\n")[2], "output": a}
+            for q, a in pairs
+        ],
         "instruction": [{"instruction": q, "context": "", "response": a, "category": "x"} for q, a in pairs],
         "prompt": [{"prompt": q, "completion": a} for q, a in pairs],
     }
@@ -247,18 +279,20 @@ def test_real_rows_in_every_format(name, real_dir, tmp_path):
             assert [row[:2] for row in rows.encode(found, tokenizer, 600, "a")] == wanted, (form, container)
 
 
-# ---- Refusals ----------------------------------------------------------------------------------------------
+# ---- Refusals ------------------------------------------------------------------------------------
 
 GOOD = json.dumps(FLAT[0], ensure_ascii=False).encode() + b"\n"
 BAD = {
-    "latin1.jsonl": (GOOD + b'{"instruction": "caf\xe9", "response": "x"}\n', [":2: not UTF-8 (byte 0xe9)", "save the file"]),
+    "latin1.jsonl": (GOOD + b'{"instruction": "caf\xe9", "response": "x"}\n',
+                     [":2: not UTF-8 (byte 0xe9)", "save the file"]),
     "utf16.jsonl": (GOOD.decode().encode("utf-16"), [":1: not UTF-8 but UTF-16", "iconv"]),
     "latin1.csv": (b"instruction,response\na,b\ncaf\xe9,x\n", [":3: not UTF-8", "save the file"]),
     "latin1.json": (b'[\n{"instruction": "a",\n"response": "\xff"}]', [":3: not UTF-8"]),
     "deep.jsonl": (GOOD + b"[" * 100_000 + b"]" * 100_000, [":2: nested too deeply"]),
     "deep.json": (b"[" * 100_000, [":1: nested too deeply"]),
     "half.jsonl": (GOOD + b'{"instruction": "\\ud800", "response": "x"}\n', [":2: half a surrogate pair"]),
-    "half key.jsonl": (b'{"\\udc01": 1, "instruction": "a", "response": "x"}\n', [":1: half a surrogate pair"]),
+    "half key.jsonl": (b'{"\\udc01": 1, "instruction": "a", "response": "x"}\n',
+                       [":1: half a surrogate pair"]),
     "digits.jsonl": (b'{"id": ' + b"9" * 5000 + b"}\n", [":1: not JSON"]),
     "cut.jsonl": (GOOD + GOOD[:-9], [":2: not JSON", "a row a line"]),
     "object.json": (json.dumps({"data": [1]}, indent=1).encode(), [":1: not JSON", "one list"]),
@@ -298,9 +332,15 @@ def test_what_is_no_file(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
-    for name, word in (("pipe", "a pipe, no file"), ("folder", "a folder, no file"), ("/dev/zero", "a device, no file"),
-                       ("loop", "cannot be read"), ("dangling", "no such data file"), ("none", "no such data file"),
-                       ("a\0b", "cannot be read")):
+    for name, word in (
+        ("pipe", "a pipe, no file"),
+        ("folder", "a folder, no file"),
+        ("/dev/zero", "a device, no file"),
+        ("loop", "cannot be read"),
+        ("dangling", "no such data file"),
+        ("none", "no such data file"),
+        ("a\0b", "cannot be read"),
+    ):
         with pytest.raises(ValueError) as error:
             formats.read_rows(str(tmp_path / name))
         assert word in str(error.value) and "give a JSONL" in str(error.value)
@@ -323,14 +363,17 @@ def test_without_the_libraries(tmp_path, monkeypatch):
 
 def test_splits_without_train(tmp_path):
     write_saved(tmp_path / "saved", FLAT, ("test", "validation"))
-    with pytest.raises(ValueError, match="has the splits test, validation, none of them train; give the folder of one"):
+    with pytest.raises(
+        ValueError, match="has the splits test, validation, none of them train; give the folder of one"
+    ):
         formats.read_rows(str(tmp_path / "saved"))
     assert len(formats.read_rows(str(tmp_path / "saved" / "validation"))) == 7
 
 
-# ---- Mutations of valid sources ----------------------------------------------------------------------------
+# ---- Mutations of valid sources ------------------------------------------------------------------
 
-VALUES = [None, True, 0, -1, 3.5, float("nan"), 10**30, "", " ", "\0", "x" * 5000, [], [[]], {}, {"role": 1}, [None], ["a"],
+VALUES = [None, True, 0, -1, 3.5, float("nan"), 10**30, "", " ", "\0", "x" * 5000, [], [[]], {}, {"role": 1},
+          [None], ["a"],
           [{"role": "user"}], [{"from": "gpt", "value": None}], "\ud800", "messages"]  # fmt: skip
 SOURCES = ["a.jsonl", "a.json", "a.jsonl.gz", "a.csv", "a.parquet", "saved", "prepared"]
 
@@ -347,7 +390,22 @@ def retyped(value, draw):
 
 def damage(path, draw):
     """Change a file by one of the kinds; what was done, in words."""
-    kind = draw.choice(["cut", "flip", "flip", "flip", "insert", "pipe", "folder", "loop", "device", "gone", "empty", "twice"])
+    kind = draw.choice(
+        [
+            "cut",
+            "flip",
+            "flip",
+            "flip",
+            "insert",
+            "pipe",
+            "folder",
+            "loop",
+            "device",
+            "gone",
+            "empty",
+            "twice",
+        ]
+    )
     data = bytearray(path.read_bytes())
     if kind in ("pipe", "folder", "loop", "device", "gone"):
         path.unlink()
@@ -355,7 +413,7 @@ def damage(path, draw):
          "device": lambda p: os.symlink("/dev/zero", p)}[kind](path)  # fmt: skip
         return kind
     if kind == "cut":
-        del data[draw.randrange(len(data) + 1):]
+        del data[draw.randrange(len(data) + 1) :]
     elif kind == "empty":
         data.clear()
     elif kind == "twice":
@@ -384,12 +442,14 @@ def mutated(name, folder, base, draw):
             return path, damage(draw.choice(sorted(path.iterdir())), draw)
         manifest = retyped(json.loads(base["manifest.json"]), draw)
         if isinstance(manifest, dict) and draw.random() < 0.7:
-            manifest["digest"] = rows.seal(manifest)        # by somebody who knows how
+            manifest["digest"] = rows.seal(manifest)  # by somebody who knows how
         (path / "manifest.json").write_text(json.dumps(manifest))
         return path, "retype"
     if draw.random() < 0.4 and name in ("a.jsonl", "a.json", "a.jsonl.gz"):
         at = draw.randrange(len(some))
-        return made(name, folder, [retyped(row, draw) if j == at else row for j, row in enumerate(some)]), "retype"
+        return made(
+            name, folder, [retyped(row, draw) if j == at else row for j, row in enumerate(some)]
+        ), "retype"
     path = made(name, folder, some)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     return path, damage(draw.choice(files), draw)

@@ -56,7 +56,7 @@ def expected(some, tokenizer, domain=None):
     return [(tuple(p + a), len(p), domain or r.get("domain", "all")) for p, a, r in pairs]
 
 
-# ---- Templates ---------------------------------------------------------------------------------------------
+# ---- Templates -----------------------------------------------------------------------------------
 
 LETTERS = "ABCDE"
 
@@ -189,7 +189,7 @@ def test_the_readme_shows_the_list_and_the_recipes(capsys):
         assert data in sets.SETS or data in sets.MIXES
 
 
-# ---- Files -------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def test_tokens_are_those_of_the_rows(tmp_path, monkeypatch):
@@ -309,7 +309,7 @@ def test_real_files(name, file, fields, real_dir, tmp_path):
     assert set(expected(some[::-(-len(some) // 40)], GPTTokenizer(), None if name == "rows" else name)) <= got
 
 
-# ---- Kills -------------------------------------------------------------------------------------------------
+# ---- Kills ---------------------------------------------------------------------------------------
 
 
 def test_a_stopped_preparation_goes_on_to_the_same_bytes(tmp_path, monkeypatch, capsys):
@@ -445,7 +445,7 @@ def test_a_full_disk(tmp_path, monkeypatch, capsys):
     assert "going on after 2 parts" in capsys.readouterr().out and len(by_hand(tmp_path / "out")) == 170
 
 
-# ---- Lists of sources --------------------------------------------------------------------------------------
+# ---- Lists of sources ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -627,7 +627,7 @@ def test_a_large_set_stays_on_the_disk(tmp_path):
     assert peak < 10e6, peak
 
 
-# ---- The hub -----------------------------------------------------------------------------------------------
+# ---- The hub -------------------------------------------------------------------------------------
 
 
 def test_the_library_reads_a_set(tmp_path, monkeypatch):
@@ -683,7 +683,7 @@ def test_without_the_library(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-# ---- Bad input ---------------------------------------------------------------------------------------------
+# ---- Bad input -----------------------------------------------------------------------------------
 
 
 def refused(argv, capsys):
@@ -702,7 +702,8 @@ FILES = {
     "no such file": (None, ["no such data file", "JSONL"]),
     "empty": ("\n", ["holds no rows"]),
     "empty list": ("[ ]", ["holds no rows"]),
-    "no row with the field": (json.dumps(GOOD | {"response": None}), ["bad.json:1", "no 'response'", "no row is left"]),
+    "no row with the field": (json.dumps(GOOD | {"response": None}),
+                              ["bad.json:1", "no 'response'", "no row is left"]),
     "a field missing at once": (json.dumps({"query": "a", "label": "b"}),
                                 ["bad.json:1", "(query, label)", "response=FIELD"]),
     "a number": (json.dumps({"query": "a", "response": 3}), ["bad.json:1", "int in field 'response'"]),
@@ -715,7 +716,8 @@ FILES = {
     "one object over lines": (json.dumps(GOOD, indent=1), ["bad.json:1", "a row a line, or one list"]),
     "not UTF-8": (b"\xff\x00", ["bad.json:1", "not UTF-8"]),
     "UTF-16": (json.dumps(GOOD).encode("utf-16"), ["bad.json:1", "UTF-16"]),
-    "nothing left": (json.dumps({"query": "a", "response": " "}), ["no row is left", "no text in 'response'"]),
+    "nothing left": (json.dumps({"query": "a", "response": " "}),
+                     ["no row is left", "no text in 'response'"]),
 }  # fmt: skip
 
 
@@ -861,20 +863,24 @@ def test_a_changed_manifest_is_refused(case, three, tmp_path):
     assert words in str(error.value) and "make it again" in str(error.value) and str(path) in str(error.value)
 
 
-# ---- OUT.tmp -----------------------------------------------------------------------------------------------
+# ---- OUT.tmp -------------------------------------------------------------------------------------
 
 
 def everything(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+            for p in sorted(folder.rglob("*"))}
 
 
 FOREIGN = {
     "a file": lambda work, other: (work.mkdir(), (work / "thesis.txt").write_text("x")),
-    "a folder": lambda work, other: ((work / "sub").mkdir(parents=True), (work / "sub" / "00_00000.part").write_text("x")),
+    "a folder": lambda work,
+    other: ((work / "sub").mkdir(parents=True), (work / "sub" / "00_00000.part").write_text("x")),
     "a file of that name": lambda work, other: work.write_text("x"),
     "a link to a folder": lambda work, other: work.symlink_to(other),
-    "settings of another program": lambda work, other: (work.mkdir(), (work / "settings.json").write_text('{"theme": 1}')),
-    "settings that are a link": lambda work, other: (work.mkdir(), (work / "settings.json").symlink_to(other)),
+    "settings of another program": lambda work,
+    other: (work.mkdir(), (work / "settings.json").write_text('{"theme": 1}')),
+    "settings that are a link": lambda work,
+    other: (work.mkdir(), (work / "settings.json").symlink_to(other)),
     "a link called whole": lambda work, other: (work.mkdir(), (work / "whole").symlink_to(other)),
 }  # fmt: skip
 
@@ -933,13 +939,15 @@ def test_many_domains(tmp_path):
     some = [{"instruction": f"a{i}", "response": "b", "domain": f"d{i}"} for i in range(66_000)]
     prepare.main(["rows", "--from", jsonl(tmp_path / "a.jsonl", some), "--out", str(tmp_path / "out")])
     opened = rows.open_rows(str(tmp_path / "out"), GPTTokenizer(), 20, "train")
-    assert len({opened[j][2] for j in range(0, 66_000, 100)}) == 660 and opened.files[0].domains[-1] == "d65999"
+    assert len({opened[j][2] for j in range(0, 66_000, 100)}) == 660
+    assert opened.files[0].domains[-1] == "d65999"
 
 
 def test_conversations_in_parts(tmp_path, monkeypatch):
     """Several answers a row over several parts: spans stand beside their tokens, in any order."""
     monkeypatch.setattr(prepare, "PART", 7)
-    some = [{"conversations": [{"from": ("human", "gpt")[j % 2], "value": f"{i} {j}"} for j in range(2 + 2 * (i % 4))],
+    some = [{"conversations": [{"from": ("human", "gpt")[j % 2], "value": f"{i} {j}"}
+                               for j in range(2 + 2 * (i % 4))],
              "domain": "x"} for i in range(30)]  # fmt: skip
     prepare.main(["rows", "--from", jsonl(tmp_path / "a.jsonl", some), "--out", str(tmp_path / "out")])
     tokenizer, wanted = GPTTokenizer(), []

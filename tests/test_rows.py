@@ -1,7 +1,8 @@
-"""Conversations to tokens and the spans that the loss covers; splits, batches, lists of sources, what is said.
+"""Conversations to tokens and the spans that the loss covers; splits, batches, lists of sources, what is
+said.
 
-Oracles: the template's own text and its own marks ({% generation %}); the split, tokens and batches of the embedded
-data as they were before conversations were known (frozen digests).
+Oracles: the template's own text and its own marks ({% generation %}); the split, tokens and batches of the
+embedded data as they were before conversations were known (frozen digests).
 """
 
 import hashlib
@@ -20,22 +21,39 @@ from data import tokenizer as tokenizers_
 from data.tokenizer import GPTTokenizer, HFTokenizer
 
 EMBEDDED = str(ROOT / "data" / "multi_domain.jsonl")
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>",
-           "<|end|>", "<|return|>", "<|start|>", "<|message|>", "[INST]", "[/INST]"]
+SPECIAL = [
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
+    "<|return|>",
+    "<|start|>",
+    "<|message|>",
+    "[INST]",
+    "[/INST]",
+]
 
 
 def byte_tokenizer(template=None, post=None):
     import tokenizers as T
     from transformers import PreTrainedTokenizerFast
+
     letters = sorted(T.pre_tokenizers.ByteLevel.alphabet())
     backend = T.Tokenizer(T.models.BPE({t: i for i, t in enumerate([*SPECIAL, *letters])}, []))
     backend.pre_tokenizer = T.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = T.decoders.ByteLevel()
     if post:
         backend.post_processor = T.processors.TemplateProcessing(
-            single=post, special_tokens=[("<s>", 0), ("</s>", 1)])
-    hf = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>",
-                                 additional_special_tokens=SPECIAL[2:])
+            single=post, special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    hf = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", additional_special_tokens=SPECIAL[2:]
+    )
     hf.chat_template = template
     return hf
 
@@ -44,29 +62,57 @@ LOOP, END = "{% for m in messages %}", "{% endfor %}"
 ASK = "{% if add_generation_prompt %}"
 # Templates by the families that have them, and by what a turn of the assistant ends.
 TEMPLATES = {
-    "chatml": (LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n" + END + ASK +
-               "<|im_start|>assistant\n{% endif %}", "<|im_end|>"),
-    "gemma": ("{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + LOOP +
-              "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim }}<end_of_turn>\n" +
-              END + ASK + "<start_of_turn>model\n{% endif %}", "<end_of_turn>"),
-    "phi": (LOOP + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n" + END + ASK +
-            "<|assistant|>\n{% else %}</s>{% endif %}", "<|end|>"),
-    "mistral": ("{{ bos_token }}" + LOOP + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-                "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}" + END, "</s>"),
-    "gpt-oss": (LOOP + "<|start|>{{ m.role }}<|message|>{{ m.content }}{% if loop.last and m.role == 'assistant' %}"
-                "<|return|>{% else %}<|end|>{% endif %}" + END + ASK + "<|start|>assistant{% endif %}", "<|return|>"),
+    "chatml": (
+        LOOP
+        + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+        + END
+        + ASK
+        + "<|im_start|>assistant\n{% endif %}",
+        "<|im_end|>",
+    ),
+    "gemma": (
+        "{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% "
+        "endif %}"
+        + LOOP
+        + "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n{{ m.content | trim "
+        "}}<end_of_turn>\n" + END + ASK + "<start_of_turn>model\n{% endif %}",
+        "<end_of_turn>",
+    ),
+    "phi": (
+        LOOP
+        + "<|{{ m.role }}|>\n{{ m.content }}<|end|>\n"
+        + END
+        + ASK
+        + "<|assistant|>\n{% else %}</s>{% endif %}",
+        "<|end|>",
+    ),
+    "mistral": (
+        "{{ bos_token }}" + LOOP + "{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}{% endif %}" + END,
+        "</s>",
+    ),
+    "gpt-oss": (
+        LOOP + "<|start|>{{ m.role }}<|message|>{{ m.content }}{% if loop.last and m.role == "
+        "'assistant' %}"
+        "<|return|>{% else %}<|end|>{% endif %}" + END + ASK + "<|start|>assistant{% endif %}",
+        "<|return|>",
+    ),
     "no end": (LOOP + "{{ m.role }}: {{ m.content }}\n" + END + ASK + "assistant: {% endif %}", "</s>"),
 }
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi, 2+2?"},
-        {"role": "assistant", "content": "4"}, {"role": "user", "content": "And Größe?"},
-        {"role": "assistant", "content": "5\nor 6"}]
+CHAT = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi, 2+2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "And Größe?"},
+    {"role": "assistant", "content": "5\nor 6"},
+]
 
 
 def said(tokenizer, tokens, spans):
     return [tokenizer.decode(tokens[a:b]) for a, b in spans]
 
 
-# ---- Chat templates ----------------------------------------------------------------------------------------
+# ---- Chat templates ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
@@ -81,7 +127,11 @@ def test_a_conversation_is_what_the_template_writes(family):
         if family in ("gemma",) and chat is CHAT:
             written = [{"role": "user", "content": "Be brief.\n\nHi, 2+2?"}, *CHAT[2:]]
         if family == "mistral":
-            written = chat if chat is not CHAT else [{"role": "user", "content": "Be brief.\n\nHi, 2+2?"}, *CHAT[2:]]
+            written = (
+                chat
+                if chat is not CHAT
+                else [{"role": "user", "content": "Be brief.\n\nHi, 2+2?"}, *CHAT[2:]]
+            )
         text = hf.apply_chat_template(written, tokenize=False)
         whole = hf(text, add_special_tokens=False)["input_ids"]
         assert tokens == whole + [hf.eos_token_id] * (family == "no end"), hf.decode(tokens)
@@ -99,8 +149,10 @@ def test_a_conversation_is_what_the_template_writes(family):
     ids = {hf.convert_tokens_to_ids(end), hf.eos_token_id}
     assert ids <= set(tokenizer.ends)
     tokens, spans = tokenizer.conversation(CHAT[1:3])
-    assert tokenizer.prompt("Hi, 2+2?") + tokenizer.response("4") == tokens[:spans[0][1]]
-    assert tokenizer.prompt(CHAT[:4]) == tokenizer.conversation(CHAT)[0][:tokenizer.conversation(CHAT)[1][1][0]]
+    assert tokenizer.prompt("Hi, 2+2?") + tokenizer.response("4") == tokens[: spans[0][1]]
+    assert (
+        tokenizer.prompt(CHAT[:4]) == tokenizer.conversation(CHAT)[0][: tokenizer.conversation(CHAT)[1][1][0]]
+    )
 
 
 @pytest.mark.parametrize("family", ["chatml", "gemma", "phi"])
@@ -108,9 +160,17 @@ def test_marked_answers_are_the_same_spans(family):
     """The same template with {% generation %} around its answers, as transformers reads them, and without."""
     plain, end = TEMPLATES[family]
     body = "{{ m.content | trim }}" if family == "gemma" else "{{ m.content }}"
-    plain = plain.replace(end + "\n", end + "{{ '\n' }}")     # a line's end behind a tag is taken off
-    marked = plain.replace(body + end, "{% if m.role == 'assistant' %}{% generation %}" + body + end +
-                           "{% endgeneration %}{% else %}" + body + end + "{% endif %}")
+    plain = plain.replace(end + "\n", end + "{{ '\n' }}")  # a line's end behind a tag is taken off
+    marked = plain.replace(
+        body + end,
+        "{% if m.role == 'assistant' %}{% generation %}"
+        + body
+        + end
+        + "{% endgeneration %}{% else %}"
+        + body
+        + end
+        + "{% endif %}",
+    )
     a, b = HFTokenizer("a", byte_tokenizer(plain)), HFTokenizer("b", byte_tokenizer(marked))
     assert b.marks and not a.marks
     for chat in ([CHAT] if family == "chatml" else []) + [CHAT[1:], CHAT[1:3]]:
@@ -124,8 +184,9 @@ def test_marked_answers_are_the_same_spans(family):
 
 
 def test_a_real_template(smollm2):
-    """SmolLM2's tokenizer with the template of its instruction models: whole text, ends of turn, system prompt."""
+    """SmolLM2's tokenizer with the template of its instruction models: text, ends of turn, system."""
     from transformers import AutoTokenizer
+
     hf = AutoTokenizer.from_pretrained(smollm2)
     hf.chat_template = TEMPLATES["chatml"][0]
     tokenizer = HFTokenizer("smollm2", hf)
@@ -136,19 +197,29 @@ def test_a_real_template(smollm2):
 
 def test_thoughts_that_a_template_takes_out():
     """Templates of reasoning models leave the thoughts of earlier turns out: spans follow what is written."""
-    template = (LOOP + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
-                "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n" + END + ASK +
-                "<|im_start|>assistant\n{% endif %}")
+    template = (
+        LOOP + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
+        "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n"
+        + END
+        + ASK
+        + "<|im_start|>assistant\n{% endif %}"
+    )
     tokenizer = HFTokenizer("x", byte_tokenizer(template))
-    chat = [turn | {"content": "<think>hm</think>" + turn["content"]} if turn["role"] == "assistant" else turn
-            for turn in CHAT]
-    assert said(tokenizer, *tokenizer.conversation(chat)) == ["4<|im_end|>", "<think>hm</think>5\nor 6<|im_end|>"]
+    chat = [
+        turn | {"content": "<think>hm</think>" + turn["content"]} if turn["role"] == "assistant" else turn
+        for turn in CHAT
+    ]
+    assert said(tokenizer, *tokenizer.conversation(chat)) == [
+        "4<|im_end|>",
+        "<think>hm</think>5\nor 6<|im_end|>",
+    ]
 
 
 def test_a_token_over_the_border_is_cut_there():
     """Where question and answer would share a token, both are tokenized apart, as generation sees them."""
     import tokenizers as T
     from transformers import PreTrainedTokenizerFast
+
     letters = sorted(T.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {t: i for i, t in enumerate(["</s>", *letters, ":Y"])}
     backend = T.Tokenizer(T.models.BPE(vocabulary, [(":", "Y")]))
@@ -157,9 +228,13 @@ def test_a_token_over_the_border_is_cut_there():
     hf = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     backend.pre_tokenizer = None
     hf._tokenizer.pre_tokenizer = T.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    hf.chat_template = (LOOP + "{{ m.content }}{% if m.role == 'user' %}:{% else %}{{ eos_token }}{% endif %}" + END)
+    hf.chat_template = (
+        LOOP + "{{ m.content }}{% if m.role == 'user' %}:{% else %}{{ eos_token }}{% endif %}" + END
+    )
     tokenizer = HFTokenizer("x", hf)
-    tokens, spans = tokenizer.conversation([{"role": "user", "content": "q"}, {"role": "assistant", "content": "Yes"}])
+    tokens, spans = tokenizer.conversation(
+        [{"role": "user", "content": "q"}, {"role": "assistant", "content": "Yes"}]
+    )
     assert said(tokenizer, tokens, spans) == ["Yes</s>"] and tokenizer.decode(tokens) == "q:Yes</s>"
 
 
@@ -168,10 +243,19 @@ BAD_TEMPLATES = {
     "undefined": ("{{ nothing.at_all }}", "undefined"),
     "syntax": ("{% for %}", "Expected an expression"),
     "nothing": ("{% if false %}x{% endif %}", "does not write the question"),
-    "no answer": (LOOP + "{% if m.role == 'user' %}{{ m.content }}{% endif %}" + END, "does not write the question"),
-    "endless": ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "no end within"),
+    "no answer": (
+        LOOP + "{% if m.role == 'user' %}{{ m.content }}{% endif %}" + END,
+        "does not write the question",
+    ),
+    "endless": (
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "no end within",
+    ),
     "huge": (LOOP + "{{ m.content * 99999 }}" + END, "does not write the question"),
-    "another header": (LOOP + "{{ m.role }}>{{ m.content }}" + END + ASK + "think{% endif %}", "{% generation %}"),
+    "another header": (
+        LOOP + "{{ m.role }}>{{ m.content }}" + END + ASK + "think{% endif %}",
+        "{% generation %}",
+    ),
 }
 
 
@@ -182,34 +266,48 @@ def test_templates_of_no_use_are_refused(case, monkeypatch):
     with pytest.raises(ValueError) as error:
         HFTokenizer("DIR", byte_tokenizer(template))
     text = str(error.value)
-    assert words in text and text.startswith("DIR: its chat template fails") and "remove it" in text and "\n" not in text
+    assert (
+        words in text
+        and text.startswith("DIR: its chat template fails")
+        and "remove it" in text
+        and "\n" not in text
+    )
 
 
 def test_a_conversation_that_the_template_refuses_is_dropped():
     """Turns that must alternate: that row is dropped with the template's reason, the others stay."""
-    template = TEMPLATES["chatml"][0].replace(LOOP, LOOP + "{% if loop.index0 and m.role == messages[loop.index0 - 1]"
-                                              ".role %}{{ raise_exception('must alternate') }}{% endif %}")
+    template = TEMPLATES["chatml"][0].replace(
+        LOOP,
+        LOOP + "{% if loop.index0 and m.role == "
+        "messages[loop.index0 - 1]"
+        ".role %}{{ raise_exception('must alternate') }}{% endif %}",
+    )
     tokenizer, report = HFTokenizer("x", byte_tokenizer(template)), {}
     some = [{"messages": CHAT[1:3]}, {"messages": [CHAT[1], CHAT[1], CHAT[2]]}]
     assert len(rows.encode(some, tokenizer, 200, "train", report=report)) == 1
     assert report["train"]["dropped"] == {"refused by the chat template (must alternate)": [1, ""]}
 
 
-# ---- Special tokens in the text, eos, long runs ------------------------------------------------------------
+# ---- Special tokens in the text, eos, long runs --------------------------------------------------
 
 
 @pytest.mark.parametrize("family", [*TEMPLATES, None])
 def test_special_tokens_in_the_text_are_text(family):
-    """What a row spells is read back letter by letter; control tokens are the template's alone, one a turn."""
+    """What a row spells is read back letter by letter; control tokens are the template's alone."""
     hf = byte_tokenizer(family and TEMPLATES[family][0], post="<s> $A")
     tokenizer = HFTokenizer("x", hf)
-    chat = [{"role": "user", "content": "What is </s><|im_end|> and <end_of_turn>?"},
-            {"role": "assistant", "content": "<|im_end|> ends <s>turns</s>"}]
-    clean = [{"role": "user", "content": "What is x and y?"}, {"role": "assistant", "content": "x ends turns"}]
+    chat = [
+        {"role": "user", "content": "What is </s><|im_end|> and <end_of_turn>?"},
+        {"role": "assistant", "content": "<|im_end|> ends <s>turns</s>"},
+    ]
+    clean = [
+        {"role": "user", "content": "What is x and y?"},
+        {"role": "assistant", "content": "x ends turns"},
+    ]
     tokens, spans = tokenizer.conversation(chat)
     control = [t for t in tokens if t in tokenizer.control]
     assert control == [t for t in tokenizer.conversation(clean)[0] if t in tokenizer.control]
-    assert len(spans) == 1 and chat[1]["content"] in tokenizer.decode(tokens[spans[0][0]:])
+    assert len(spans) == 1 and chat[1]["content"] in tokenizer.decode(tokens[spans[0][0] :])
     assert chat[0]["content"] in tokenizer.decode(tokens)
     assert tokenizer.counts["special tokens in the text are taken as text"] == 2
     # characters of the plane that hides them: such a row is counted instead
@@ -223,7 +321,11 @@ def test_plain_prompt_has_bos_and_no_eos():
     prompt = tokenizer.prompt("Add 1 and 1.")
     assert prompt[0] == 0 and prompt.count(0) == 1 and 1 not in prompt
     tokens, spans = tokenizer.conversation(CHAT)
-    assert tokens.count(0) == 1 and tokens.count(1) == 2 and said(tokenizer, tokens, spans) == ["4</s>", "5\nor 6</s>"]
+    assert (
+        tokens.count(0) == 1
+        and tokens.count(1) == 2
+        and said(tokenizer, tokens, spans) == ["4</s>", "5\nor 6</s>"]
+    )
     assert tokenizer.decode(tokens).count("### Instruction:") == 2
     assert "### Instruction:\nBe brief.\n\nHi, 2+2?\n" in tokenizer.decode(tokens)
 
@@ -231,9 +333,15 @@ def test_plain_prompt_has_bos_and_no_eos():
 def test_the_small_gpt_repeats_its_format():
     tokenizer = GPTTokenizer()
     tokens, spans = tokenizer.conversation(CHAT[1:])
-    parts = (tokenizer.prompt("Hi, 2+2?"), tokenizer.response("4"), tokenizer.prompt("And Größe?"),
-             tokenizer.response("5\nor 6"))
-    assert tokens == sum(parts, []) and tokenizer.decode(tokens).startswith("Q: Hi, 2+2?\nA: 4<|endoftext|>Q: And")
+    parts = (
+        tokenizer.prompt("Hi, 2+2?"),
+        tokenizer.response("4"),
+        tokenizer.prompt("And Größe?"),
+        tokenizer.response("5\nor 6"),
+    )
+    assert tokens == sum(parts, []) and tokenizer.decode(tokens).startswith(
+        "Q: Hi, 2+2?\nA: 4<|endoftext|>Q: And"
+    )
     assert said(tokenizer, tokens, spans) == [" 4<|endoftext|>", " 5\nor 6<|endoftext|>"]
     tokens, spans = tokenizer.conversation([{"role": "text", "content": "Once <|endoftext|>."}])
     assert spans == [(1, len(tokens))] and tokens.count(tokenizer.eot) == 1
@@ -242,13 +350,19 @@ def test_the_small_gpt_repeats_its_format():
 def test_long_runs_are_handed_over_in_pieces():
     """A million blanks or letters: no panic, the text comes back, and ordinary text has the tokens it had."""
     tokenizer = GPTTokenizer()
-    for text in (" " * 1_000_000 + "x", "\n" * 600_000, "a" * 300_000, " " * 50_001, "b" + " " * 50_000 + "c"):
+    for text in (
+        " " * 1_000_000 + "x",
+        "\n" * 600_000,
+        "a" * 300_000,
+        " " * 50_001,
+        "b" + " " * 50_000 + "c",
+    ):
         assert tokenizer.decode(tokenizer.encode(text)) == text
     for text in (open(EMBEDDED).read()[:50_000], " " * 49_999 + "x"):
         assert tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(text)
 
 
-# ---- Rows of the loop: cut, last answer, several -----------------------------------------------------------
+# ---- Rows of the loop: cut, last answer, several -------------------------------------------------
 
 
 def test_cut_and_the_loss_of_the_last_answer():
@@ -261,34 +375,53 @@ def test_cut_and_the_loss_of_the_last_answer():
     assert rows.trained(tokens, [(3, 6), (10, 15)], 10) == (tokens[:10], 3)
     assert rows.trained(tokens, [(3, 6), (10, 15)], 100, "last") == (tokens[:15], 10)
     assert rows.trained(tokens, [(3, 6), (10, 15)], 9, "last") is None
-    assert rows.trained(tokens, [(0, 20)], 100) == (tokens, 1)          # nothing predicts the first token
+    assert rows.trained(tokens, [(0, 20)], 100) == (tokens, 1)  # nothing predicts the first token
 
 
 @pytest.mark.parametrize("loss", ["all", "last"])
 def test_conversations_through_every_kind_of_source(loss, tmp_path):
     """A file, a prepared set and a list of both give the same rows: tokens, spans, domains."""
     from data import prepare
-    some = [{"messages": [*CHAT[:1 + 2 * (1 + i % 2)][:-1], {"role": "assistant", "content": f"{i}!"}], "domain": "ab"[i % 2]}
-            for i in range(40)]
+
+    some = [
+        {
+            "messages": [*CHAT[: 1 + 2 * (1 + i % 2)][:-1], {"role": "assistant", "content": f"{i}!"}],
+            "domain": "ab"[i % 2],
+        }
+        for i in range(40)
+    ]
     path = tmp_path / "chat.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in some))
     prepare.main(["rows", "--from", str(path), "--out", str(tmp_path / "set")])
     tokenizer = GPTTokenizer()
-    wanted = {repr((*rows.trained(*tokenizer.conversation(row["messages"]), 60, loss), row["domain"])) for row in some}
+    wanted = {
+        repr((*rows.trained(*tokenizer.conversation(row["messages"]), 60, loss), row["domain"]))
+        for row in some
+    }
     for data in (str(path), str(tmp_path / "set"), f"{path},{tmp_path / 'set'}"):
         report = {}
         train, held, _ = rows.load(data, None, 500, tokenizer, 60, loss=loss, report=report)
         assert {repr(row) for row in [*train, *held]} == wanted
         assert any(isinstance(row[1], list) for row in train) == (loss == "all")
-    hashes = {rows.load(str(tmp_path / "set"), None, 9, tokenizer, 60, loss=kind)[2] for kind in ("all", "last")}
+    hashes = {
+        rows.load(str(tmp_path / "set"), None, 9, tokenizer, 60, loss=kind)[2] for kind in ("all", "last")
+    }
     assert len(hashes) == 2
     # cut where the last answer begins: that row is left to "all" and lost to "last"
-    block = max(b[-1][0] for _, b in (tokenizer.conversation(row["messages"]) for row in some if len(row["messages"]) > 3))
-    left = [rows.open_rows(data, tokenizer, block, "train", loss=loss) for data in (str(tmp_path / "set"), str(path))]
-    assert [len(x) for x in left] == [40, 40] if loss == "all" else [len(x) < 40 for x in left] == [True, True]
+    block = max(
+        b[-1][0]
+        for _, b in (tokenizer.conversation(row["messages"]) for row in some if len(row["messages"]) > 3)
+    )
+    left = [
+        rows.open_rows(data, tokenizer, block, "train", loss=loss)
+        for data in (str(tmp_path / "set"), str(path))
+    ]
+    assert (
+        [len(x) for x in left] == [40, 40] if loss == "all" else [len(x) < 40 for x in left] == [True, True]
+    )
 
 
-# ---- The embedded data: as ever ----------------------------------------------------------------------------
+# ---- The embedded data: as ever ------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("held, block, wanted", [
@@ -314,16 +447,19 @@ def test_seeds_are_those_of_the_loop():
         hd_pissa.seed_of("epoch", s, e) for s, e in ((0, 0), (3, 7))]  # fmt: skip
 
 
-# ---- Splits ------------------------------------------------------------------------------------------------
+# ---- Splits --------------------------------------------------------------------------------------
 
 
 def variants(i):
     """One text in several dresses: ids, blanks, another format's field names, a system prompt."""
     q, a = f"What is {i}?", f"It is {i}."
-    return [{"instruction": q, "response": a, "id": i}, {"instruction": f"  {q}\n", "response": a.replace(" ", "  ")},
-            {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
-            {"instruction": "What is", "input": f"{i}?", "output": a},
-            {"system": "Be kind.", "instruction": q, "response": a}]
+    return [
+        {"instruction": q, "response": a, "id": i},
+        {"instruction": f"  {q}\n", "response": a.replace(" ", "  ")},
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
+        {"instruction": "What is", "input": f"{i}?", "output": a},
+        {"system": "Be kind.", "instruction": q, "response": a},
+    ]
 
 
 def test_equal_texts_are_on_one_side():
@@ -336,6 +472,7 @@ def test_equal_texts_are_on_one_side():
 
 def test_prepared_sets_and_files_agree_on_what_is_held_out(tmp_path):
     from data import prepare
+
     paths = []
     for k in (0, 2):
         paths.append(tmp_path / f"{k}.jsonl")
@@ -350,7 +487,7 @@ def test_prepared_sets_and_files_agree_on_what_is_held_out(tmp_path):
     assert report["held out"]["notes"] == {"texts of --eval_data that are trained on too": 300}
 
 
-# ---- Lists of sources --------------------------------------------------------------------------------------
+# ---- Lists of sources ----------------------------------------------------------------------------
 
 
 def test_lists_of_paths(tmp_path, monkeypatch):
@@ -376,20 +513,32 @@ def test_lists_of_paths(tmp_path, monkeypatch):
             rows.sources(text)
 
 
-# ---- What is said ------------------------------------------------------------------------------------------
+# ---- What is said --------------------------------------------------------------------------------
 
 
 def test_the_report_counts_what_is_dropped_cut_and_doubled(tmp_path):
-    some = [{"instruction": f"q{i}", "response": "a " * (60 if i % 10 == 0 else 3), "source": "x"} for i in range(40)]
-    some += [some[1], some[1] | {"source": "y"}, {"instruction": "q", "response": ""}, {"instruction": None, "response": "x"},
-             {"instruction": "q " * 90, "response": "x"}, {"instruction": "z", "response": None}]
+    some = [
+        {"instruction": f"q{i}", "response": "a " * (60 if i % 10 == 0 else 3), "source": "x"}
+        for i in range(40)
+    ]
+    some += [
+        some[1],
+        some[1] | {"source": "y"},
+        {"instruction": "q", "response": ""},
+        {"instruction": None, "response": "x"},
+        {"instruction": "q " * 90, "response": "x"},
+        {"instruction": "z", "response": None},
+    ]
     path = tmp_path / "some.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in some))
     report = {}
     train, held, _ = rows.load(str(path), None, 500, GPTTokenizer(), 50, report=report)
     read, made = report[str(path)], report["to train on"]
     assert (read["format"], read["read"], read["kept"]) == ("instruction", 46, 43)
-    assert read["dropped"] == {"no text in 'response'": [2, f"{path}:43"], "no text in 'instruction'": [1, f"{path}:44"]}
+    assert read["dropped"] == {
+        "no text in 'response'": [2, f"{path}:43"],
+        "no text in 'instruction'": [1, f"{path}:44"],
+    }
     assert read["notes"] == {"field 'source' is not used": 42}
     assert made["doubled"] == 2
     assert made["cut"] + report["held out"]["cut"] == 4
@@ -405,7 +554,9 @@ def test_a_preview_marks_the_loss(tokenizer):
     tokenizer = tokenizer or HFTokenizer("x", byte_tokenizer(TEMPLATES["chatml"][0]))
     made = rows.encode([{"messages": CHAT}, {"text": "only text"}], tokenizer, 500, "train")
     lines = rows.preview(made[0], tokenizer).splitlines()
-    assert [line[0] for line in lines] == ["-", "+", "-", "+"] and "5\\nor 6" in lines[3] and "Größe" in lines[2]
+    assert (
+        [line[0] for line in lines] == ["-", "+", "-", "+"] and "5\\nor 6" in lines[3] and "Größe" in lines[2]
+    )
     assert sum(int(line.split()[1]) for line in lines) == len(made[0][0])
     assert "<|im_end|>" in lines[1] or "<|endoftext|>" in lines[1]
     assert rows.preview((made[0][0], 5), tokenizer, 20).count(" ... ") == 1
@@ -415,14 +566,18 @@ def test_a_preview_marks_the_loss(tokenizer):
 def test_questions_of_every_format(tmp_path):
     """What --eval asks: the last answer is the response, all before it the question."""
     path = tmp_path / "q.jsonl"
-    path.write_text(json.dumps({"messages": CHAT, "answer": "5"}) + "\n" +
-                    json.dumps({"messages": CHAT[1:3], "answer": "4"}) + "\n")
+    path.write_text(
+        json.dumps({"messages": CHAT, "answer": "5"})
+        + "\n"
+        + json.dumps({"messages": CHAT[1:3], "answer": "4"})
+        + "\n"
+    )
     a, b = rows.questions(str(path))
     assert a["instruction"] == CHAT[:4] and a["response"] == "5\nor 6" and a["answer"] == "5"
     assert b["instruction"] == "Hi, 2+2?" and b["response"] == "4"
     tokenizer = HFTokenizer("x", byte_tokenizer(TEMPLATES["chatml"][0]))
     tokens, spans = tokenizer.conversation(CHAT)
-    assert tokenizer.prompt(a["instruction"]) == tokens[:spans[1][0]]
+    assert tokenizer.prompt(a["instruction"]) == tokens[: spans[1][0]]
     path.write_text(json.dumps({"text": "no question", "answer": "4"}) + "\n")
     with pytest.raises(ValueError, match="row 1 does not end with an answer"):
         rows.questions(str(path))
@@ -432,9 +587,13 @@ def test_data_imports_nothing_of_the_project():
     """The readers work in an interpreter in which hd_pissa and the rest of the project cannot be imported."""
     import subprocess
     import sys
-    program = ("import sys; [sys.modules.__setitem__(n, None) for n in ('hd_pissa', 'hd_pissa_extra', 'train', "
-               "'training')]; from data import prepare, rows, sets, tokenizer, formats; import data.generate; "
-               "print(len(rows.load('data/multi_domain.jsonl', None, 5, tokenizer.GPTTokenizer(), 64)[0]))")
+
+    program = (
+        "import sys; [sys.modules.__setitem__(n, None) for n in ('hd_pissa', 'hd_pissa_extra', "
+        "'train', 'training')]; from data import prepare, rows, sets, tokenizer, formats; import "
+        "data.generate; print(len(rows.load('data/multi_domain.jsonl', None, 5, "
+        "tokenizer.GPTTokenizer(), 64)[0]))"
+    )
     run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and int(run.stdout) > 7000, run.stderr
 
