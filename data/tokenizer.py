@@ -185,6 +185,10 @@ class HFTokenizer(Tokenizer):
         self.spelled = re.compile("|".join(map(re.escape, self.special)))
         self.ends, self.turn_ends = [hf.eos_token_id], []
         self.takes_system, self.marks = True, False
+        # What the tokenizer puts before a text (bos). What it puts behind (eos) is no prompt's.
+        bare, full = (hf("a", add_special_tokens=add)["input_ids"] for add in (False, True))
+        starts = (full[:k] for k in range(len(full)) if full[k:k + len(bare)] == bare)
+        self.first = next(starts, [])
         if hf.chat_template:
             self.probe()
 
@@ -221,9 +225,7 @@ class HFTokenizer(Tokenizer):
         return ids
 
     def begin(self) -> list[int]:
-        """What the tokenizer puts before a text (bos). What it puts behind (eos) is no prompt's."""
-        bare, full = (self.hf("a", add_special_tokens=add)["input_ids"] for add in (False, True))
-        return next((full[:k] for k in range(len(full)) if full[k:k + len(bare)] == bare), [])
+        return self.first
 
     def encode(self, text: str, control: bool = False) -> list[int]:
         if control and self.spelled.search(text):       # a text that somebody has formatted already
