@@ -416,13 +416,11 @@ def run(args) -> dict:
     model = model.double() if args.dtype == "float64" else model
     model = model if args.shard_weights else model.to(device)
     block_size = min(args.block_size or min(context, 1024), context)
-    report = {}
-    rows, held, rows_hash = everywhere(lambda: load(
-        args.data, args.eval_data, args.eval_rows, tokenizer, block_size, report=report,
-        progress=hd_pissa.rank() == 0))
-    say(table(report))
+    report, progress = {}, hd_pissa.rank() == 0
+    rows, held, rows_hash = everywhere(lambda: load(args.data, args.eval_data, args.eval_rows, tokenizer,
+                                                    block_size, report=report, progress=progress))
     enough(args, rows, held)
-    say(f"the first row, with + before what the loss covers:\n{preview(rows[0], tokenizer)}")
+    say(f"{table(report)}\nfirst row, + before what the loss covers:\n{preview(rows[0], tokenizer)}")
     if args.max_steps is None:
         args.max_steps = max(1, round(args.epochs * (len(rows) // args.batch_size))) if args.epochs else STEPS
 

@@ -939,7 +939,7 @@ def test_many_domains(tmp_path):
     some = [{"instruction": f"a{i}", "response": "b", "domain": f"d{i}"} for i in range(66_000)]
     prepare.main(["rows", "--from", jsonl(tmp_path / "a.jsonl", some), "--out", str(tmp_path / "out")])
     opened = rows.open_rows(str(tmp_path / "out"), GPTTokenizer(), 20, "train")
-    assert len({opened[j][2] for j in range(0, 66_000, 100)}) == 660
+    assert len(np.unique(opened.column("domain"))) == 66_000
     assert opened.files[0].domains[-1] == "d65999"
 
 
