@@ -264,24 +264,30 @@ class HFTokenizer(Tokenizer):
         one = [{"role": "user", "content": "First?"}, {"role": "assistant", "content": "Yes1."}]
         two = one + [{"role": "user", "content": "Second?"},
                      {"role": "assistant", "content": "No2."}]
+        template = self.hf.get_chat_template() if hasattr(self.hf, "get_chat_template") else ""
+        self.marks = self.hf.is_fast and bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
         try:
             with within(SECONDS):
-                text, starts = self.parts(one)
-                asked, told = text[:starts[0]], text[starts[0]:]
-                if "First?" not in asked or "Yes1." not in told or len(text) > 100_000:
+                if self.marks:
+                    tokens, spans = self.marked(one)
+                    asked = self.decode(tokens[:spans[0][0]])
+                    told = self.decode(tokens[spans[0][0]:spans[-1][1]])
+                else:
+                    text, starts = self.parts(one)
+                    asked, told = text[:starts[0]], text[starts[0]:]
+                if "First?" not in asked or "Yes1." not in told or len(asked + told) > 100_000:
                     raise TemplateError("it does not write the question and then the answer")
-                found = [text.split("Yes1.")[-1]]
+                found = [told.split("Yes1.")[-1]]
                 with contextlib.suppress(TemplateError):        # one that takes a single question
                     text, starts = self.parts(two)
                     found += [text[starts[0]:].split("Yes1.")[1].split("Second?")[0]]
                 try:
-                    self.takes_system = "Be3." in self.write([{"role": "system", "content": "Be3."},
-                                                              *one])
+                    system = {"role": "system", "content": "Be3."}
+                    chat = [system, *(two if len(found) > 1 else one)]
+                    text = self.write(chat) if self.marks else self.parts(chat)[0]
+                    self.takes_system = "Be3." in text
                 except TemplateError:
                     self.takes_system = False
-            template = self.hf.get_chat_template() if hasattr(self.hf, "get_chat_template") else ""
-            self.marks = self.hf.is_fast and bool(re.search(r"\{%-?\s*generation\s*-?%\}",
-                                                            template))
         except (TemplateError, TimeoutError, IndexError) as e:
             raise ValueError(f"{self.name}: its chat template fails on a question and an answer "
                              f"({e}); mend chat_template.jinja (or chat_template in "

@@ -183,6 +183,35 @@ def test_marked_answers_are_the_same_spans(family):
         assert b.conversation(chat) == (tokens, spans)
 
 
+def test_a_system_prompt_that_wanders():
+    """Templates that put the system prompt into the last question (Mistral's): it stays in the first one, so
+    that every answer is behind what it was an answer to."""
+    template = (
+        "{% set first = messages[0].role == 'system' %}{% set rest = messages[1:] if first else messages %}"
+        "{{ bos_token }}{% for m in rest %}{% if m.role == 'user' %}[INST] {% if first and (loop.last or "
+        "(loop.index0 == rest | length - 2)) %}{{ messages[0].content + '\\n\\n' }}{% endif %}{{ m.content }} [/INST]"
+        "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    tokenizer = HFTokenizer("x", byte_tokenizer(template))
+    tokens, spans = tokenizer.conversation(CHAT)
+    assert said(tokenizer, tokens, spans) == [" 4</s>", " 5\nor 6</s>"]
+    assert tokenizer.decode(tokens).startswith("<s>[INST] Be brief.\n\nHi, 2+2? [/INST] 4</s>[INST] And")
+
+
+def test_marks_win_over_what_a_template_asks_with():
+    """Answers that begin otherwise than the template asks for one (a thought that is opened) are found by
+    the marks; the loss covers what they cover, here without the end of turn."""
+    template = (LOOP + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+                "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>" + END + ASK +
+                "<|im_start|>assistant\n<think>\n{% endif %}")  # fmt: skip
+    tokenizer = HFTokenizer("x", byte_tokenizer(template))
+    assert said(tokenizer, *tokenizer.conversation(CHAT)) == ["4", "5\nor 6"]
+    with pytest.raises(ValueError, match="mark the answers in the template"):
+        HFTokenizer(
+            "x", byte_tokenizer(template.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+        )
+
+
 def test_a_real_template(smollm2):
     """SmolLM2's tokenizer with the template of its instruction models: text, ends of turn, system."""
     from transformers import AutoTokenizer
