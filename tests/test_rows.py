@@ -189,7 +189,8 @@ def test_a_system_prompt_that_wanders():
     template = (
         "{% set first = messages[0].role == 'system' %}{% set rest = messages[1:] if first else messages %}"
         "{{ bos_token }}{% for m in rest %}{% if m.role == 'user' %}[INST] {% if first and (loop.last or "
-        "(loop.index0 == rest | length - 2)) %}{{ messages[0].content + '\\n\\n' }}{% endif %}{{ m.content }} [/INST]"
+        "(loop.index0 == rest | length - 2)) %}{{ messages[0].content + '\\n\\n' }}{% endif %}"
+        "{{ m.content }} [/INST]"
         "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
     )
     tokenizer = HFTokenizer("x", byte_tokenizer(template))
@@ -202,8 +203,8 @@ def test_marks_win_over_what_a_template_asks_with():
     """Answers that begin otherwise than the template asks for one (a thought that is opened) are found by
     the marks; the loss covers what they cover, here without the end of turn."""
     template = (LOOP + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
-                "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>" + END + ASK +
-                "<|im_start|>assistant\n<think>\n{% endif %}")  # fmt: skip
+                "{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}<|im_end|>" + END
+                + ASK + "<|im_start|>assistant\n<think>\n{% endif %}")  # fmt: skip
     tokenizer = HFTokenizer("x", byte_tokenizer(template))
     assert said(tokenizer, *tokenizer.conversation(CHAT)) == ["4", "5\nor 6"]
     with pytest.raises(ValueError, match="mark the answers in the template"):
