@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import hd_pissa
 import hd_pissa_extra
-from data.rows import enough, load, step_batches
+from data.rows import enough, load, preview, step_batches, table
 from data.tokenizer import GPTTokenizer
 from training import checkpoint, folder, models, recipes, report
 from training.baselines import Baseline
@@ -73,6 +73,8 @@ FLAGS = (
     ("out", str, None, "directory for the results; None: out/ and the --method"),
     "more: data and evaluation",
     ("tokenizer", str, None, "of the small GPT: a tiktoken name or file of ranks; None: data/'s"),
+    ("format", str, None, "of the rows of files; None: recognised from the first ones"),
+    ("loss", ("all", "last"), "all", "answers of a conversation that are trained on"),
     ("block_size", int, None, "tokens a row, longer ones are cut; None: the context, at most 1024"),
     ("eval_data", str, None, "as --data; None: 5 percent of its rows, at most 500, by hash"),
     ("eval_rows", int, 500, "held-out rows, and rows of each --eval file, evaluated at most"),
@@ -280,9 +282,12 @@ def step_0_logits(model, held, device) -> torch.Tensor:
 def read_data(args, tokenizer, context: int):
     """(rows to train on, held-out rows, their hash); --max_steps is settled by their number."""
     block_size = min(args.block_size or min(context, 1024), context)
-    rows, held, rows_hash = together(
-        lambda: load(args.data, args.eval_data, args.eval_rows, tokenizer, block_size))
+    told = {}
+    rows, held, rows_hash = together(lambda: load(
+        args.data, args.eval_data, args.eval_rows, tokenizer, block_size, format=args.format,
+        loss=args.loss, report=told, progress=hd_pissa.process_index() == 0))
     enough(args, rows, held)
+    say(f"{table(told)}\nfirst row, + before what is trained:\n{preview(rows[0], tokenizer)}")
     if args.max_steps is None:
         epochs = args.epochs and max(1, round(args.epochs * (len(rows) // args.batch_size)))
         args.max_steps = epochs or STEPS

@@ -73,7 +73,7 @@ class Words:
     """The interface of data/tokenizer.py over WORDS, for models of either kind."""
 
     def __init__(self):
-        self.hf, self.eot, self.encoding = hf_tokenizer(), 1, self
+        self.hf, self.eot, self.encoding, self.ends = hf_tokenizer(), 1, self, [1]
 
     def prompt(self, text):
         return self.hf(text)["input_ids"]

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import hd_pissa
-from data.rows import read_rows
+from data.rows import questions, split_list
 from training.answers import is_right, kind_of
 from training.processes import together
 
@@ -74,8 +74,8 @@ def evaluate(model, rows, device, batch_size: int = 32, desc: str = "evaluate") 
 def read_sets(paths: str | None, limit: int, run_code: bool) -> dict[str, list[dict]]:
     """{file's stem: its first `limit` rows} of comma-separated JSONL files with an `answer` in every row."""
     sets = {}
-    for path in paths.split(",") if paths else ():
-        rows, name = read_rows(path)[:limit], Path(path).stem
+    for path in split_list(paths) if paths else ():
+        rows, name = questions(path)[:limit], Path(path).stem
         for i, row in enumerate(rows, 1):
             if not isinstance(row.get("answer"), str) or not row["answer"].strip():
                 raise ValueError(f"{path}: row {i} has no text in 'answer', which generated text is compared "
@@ -146,7 +146,7 @@ def ask(model, tokenizer, rows, device, context: int, new_tokens: int, batch_siz
     if hasattr(model, "generate"):
         own = model.generation_config.eos_token_id                      # instruction models may have several
         own = own if isinstance(own, list) else [] if own is None else [own]
-        ends = list(dict.fromkeys([tokenizer.hf.eos_token_id, *own]))
+        ends = list(dict.fromkeys([*tokenizer.ends, *own]))
     else:
         ends = [tokenizer.eot]
     prompts = [tokenizer.prompt(row["instruction"]) for row in rows]
