@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -30,18 +29,11 @@ import hd_pissa
 import hd_pissa_extra
 from data.rows import enough, load, step_batches
 from data.tokenizer import GPTTokenizer
-from training import checkpoint, folder, models, recipes, report
+from training import checkpoint, folder, models, processes, recipes, report
 from training.baselines import Baseline
 from training.dry_run import dry_run
 from training.evaluate import evaluate, examiner
-from training.processes import (
-    cpu_threads,
-    fail,
-    heartbeat,
-    say,
-    signals_kept,
-    start_processes,
-)
+from training.processes import Stopped, everywhere, fail, say
 from training.report_html import write_report
 from training.svd_cache import cached_components
 
@@ -111,14 +103,17 @@ FLAGS = (
     ("resume", str, "auto", "auto: go on from the newest checkpoint in --out; never; or a path"),
     ("save_every", int, 0, "steps between checkpoints; 0 = off"),
     ("save_minutes", float, 15.0, "minutes between checkpoints; 0 = off (but for one at the end)"),
+    ("keep", int, 2, "checkpoints that stay, so that one may be damaged"),
     ("check_every", int, 100, "steps between comparisons of W's bits over the processes; 0 = off"),
     ("timeout", float, 600.0, "seconds that a collective waits for the other processes"),
     ("heartbeat", float, 60.0, "seconds without a step until a process says so; 0 = off"),
 )
 ABOVE_ZERO = ("rank", "shards", "batch_size", "micro_batch_size", "eval_rows", "max_steps",
-              "epochs", "eval_tokens", "block_size", "lora_rank", "threads", "timeout", "lr")
+              "epochs", "eval_tokens", "block_size", "lora_rank", "threads", "timeout", "lr",
+              "alpha", "keep")
 ZERO_OR_MORE = ("warmup", "max_grad_norm", "seed", "bucket_mb", "save_every", "save_minutes",
                 "check_every", "eval_every", "heartbeat", "skip_nonfinite")
+MOST = {"lr": 1e3, "threads": 1024, "epochs": 1e6}                      # else 1e9
 HD_PISSA = ("init", "aggregate", "exchange", "basis", "gradients", "svd_cache", "shard_weights")
 
 
@@ -143,10 +138,10 @@ def parse(argv) -> argparse.Namespace:
     args = recipes.parse(p, argv)
     for names, least in ((ABOVE_ZERO, "above 0"), (ZERO_OR_MORE, "0 or more")):
         for name in names:
-            value = getattr(args, name)
-            allowed = value is None or 0 < value < math.inf or value == 0 and names is ZERO_OR_MORE
-            if not allowed:
-                p.error(f"--{name} {value}: must be a finite number, {least}")
+            value, most = getattr(args, name), MOST.get(name, 1e9)
+            if value is None or 0 < value <= most or value == 0 and names is ZERO_OR_MORE:
+                continue
+            p.error(f"--{name} {value}: must be a number {least} and at most {most:g}")
     if args.batch_size % args.shards:
         p.error(f"--batch_size {args.batch_size} is not a multiple of --shards {args.shards}; use "
                 f"--batch_size {max(1, args.batch_size // args.shards) * args.shards}")
@@ -171,7 +166,7 @@ def parse(argv) -> argparse.Namespace:
     if args.lr is None:     # a sum steps K times as far as a mean
         args.lr = LR[args.method] / (args.shards if args.aggregate == "sum" else 1)
     args.targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
-    args.out = args.out or f"out/{args.method}"
+    args.out = f"out/{args.method}" if args.out is None else args.out
     return args
 
 
@@ -277,7 +272,7 @@ def step_0_logits(model, held, device) -> torch.Tensor:
 def read_data(args, tokenizer, context: int):
     """(rows to train on, held-out rows, their hash); --max_steps is settled by their number."""
     block_size = min(args.block_size or min(context, 1024), context)
-    rows, held, rows_hash = hd_pissa_extra.everywhere(
+    rows, held, rows_hash = everywhere(
         lambda: load(args.data, args.eval_data, args.eval_rows, tokenizer, block_size))
     enough(args, rows, held)
     if args.max_steps is None:
@@ -293,7 +288,8 @@ def fit(args, config, model, adapters, optimizer, rows, start, extra, device, ex
     """Train from step `start`: log lines, checkpoints; a signal ends it when a step has ended."""
     out, saved = Path(args.out), time.monotonic()
     batches = step_batches(rows, args.batch_size, args.seed, start)
-    with signals_kept() as caught, heartbeat(args.heartbeat, args.timeout) as beat:
+    with (processes.signals_kept() as caught,
+          processes.heartbeat(args.heartbeat, args.timeout) as beat):
         for record in hd_pissa.train(
                 model, adapters, batches, lr=args.lr, max_steps=args.max_steps, start=start,
                 warmup=args.warmup, schedule=args.schedule, max_grad_norm=args.max_grad_norm,
@@ -314,87 +310,91 @@ def fit(args, config, model, adapters, optimizer, rows, start, extra, device, ex
                 examine(model, step, lambda step=step: beat(step))
             due = (step == args.max_steps or args.save_every and step % args.save_every == 0
                    or args.save_minutes and waited[0] >= 60 * args.save_minutes)
-            if due or any(signals):
-                checkpoint.save(out / "checkpoint", step, model, adapters, optimizer, config, extra,
-                                device)
+            stopped = int(max(signals)) if step < args.max_steps else 0
+            if due or stopped:
+                checkpoint.save(out / "checkpoint", step, model, adapters, optimizer, config,
+                                extra | {"stopped": stopped}, device, args.keep)
                 saved = time.monotonic()
-            if any(signals) and step < args.max_steps:
-                number = int(max(signals))
-                say(f"stopped by {signal.Signals(number).name} after step {step}, which is saved; "
-                    "the same command continues")
-                raise SystemExit(128 + number)
+            if stopped:
+                raise Stopped(stopped, f"after step {step}, which is saved; the same command "
+                              "continues")
 
 
 # ---- Result --------------------------------------------------------------------------------------
 
 
 def finish(args, model, tokenizer, adapters, held, watched, extra, device, examine) -> dict:
-    """Take the adapters off, evaluate the plain model, look at the rank of dW, write all of it."""
-    lows = {slot.name: slot.low for slot in adapters.slots}
+    """Take the adapters off, evaluate the plain model, write it all, and then print it."""
+    out, lows = Path(args.out), {slot.name: slot.low for slot in adapters.slots}
     adapters.detach_()
     after = evaluate(model, held, device, max(8, args.micro_batch_size), "evaluate result")
     exams = examine(model, args.max_steps)
     if args.shard_weights:
         model.reshard()
-    report.report_losses(extra["before"], after)
     trained = {name: hd_pissa_extra.whole(model.get_parameter(name + ".weight"), lows.get(name))
                for name in watched}
-    ranks = report.report_rank(args, watched, trained)
+    ranks, spectra = report.rank_of_update(args, watched, trained)
     result = {"before": extra["before"], "after": after, "effective_rank": ranks, "eval": exams}
     if args.export_lora:
-        result["lora_error"] = models.export(args, adapters, extra["base"], Path(args.out) / "lora",
-                                             load_model)
-    save(Path(args.out), model, tokenizer, result)
+        result["lora_error"] = models.export(args, adapters, extra["base"], out, load_model)
+    everywhere(lambda: hd_pissa.rank() or folder.write(out / "spectra.json", json.dumps(spectra)))
+    save(out, model, tokenizer, result)
+    report.report_losses(extra["before"], after)
+    report.report_rank(args, ranks)
+    report.report_files(out, isinstance(model, GPT))
     return result
 
 
-def save(out: Path, model, tokenizer, result) -> None:
-    """The model as plain files, result.json and the report; process 0 writes."""
+def save(out: Path, model, tokenizer, result: dict) -> None:
+    """The model as plain files, the report, and last result.json, which says that all is there."""
     state = models.whole_state(model)
 
     def write():
         if hd_pissa.rank() > 0:
             return
         if isinstance(model, GPT):
-            torch.save(state, out / "model.pt.tmp")
-            os.replace(out / "model.pt.tmp", out / "model.pt")
-            how = f"torch.load({str(out / 'model.pt')!r}, weights_only=True)"
-            how = f"train.GPT.from_state_dict({how})"
+            folder.put(out / "model.pt", lambda unfinished: torch.save(state, unfinished))
+            files = {"model.pt": (out / "model.pt").stat().st_size}
         else:
-            models.save_folder(out / "model", model, tokenizer, state)
-            how = f"transformers.AutoModelForCausalLM.from_pretrained({str(out / 'model')!r})"
-        folder.write(out / "result.json", json.dumps(result, indent=1) + "\n")
-        write_report(out)
-        say(f"\nthe result is a plain model under the base model's names:\n  {how}")
+            files = models.save_folder(out, model, tokenizer, state)
+        write_report(out, result)
+        folder.write(out / "result.json", json.dumps(result | {"files": files}, indent=1) + "\n")
 
-    hd_pissa_extra.everywhere(write)
+    everywhere(write)
 
 
 # ---- The run, stage by stage ---------------------------------------------------------------------
 
 
 def run(args) -> dict:
-    out = Path(args.out)
-    threads = cpu_threads(args.threads, models.is_small(args.model))
-    device = start_processes(args.device, threads, args.timeout)
+    threads = processes.cpu_threads(args.threads, models.is_small(args.model))
+    device = processes.start_processes(args.device, threads, args.timeout)
     recipes.begin(args, load_model)
     if args.dry_run:
         return dry_run(args, load_model, STEPS)
+    with processes.stoppable(), folder.alone(Path(args.out)):
+        folder.check_ours(Path(args.out), args.model)
+        return run_in_folder(args, Path(args.out), device)
 
-    model, tokenizer, context = hd_pissa_extra.everywhere(
+
+def run_in_folder(args, out: Path, device) -> dict:
+    model, tokenizer, context = everywhere(
         lambda: load_model(args.model, args.seed, True, args.tokenizer))
+    everywhere(lambda: models.check_savable(model, tokenizer))
     examine = examiner(args, tokenizer, context, device)
     model = model.double() if args.dtype == "float64" else model
     model = model if args.shard_weights else model.to(device)
     rows, held, rows_hash = read_data(args, tokenizer, context)
 
-    config = vars(args) | {"processes": hd_pissa.world_size(), "torch": torch.__version__,
-                           "rows": rows_hash}
+    config = vars(args) | {"processes": hd_pissa.world_size(), "torch": torch.__version__}
+    config["rows"] = rows_hash
     resumed = checkpoint.look(args.resume, out, config)                 # (path, manifest) or None
-    if resumed and (result := report.finished(out, resumed[0], args.max_steps)):
+    if result := checkpoint.finished(args.resume, out, resumed, config):
         return result
+    layers = hd_pissa.find_layers(model, args.targets)[0]
+    folder.check_room(out, *checkpoint.bytes_of(args, model, layers), args.keep)
 
-    names = [name for name, _ in hd_pissa.find_layers(model, args.targets)[0]]
+    names = [name for name, _ in layers]
     start_of = {name: model.get_parameter(name + ".weight").detach() for name in names}
     watched = {name: start_of[name].to(device, copy=True) for name in report.sampled(names)}
     sums = {name: checkpoint.weight_sum(W) for name, W in start_of.items() if args.export_lora}
@@ -411,25 +411,29 @@ def run(args) -> dict:
         if logits is not None:
             if not torch.equal(step_0_logits(model, held, device), logits):
                 raise RuntimeError("step-0 logits differ from the base model's: not Y = X W")
-            say(f"step-0 loss {before['all']['loss']:.6f}: logits equal the base model's bit for "
-                "bit")
+            loss = before["all"]["loss"]
+            say(f"step-0 loss {loss:.6f}: logits equal the base model's bit for bit")
 
-    belongs = f" (for aggregate={args.aggregate})" if args.method == "hd_pissa" else ""
     say(f"{args.method}: {args.max_steps} steps of {args.batch_size} rows, peak lr {args.lr:g}"
-        + belongs)
-    with folder.alone(out):
-        hd_pissa_extra.everywhere(lambda: folder.begin(out, config, start))
-        if not start:
-            examine(model, 0)
-        fit(args, config, model, adapters, optimizer, rows, start, extra, device, examine)
+        + (f" (for aggregate={args.aggregate})" if args.method == "hd_pissa" else ""))
+    everywhere(lambda: folder.begin(out, config, start))
+    if not start:
+        examine(model, 0)
+    fit(args, config, model, adapters, optimizer, rows, start, extra, device, examine)
     return finish(args, model, tokenizer, adapters, held, watched, extra, device, examine)
 
 
 def main(argv=None) -> dict:
     """Run a command line; one sentence and exit status 2 for what the user can put right."""
+    for stream in (sys.stdout, sys.stderr):     # what a terminal cannot show ends no run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
         return run(args)
+    except Stopped as e:
+        say(f"stopped by {signal.Signals(e.number).name} {e.where}")
+        raise SystemExit(128 + e.number) from None
     except (ValueError, OSError) as e:
         fail(" ".join(str(e).split()))
     except RuntimeError as e:

@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -14,7 +12,9 @@ from tqdm import tqdm
 import hd_pissa
 import hd_pissa_extra
 from data.rows import read_rows
+from training import folder
 from training.answers import is_right, kind_of
+from training.processes import everywhere, together
 
 
 def dealt(lengths: list[int], batch_size: int, desc: str):
@@ -152,7 +152,7 @@ def ask(model, tokenizer, rows, device, context: int, new_tokens: int, batch_siz
     prompts = [tokenizer.prompt(row["instruction"]) for row in rows]
     fit = [j for j, prompt in enumerate(prompts) if len(prompt) + new_tokens <= context]
     said = {}
-    with evaluating(model):
+    with evaluating(model), together():
         for chosen, new in dealt([len(prompts[j]) for j in fit], batch_size, desc):
             batch = [fit[j] for j in chosen]
             tokens = generate(model, [prompts[j] for j in batch], ends, new_tokens, device)
@@ -174,7 +174,7 @@ def examiner(args, tokenizer, context: int, device):
     goes on does them again. `beat` is called between rows, as a sign of life.
     """
     out, size, encoded = Path(args.out), max(8, args.micro_batch_size), {}
-    sets = hd_pissa_extra.everywhere(
+    sets = everywhere(
         lambda: read_sets(args.eval, args.eval_rows, args.execute_generated_code))
     new_tokens = min(args.eval_tokens, context // 2)
     for name, rows in sets.items():
@@ -201,26 +201,28 @@ def examiner(args, tokenizer, context: int, device):
             path, kept = out / "eval.jsonl", []
             if hd_pissa.rank() > 0:
                 return []
-            if step and path.exists():
-                kept = [json.loads(line) for line in path.read_text().splitlines()]
-                kept = [line for line in kept if line["step"] < step]
-            if not step:        # a new run in the folder of an older one
-                path.unlink(missing_ok=True)
-                shutil.rmtree(out / "answers", ignore_errors=True)
+            if step:
+                kept = [line for line in folder.read_lines(path) if fits(line) and line["step"] < step]
             if not lines:
                 return kept
+            (out / "answers").mkdir(exist_ok=True)
+            folder.remember(out, [f"answers/{name}.step_{step}.jsonl" for name in texts])
             for name, said in texts.items():
-                (out / "answers").mkdir(exist_ok=True)
-                (out / "answers" / f"{name}.step_{step}.jsonl").write_text("".join(
+                folder.write(out / "answers" / f"{name}.step_{step}.jsonl", "".join(
                     json.dumps({"answer": row["answer"], **answer}) + "\n"
                     for row, answer in zip(sets[name], said)))
-            path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in kept + lines))
-            os.replace(path.with_suffix(".tmp"), path)          # a kill leaves the old lines or the new
+            folder.write(path, "".join(json.dumps(line) + "\n" for line in kept + lines))
             return kept + lines
 
-        return json.loads(hd_pissa_extra.gather_text(json.dumps(hd_pissa_extra.everywhere(write)))[0])
+        return json.loads(hd_pissa_extra.gather_text(json.dumps(everywhere(write)))[0])
 
     return examine
+
+
+def fits(line: dict) -> bool:
+    """Is this a line of eval.jsonl?"""
+    return isinstance(line.get("set"), str) and all(isinstance(line.get(key), (int, float)) for key in (
+        "step", "loss", "exact_match", "rows", "unended", "not_asked"))
 
 
 def describe(line: dict, new_tokens: int, context: int) -> str:

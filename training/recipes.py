@@ -9,9 +9,8 @@ import os
 import torch
 
 import hd_pissa
-import hd_pissa_extra
 from training import models
-from training.processes import say
+from training.processes import everywhere, say
 
 LLAMA, MISTRAL = 2e-5, 5e-6         # table 4: the learning rate by the base model
 
@@ -111,4 +110,4 @@ def begin(args, load_model) -> None:
             model = load_model(args.model, args.seed, False, args.tokenizer)[0]
         check_fit(args, hd_pissa.find_layers(model, args.targets)[0])
 
-    hd_pissa_extra.everywhere(fits)
+    everywhere(fits)
