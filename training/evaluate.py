@@ -11,10 +11,10 @@ from tqdm import tqdm
 
 import hd_pissa
 import hd_pissa_extra
-from data.rows import read_rows
+from data.rows import read_rows, sources
 from training import folder
-from training.answers import is_right, kind_of
-from training.processes import everywhere, together
+from training.answers import is_right, isolation, kind_of
+from training.processes import everywhere, say, together
 
 
 def dealt(lengths: list[int], batch_size: int, desc: str):
@@ -74,7 +74,7 @@ def evaluate(model, rows, device, batch_size: int = 32, desc: str = "evaluate") 
 def read_sets(paths: str | None, limit: int, run_code: bool) -> dict[str, list[dict]]:
     """{file's stem: its first `limit` rows} of comma-separated JSONL files with an `answer` in every row."""
     sets = {}
-    for path in paths.split(",") if paths else ():
+    for _, path in sources(paths) if paths else ():
         rows, name = read_rows(path)[:limit], Path(path).stem
         for i, row in enumerate(rows, 1):
             if not isinstance(row.get("answer"), str) or not row["answer"].strip():
@@ -176,6 +176,8 @@ def examiner(args, tokenizer, context: int, device):
     out, size, encoded = Path(args.out), max(8, args.micro_batch_size), {}
     sets = everywhere(
         lambda: read_sets(args.eval, args.eval_rows, args.execute_generated_code))
+    if any(kind_of(row["answer"]) == "code" for rows in sets.values() for row in rows):
+        say(isolation())
     new_tokens = min(args.eval_tokens, context // 2)
     for name, rows in sets.items():
         pairs = [(tokenizer.prompt(row["instruction"]), tokenizer.response(row["response"])) for row in rows]
