@@ -33,7 +33,7 @@ from training import checkpoint, folder, models, processes, recipes, report
 from training.baselines import Baseline
 from training.dry_run import dry_run
 from training.evaluate import evaluate, examiner
-from training.processes import Stopped, everywhere, fail, say
+from training.processes import Lost, Stopped, everywhere, fail, say
 from training.report_html import write_report
 from training.svd_cache import cached_components
 
@@ -434,7 +434,7 @@ def main(argv=None) -> dict:
     except Stopped as e:
         say(f"stopped by {signal.Signals(e.number).name} {e.where}")
         raise SystemExit(128 + e.number) from None
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, Lost) as e:
         fail(" ".join(str(e).split()))
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):

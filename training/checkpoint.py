@@ -172,7 +172,12 @@ def save(folder_: Path, step: int, model, adapters, optimizer, config: dict, ext
             sync(temporary / "manifest.json")
             sync(temporary)
             folder.remove_folder(final, NAMES)                          # one that was found damaged
-            temporary.rename(final)
+            if final.exists():                                          # someone's file is in it
+                for path in sorted(temporary.iterdir(), key=lambda path: path.suffix == ".json"):
+                    os.replace(path, final / path.name)
+                temporary.rmdir()
+            else:
+                temporary.rename(final)
             sync(folder_)
             before = [path for path in steps(folder_) if int(path.name[5:]) <= step]
             for path in before[:-keep]:

@@ -129,7 +129,8 @@ def alone(out: Path):
 def check_ours(out: Path, model: str) -> None:
     """ValueError if OUT holds what no run has written, cannot be written, or has --model in it."""
     def foreign(path):
-        return not path.is_dir() or any(path.iterdir())
+        unmarked = path.name == "config.json.tmp"           # killed before the mark had its name
+        return not unmarked and (not path.is_dir() or any(path.iterdir()))
 
     def check():
         if hd_pissa.rank() > 0:

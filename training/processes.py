@@ -132,6 +132,10 @@ class Stopped(BaseException):
         self.number, self.where = number, where
 
 
+class Lost(BaseException):
+    """Another process shows no sign of life: no collective can agree on that."""
+
+
 @contextlib.contextmanager
 def handling(handler):
     """SIGTERM and SIGINT go to handler(number) in the block; Python allows it in the main thread alone."""
@@ -213,8 +217,8 @@ def together():
                 if seen != last[r][0]:
                     last[r] = seen, time.monotonic()
                 elif time.monotonic() - last[r][1] > _patience:
-                    raise ValueError(f"process {r} has shown no sign of life for --timeout {_patience:g} "
-                                     "s; the same command continues from the last checkpoint")
+                    raise Lost(f"process {r} has shown no sign of life for --timeout {_patience:g} s; "
+                               "end it, the same command continues from the last checkpoint")
             time.sleep(min(BEAT, 0.05))
 
 
