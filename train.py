@@ -32,9 +32,8 @@ from data.tokenizer import GPTTokenizer
 from training import checkpoint, folder, models, processes, recipes, report
 from training.baselines import Baseline
 from training.dry_run import dry_run
-from training.evaluate import evaluate, examiner
+from training.evaluate import evaluate, examiner, first_logits
 from training.processes import Lost, Stopped, everywhere, fail, say
-from training.report_html import write_report
 from training.svd_cache import cached_components
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -222,13 +221,19 @@ class GPT(nn.Module):
         return self.lm_head(self.ln_f(h))                               # (b, t, vocabulary)
 
 
+def load_small(path: str) -> GPT:
+    """The small GPT in a .pt file that an earlier run has written."""
+    state = models.read_state(path)
+    with models.one_line(f"--model {path}", "give a model.pt that train.py has written"):
+        return GPT.from_state_dict(state)
+
+
 def load_model(name: str, seed: int, weights: bool = True, tokenizer: str | None = None):
     """(float32 model, its tokenizer, context) of "scratch", a .pt file or a Hugging Face name."""
     if not models.is_small(name):
         return models.hugging_face(name, weights, tokenizer)
     tokenizer = GPTTokenizer(tokenizer)
-    model = (GPT(tokenizer.vocabulary, seed=seed) if name == "scratch"
-             else GPT.from_state_dict(models.read_state(name)))
+    model = GPT(tokenizer.vocabulary, seed=seed) if name == "scratch" else load_small(name)
     if model.wte.weight.shape[0] != tokenizer.vocabulary:
         raise ValueError(
             f"--model {name} has {model.wte.weight.shape[0]} embeddings, the tokenizer "
@@ -257,13 +262,6 @@ def attach(args, model, device, resumed: bool):
     if args.shard_weights:
         hd_pissa_extra.shard_over_processes(model, device)
     return adapters
-
-
-@torch.no_grad()
-def step_0_logits(model, held, device) -> torch.Tensor:
-    """Logits of eight held-out rows, of which `attach` must not change a bit."""
-    x, _ = hd_pissa.pad([row[:2] for row in held[:8]], device)
-    return hd_pissa.logits_of(model.eval(), x)
 
 
 # ---- Data ----------------------------------------------------------------------------------------
@@ -357,7 +355,7 @@ def save(out: Path, model, tokenizer, result: dict) -> None:
             files = {"model.pt": (out / "model.pt").stat().st_size}
         else:
             files = models.save_folder(out, model, tokenizer, state)
-        write_report(out, result)
+        report.report_page(out, result)
         folder.write(out / "result.json", json.dumps(result | {"files": files}, indent=1) + "\n")
 
     everywhere(write)
@@ -399,7 +397,7 @@ def run_in_folder(args, out: Path, device) -> dict:
     watched = {name: start_of[name].to(device, copy=True) for name in report.sampled(names)}
     sums = {name: checkpoint.weight_sum(W) for name, W in start_of.items() if args.export_lora}
     comparable = args.method == "hd_pissa" and args.dtype != "bfloat16" and not args.shard_weights
-    logits = step_0_logits(model, held, device) if comparable and not resumed else None
+    logits = first_logits(model, held, device) if comparable and not resumed else None
     adapters = attach(args, model, device, bool(resumed))
     report.report_layers(args, adapters, names)
     optimizer = torch.optim.AdamW(adapters.parameters(), args.lr, weight_decay=0.0, foreach=True)
@@ -409,7 +407,7 @@ def run_in_folder(args, out: Path, device) -> dict:
         before = evaluate(model, held, device, max(8, args.micro_batch_size), "evaluate base")
         start, extra = 0, {"before": before, "base": sums}
         if logits is not None:
-            if not torch.equal(step_0_logits(model, held, device), logits):
+            if not torch.equal(first_logits(model, held, device), logits):
                 raise RuntimeError("step-0 logits differ from the base model's: not Y = X W")
             loss = before["all"]["loss"]
             say(f"step-0 loss {loss:.6f}: logits equal the base model's bit for bit")

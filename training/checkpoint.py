@@ -300,9 +300,9 @@ def same_run(there: dict, config: dict, what) -> None:
     """Raise ValueError with both values where `config` is not `there`, that of the run of `what`."""
     config = json.loads(json.dumps(config))
     other = {key for key in config.keys() | there.keys() if config.get(key) != there.get(key)} - MAY_CHANGE
-    product = [c.get("shards", 0) * c.get("rank", 0) for c in (config, there)]
     plain = config.get("method") == config.get("init") == "hd_pissa" and config.get("alpha") is None
-    if plain and product[0] == product[1]:
+    counts = [c.get(key) for c in (config, there) for key in ("shards", "rank")]
+    if plain and all(type(n) is int for n in counts) and math.prod(counts[:2]) == math.prod(counts[2:]):
         other -= {"shards", "rank"}         # the same K r components, dealt anew
     if other:
         pairs = "; ".join(f"--{k} is {config.get(k)} here, {there.get(k)} there" for k in sorted(other))
@@ -347,7 +347,7 @@ def look(resume: str, out: Path, config: dict) -> tuple[Path, dict] | None:
         say("--resume never: this command was interrupted and goes on; to begin anew, give another --out")
     elif resume != "auto":
         paths = everywhere(lambda: given(Path(resume)))
-        if own and not Path(resume).resolve().is_relative_to(out.resolve()):
+        if own and not folder.inside(Path(resume), out):
             path, manifest = newest_whole(own)
             same_run(manifest["config"], config, f"{path}, which --resume {resume} would overwrite,")
         else:

@@ -68,6 +68,13 @@ def evaluate(model, rows, device, batch_size: int = 32, desc: str = "evaluate") 
     return table
 
 
+@torch.no_grad()
+def first_logits(model, rows, device) -> torch.Tensor:
+    """Logits of the first eight held-out rows, of which `attach` must not change a bit."""
+    x, _ = hd_pissa.pad([row[:2] for row in rows[:8]], device)
+    return hd_pissa.logits_of(model.eval(), x)
+
+
 # ---- Generated answers -------------------------------------------------------------------------------------
 
 

@@ -48,7 +48,7 @@ def digest(path: Path) -> list:
 
 def put(path: Path, write) -> None:
     """write(temporary path), then the file under its name: the whole new one, or the one before."""
-    path = path.resolve()                                               # a link is followed
+    path = Path(os.path.realpath(path))                                 # a link is followed
     unfinished = path.with_name(path.name + ".tmp")
     write(unfinished)
     sync(unfinished)
@@ -69,6 +69,11 @@ def read(path: Path, most: int = 1 << 28) -> str:
         if not stat.S_ISREG(there.st_mode) or there.st_size > most:
             raise ValueError(f"{path} is no file, or one of more than {most >> 20} MiB; remove it")
         return file.read().decode("utf-8", "replace")
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Does the path lead into the folder, links followed? (Path.resolve raises for links in a circle.)"""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
 def parsed(text: str):
@@ -135,7 +140,7 @@ def check_ours(out: Path, model: str) -> None:
     def check():
         if hd_pissa.rank() > 0:
             return
-        if Path(model).exists() and Path(model).resolve().is_relative_to(out.resolve()):
+        if os.path.exists(model) and inside(Path(model), out):
             raise ValueError(f"--model {model} lies in --out {out}, where the result would replace it; "
                              "give another --out")
         if config_of(out) is None and (others := sorted(p.name for p in out.iterdir() if foreign(p))):
@@ -195,12 +200,12 @@ def listed(out: Path) -> list[str]:
     except (OSError, ValueError):
         return []
 
-    def inside(name):
+    def safe(name):
         if not isinstance(name, str) or "\0" in name or os.path.isabs(name) or ".." in Path(name).parts:
             return False
         return not any((out / parent).is_symlink() for parent in Path(name).parents)
 
-    return [name for name in names if inside(name)] if isinstance(names, list) else []
+    return [name for name in names if safe(name)] if isinstance(names, list) else []
 
 
 def remember(out: Path, names) -> None:

@@ -11,6 +11,7 @@ import hd_pissa
 import hd_pissa_extra
 from training.folder import read_result
 from training.processes import everywhere, say
+from training.report_html import write_report
 
 
 def sampled(names: list[str]) -> list[str]:
@@ -96,3 +97,11 @@ def report_files(out: Path, small: bool) -> None:
     how = (f"train.GPT.from_state_dict(torch.load({path!r}, weights_only=True))" if small else
            f"transformers.AutoModelForCausalLM.from_pretrained({path!r})")
     say(f"\nthe result is a plain model under the base model's names:\n  {how}")
+
+
+def report_page(out: Path, result: dict) -> None:
+    """OUT/report.html; what another program may have left in a log or eval.jsonl costs no result."""
+    try:
+        write_report(out, result)
+    except ValueError as e:
+        say(f"no report.html: {e}")

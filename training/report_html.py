@@ -278,7 +278,7 @@ def write_report(folder, result: dict | None = None) -> Path:
                     read("eval.jsonl", list), read("spectra.json", dict))
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
         raise ValueError(f"{folder}: its files are not what a run writes ({type(e).__name__}: {e})") from None
-    path = (folder / "report.html").resolve()
+    path = Path(os.path.realpath(folder / "report.html"))
     path.with_name("report.html.tmp").write_text(text, "utf-8", "backslashreplace")
     os.replace(path.with_name("report.html.tmp"), path)
     return path
