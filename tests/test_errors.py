@@ -246,7 +246,7 @@ COMMANDS = {
     "--lr 0": ["--lr 0.0", "above 0"],
     "--lr nan": ["--lr nan"],
     "--lr inf": ["--lr inf"],
-    "--alpha 0": ["alpha=0.0", "alpha > 0"],
+    "--alpha 0": ["--alpha 0.0", "above 0"],
     "--dropout 1": ["dropout=1.0", "below 1"],
     "--targets nothing": ["'nothing'", "match no layer", "blocks.0.c_attn"],
     "--max_steps 0": ["--max_steps 0"],
