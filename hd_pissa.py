@@ -634,8 +634,9 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
                              f"{min(module.weight.shape)}; lower rank or shards, or use exclude=[{name!r}]")
     if not found:
         left_out = ", ".join(f"{name} ({why})" for name, why in list(skipped.items())[:8]) or "none"
-        most = max((min(named[name].weight.shape) for name in linear if name in skipped), default=0)
-        raise ValueError(f"no layer to adapt, of {left_out}. Name others in targets; K r may be {most} at most")
+        small = [min(named[name].weight.shape) for name, why in skipped.items() if "fewer" in why]
+        raise ValueError(f"no layer to adapt, of {left_out}. Name others in targets"
+                         + (f"; K r may be {max(small)} at most" if small else ""))
     return found, skipped
 
 def checksum(tensor: torch.Tensor, start: int = 0) -> int:

@@ -15,7 +15,6 @@ import argparse
 import importlib.util
 import json
 import math
-import os
 import signal
 import sys
 import time
@@ -28,22 +27,13 @@ import torch.nn.functional as F
 
 import hd_pissa
 import hd_pissa_extra
-from data.rows import enough, load, step_batches
+from data.rows import enough, load, preview, step_batches, table
 from data.tokenizer import GPTTokenizer
-from training import checkpoint, folder, models, recipes, report
+from training import checkpoint, folder, models, processes, recipes, report
 from training.baselines import Baseline
 from training.dry_run import dry_run
-from training.evaluate import evaluate, examiner
-from training.processes import (
-    cpu_threads,
-    fail,
-    heartbeat,
-    say,
-    signals_kept,
-    start_processes,
-    together,
-)
-from training.report_html import write_report
+from training.evaluate import evaluate, examiner, first_logits
+from training.processes import Lost, Stopped, everywhere, fail, say
 from training.svd_cache import cached_components
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -73,6 +63,8 @@ FLAGS = (
     ("out", str, None, "directory for the results; None: out/ and the --method"),
     "more: data and evaluation",
     ("tokenizer", str, None, "of the small GPT: a tiktoken name or file of ranks; None: data/'s"),
+    ("format", str, None, "of the rows of files; None: recognised from the first ones"),
+    ("loss", ("all", "last"), "all", "answers of a conversation that are trained on"),
     ("block_size", int, None, "tokens a row, longer ones are cut; None: the context, at most 1024"),
     ("eval_data", str, None, "as --data; None: 5 percent of its rows, at most 500, by hash"),
     ("eval_rows", int, 500, "held-out rows, and rows of each --eval file, evaluated at most"),
@@ -84,6 +76,7 @@ FLAGS = (
     ("targets", str, "all-linear", "all-linear, or comma-separated suffixes of module names"),
     ("init", ("hd_pissa", "top", "lora", "random"), "hd_pissa", "factors of the shards (appendix C)"
      "; random: orthonormal, from the seed, never kept (not in the paper)"),
+    ("also", str, "", "modules trained whole beside the adapters: comma-separated names"),
     ("alpha", float, None, "the adapter is scaled by alpha / rank; None = off (scale 1)"),
     ("dropout", float, 0.0, "probability on the adapter's input, 0 = off"),
     ("aggregate", ("mean", "sum"), "mean", "mean: the paper; sum: its published code"),
@@ -102,7 +95,7 @@ FLAGS = (
     "more: machine",
     ("dtype", ("float32", "bfloat16", "autocast", "float64"), "float32", "of the weights (paper: "
      "float32); bfloat16 keeps 16 more bits beside each; autocast: bfloat16 matmuls alone"),
-    ("rounding", ("exact", "stochastic"), "exact", "of bfloat16 weights: 16 more bits kept, or random"),
+    ("rounding", ("exact", "stochastic"), "exact", "of bfloat16 W: 16 more bits, or at random"),
     ("shard_weights", bool, False, "cut W over the processes by FSDP2; off: each holds all of it"),
     ("svd_cache", str, None, "directory that keeps decompositions for later runs; None = off"),
     ("bucket_mb", int, 256, "MiB of gathered factors per collective"),
@@ -113,16 +106,19 @@ FLAGS = (
     ("resume", str, "auto", "auto: go on from the newest checkpoint in --out; never; or a path"),
     ("save_every", int, 0, "steps between checkpoints; 0 = off"),
     ("save_minutes", float, 15.0, "minutes between checkpoints; 0 = off (but for one at the end)"),
+    ("keep", int, 2, "checkpoints that stay, so that one may be damaged"),
     ("check_every", int, 100, "steps between comparisons of W's bits over the processes; 0 = off"),
     ("timeout", float, 600.0, "seconds that a collective waits for the other processes"),
     ("heartbeat", float, 60.0, "seconds without a step until a process says so; 0 = off"),
 )
 ABOVE_ZERO = ("rank", "shards", "batch_size", "micro_batch_size", "eval_rows", "max_steps",
-              "epochs", "eval_tokens", "block_size", "lora_rank", "threads", "timeout", "lr")
+              "epochs", "eval_tokens", "block_size", "lora_rank", "threads", "timeout", "lr",
+              "alpha", "keep")
 ZERO_OR_MORE = ("warmup", "max_grad_norm", "seed", "bucket_mb", "save_every", "save_minutes",
                 "check_every", "eval_every", "heartbeat", "skip_nonfinite")
+MOST = {"lr": 1e3, "threads": 1024, "epochs": 1e6}                      # else 1e9
 HD_PISSA = ("init", "aggregate", "exchange", "basis", "gradients", "svd_cache", "shard_weights",
-            "rounding")
+            "rounding", "also")
 
 
 class OneLineErrors(argparse.ArgumentParser):
@@ -130,7 +126,7 @@ class OneLineErrors(argparse.ArgumentParser):
         fail(message)
 
 
-def parse(argv) -> argparse.Namespace:
+def parse(argv) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
     """The flags of the command line, checked as far as that needs neither model nor data."""
     p = OneLineErrors(prog="train.py", usage="train.py [--FLAG VALUE ...]",
                       description=__doc__.split("\n")[0],
@@ -146,10 +142,10 @@ def parse(argv) -> argparse.Namespace:
     args = recipes.parse(p, argv)
     for names, least in ((ABOVE_ZERO, "above 0"), (ZERO_OR_MORE, "0 or more")):
         for name in names:
-            value = getattr(args, name)
-            allowed = value is None or 0 < value < math.inf or value == 0 and names is ZERO_OR_MORE
-            if not allowed:
-                p.error(f"--{name} {value}: must be a finite number, {least}")
+            value, most = getattr(args, name), MOST.get(name, 1e9)
+            if value is None or 0 < value <= most or value == 0 and names is ZERO_OR_MORE:
+                continue
+            p.error(f"--{name} {value}: must be a number {least} and at most {most:g}")
     if args.batch_size % args.shards:
         p.error(f"--batch_size {args.batch_size} is not a multiple of --shards {args.shards}; use "
                 f"--batch_size {max(1, args.batch_size // args.shards) * args.shards}")
@@ -173,9 +169,11 @@ def parse(argv) -> argparse.Namespace:
                 "for LLaMA)")
     if args.lr is None:     # a sum steps K times as far as a mean
         args.lr = LR[args.method] / (args.shards if args.aggregate == "sum" else 1)
-    args.targets = args.targets if args.targets == "all-linear" else args.targets.split(",")
-    args.out = args.out or f"out/{args.method}"
-    return args
+    for name in ("targets", "also"):
+        parts = [part.strip() for part in getattr(args, name).split(",") if part.strip()]
+        setattr(args, name, "all-linear" if parts == ["all-linear"] else parts)
+    args.out = f"out/{args.method}" if args.out is None else args.out
+    return args, p
 
 
 # ---- Model: nanoGPT's shape, pre-norm, learned positions, tied head, no biases -------------------
@@ -230,13 +228,19 @@ class GPT(nn.Module):
         return self.lm_head(self.ln_f(h))                               # (b, t, vocabulary)
 
 
+def load_small(path: str) -> GPT:
+    """The small GPT in a .pt file that an earlier run has written."""
+    state = models.read_state(path)
+    with models.one_line(f"--model {path}", "give a model.pt that train.py has written"):
+        return GPT.from_state_dict(state)
+
+
 def load_model(name: str, seed: int, weights: bool = True, tokenizer: str | None = None):
     """(float32 model, its tokenizer, context) of "scratch", a .pt file or a Hugging Face name."""
     if not models.is_small(name):
         return models.hugging_face(name, weights, tokenizer)
     tokenizer = GPTTokenizer(tokenizer)
-    model = (GPT(tokenizer.vocabulary, seed=seed) if name == "scratch"
-             else GPT.from_state_dict(models.read_state(name)))
+    model = GPT(tokenizer.vocabulary, seed=seed) if name == "scratch" else load_small(name)
     if model.wte.weight.shape[0] != tokenizer.vocabulary:
         raise ValueError(
             f"--model {name} has {model.wte.weight.shape[0]} embeddings, the tokenizer "
@@ -249,8 +253,8 @@ def attach(args, model, device, resumed: bool):
     if args.method == "hd_pissa":
         decompose = cached_components(args.svd_cache) if args.svd_cache else hd_pissa_extra.components
         adapters = hd_pissa_extra.attach(
-            model, args.rank, shards=args.shards, targets=args.targets, alpha=args.alpha,
-            init=args.init, dropout=args.dropout, rounding=args.rounding,
+            model, args.rank, shards=args.shards, targets=args.targets, also=args.also,
+            alpha=args.alpha, init=args.init, dropout=args.dropout, rounding=args.rounding,
             aggregate=args.aggregate, exchange=args.exchange, basis=args.basis,
             gradients=args.gradients, seed=args.seed, bucket_mb=args.bucket_mb, device=device,
             dtype=torch.bfloat16 if args.dtype == "bfloat16" else None, progress=True,
@@ -266,23 +270,18 @@ def attach(args, model, device, resumed: bool):
     return adapters
 
 
-@torch.no_grad()
-def step_0_logits(model, held, device) -> torch.Tensor:
-    """Logits of eight held-out rows of the frozen model, of which `attach` must not change a bit."""
-    model.requires_grad_(False)         # torch picks some matmuls by whether a weight is trained
-    x, _ = hd_pissa.pad([row[:2] for row in held[:8]], device)
-    return hd_pissa.logits_of(model.eval(), x)
-
-
 # ---- Data ----------------------------------------------------------------------------------------
 
 
 def read_data(args, tokenizer, context: int):
     """(rows to train on, held-out rows, their hash); --max_steps is settled by their number."""
     block_size = min(args.block_size or min(context, 1024), context)
-    rows, held, rows_hash = together(
-        lambda: load(args.data, args.eval_data, args.eval_rows, tokenizer, block_size))
+    told = {}
+    rows, held, rows_hash = everywhere(lambda: load(
+        args.data, args.eval_data, args.eval_rows, tokenizer, block_size, format=args.format,
+        loss=args.loss, report=told, progress=hd_pissa.process_index() == 0))
     enough(args, rows, held)
+    say(f"{table(told)}\nfirst row, + before what is trained:\n{preview(rows[0], tokenizer)}")
     if args.max_steps is None:
         epochs = args.epochs and max(1, round(args.epochs * (len(rows) // args.batch_size)))
         args.max_steps = epochs or STEPS
@@ -296,7 +295,8 @@ def fit(args, config, model, adapters, optimizer, rows, start, extra, device, ex
     """Train from step `start`: log lines, checkpoints; a signal ends it when a step has ended."""
     out, saved = Path(args.out), time.monotonic()
     batches = step_batches(rows, args.batch_size, args.seed, start)
-    with signals_kept() as caught, heartbeat(args.heartbeat, args.timeout) as beat:
+    with (processes.signals_kept() as caught,
+          processes.heartbeat(args.heartbeat, args.timeout) as beat):
         for record in hd_pissa.train(
                 model, adapters, batches, lr=args.lr, max_steps=args.max_steps, start=start,
                 warmup=args.warmup, schedule=args.schedule, max_grad_norm=args.max_grad_norm,
@@ -318,93 +318,97 @@ def fit(args, config, model, adapters, optimizer, rows, start, extra, device, ex
                 examine(model, step, lambda step=step: beat(step))
             due = (step == args.max_steps or args.save_every and step % args.save_every == 0
                    or args.save_minutes and waited[0] >= 60 * args.save_minutes)
-            if due or any(signals):
-                checkpoint.save(out / "checkpoint", step, model, adapters, optimizer, config, extra,
-                                device)
+            stopped = int(max(signals)) if step < args.max_steps else 0
+            if due or stopped:
+                checkpoint.save(out / "checkpoint", step, model, adapters, optimizer, config,
+                                extra | {"stopped": stopped}, device, args.keep)
                 saved = time.monotonic()
-            if any(signals) and step < args.max_steps:
-                number = int(max(signals))
-                say(f"stopped by {signal.Signals(number).name} after step {step}, which is saved; "
-                    "the same command continues")
-                raise SystemExit(128 + number)
+            if stopped:
+                raise Stopped(stopped, f"after step {step}, which is saved; the same command "
+                              "continues")
 
 
 # ---- Result --------------------------------------------------------------------------------------
 
 
 def finish(args, model, tokenizer, adapters, held, watched, extra, device, examine) -> dict:
-    """Take the adapters off, evaluate the plain model, look at the rank of dW, write all of it."""
-    lows = {slot.name: slot.low for slot in adapters.slots}
+    """Take the adapters off, evaluate the plain model, write it all, and then print it."""
+    out, lows = Path(args.out), {slot.name: slot.low for slot in adapters.slots}
     adapters.detach_()
     after = evaluate(model, held, device, max(8, args.micro_batch_size), "evaluate result")
     exams = examine(model, args.max_steps)
     if args.shard_weights:
         model.reshard()
-    report.report_losses(extra["before"], after)
     trained = {name: hd_pissa_extra.whole(model.get_parameter(name + ".weight"), lows.get(name))
                for name in watched}
-    ranks = report.report_rank(args, watched, trained)
+    ranks, spectra = report.rank_of_update(args, watched, trained)
     result = {"before": extra["before"], "after": after, "effective_rank": ranks, "eval": exams}
     if args.export_lora:
-        result["lora_error"] = models.export(args, adapters, extra["base"], Path(args.out) / "lora",
-                                             load_model)
-    save(Path(args.out), model, tokenizer, result)
+        result["lora_error"] = models.export(args, adapters, extra["base"], out, load_model)
+    everywhere(lambda: hd_pissa.process_index() or folder.write(out / "spectra.json", json.dumps(spectra)))
+    save(out, model, tokenizer, result)
+    report.report_losses(extra["before"], after)
+    report.report_rank(args, ranks)
+    report.report_files(out, isinstance(model, GPT))
     return result
 
 
-def save(out: Path, model, tokenizer, result) -> None:
-    """The model as plain files, result.json and the report; process 0 writes."""
+def save(out: Path, model, tokenizer, result: dict) -> None:
+    """The model as plain files, the report, and last result.json, which says that all is there."""
     state = models.whole_state(model)
 
     def write():
         if hd_pissa.process_index() > 0:
             return
         if isinstance(model, GPT):
-            torch.save(state, out / "model.pt.tmp")
-            os.replace(out / "model.pt.tmp", out / "model.pt")
-            how = f"torch.load({str(out / 'model.pt')!r}, weights_only=True)"
-            how = f"train.GPT.from_state_dict({how})"
+            folder.put(out / "model.pt", lambda unfinished: torch.save(state, unfinished))
+            files = {"model.pt": (out / "model.pt").stat().st_size}
         else:
-            models.save_folder(out / "model", model, tokenizer, state)
-            how = f"transformers.AutoModelForCausalLM.from_pretrained({str(out / 'model')!r})"
-        folder.write(out / "result.json", json.dumps(result, indent=1) + "\n")
-        write_report(out)
-        say(f"\nthe result is a plain model under the base model's names:\n  {how}")
+            files = models.save_folder(out, model, tokenizer, state)
+        report.report_page(out, result)
+        folder.write(out / "result.json", json.dumps(result | {"files": files}, indent=1) + "\n")
 
-    together(write)
+    everywhere(write)
 
 
 # ---- The run, stage by stage ---------------------------------------------------------------------
 
 
 def run(args) -> dict:
-    out = Path(args.out)
-    threads = cpu_threads(args.threads, models.is_small(args.model))
-    device = start_processes(args.device, threads, args.timeout)
+    threads = processes.cpu_threads(args.threads, models.is_small(args.model))
+    device = processes.start_processes(args.device, threads, args.timeout)
     recipes.begin(args, load_model)
     if args.dry_run:
         return dry_run(args, load_model, STEPS)
+    with processes.stoppable(), folder.alone(Path(args.out)):
+        folder.check_ours(Path(args.out), args.model)
+        return run_in_folder(args, Path(args.out), device)
 
-    model, tokenizer, context = together(
+
+def run_in_folder(args, out: Path, device) -> dict:
+    model, tokenizer, context = everywhere(
         lambda: load_model(args.model, args.seed, True, args.tokenizer))
+    everywhere(lambda: models.check_savable(model, tokenizer))
     examine = examiner(args, tokenizer, context, device)
     model = model.double() if args.dtype == "float64" else model
     model = model if args.shard_weights else model.to(device)
     rows, held, rows_hash = read_data(args, tokenizer, context)
 
-    config = vars(args) | {"processes": hd_pissa.world_size(), "torch": torch.__version__,
-                           "rows": rows_hash}
+    config = vars(args) | {"processes": hd_pissa.world_size(), "torch": torch.__version__}
+    config["rows"] = rows_hash
     resumed = checkpoint.look(args.resume, out, config)                 # (path, manifest) or None
-    if resumed and (result := report.finished(out, resumed[0], args.max_steps)):
+    if result := checkpoint.finished(args.resume, out, resumed, config):
         return result
-
     least = args.rank * (args.shards if args.method == "hd_pissa" and args.init != "top" else 1)
-    names = [name for name, _ in hd_pissa.find_layers(model, args.targets, least=least)[0]]
+    layers = hd_pissa.find_layers(model, args.targets, args.also, least)[0]
+    folder.check_room(out, *checkpoint.bytes_of(args, model, layers), args.keep)
+
+    names = [name for name, _ in layers]
     start_of = {name: model.get_parameter(name + ".weight").detach() for name in names}
     watched = {name: start_of[name].to(device, copy=True) for name in report.sampled(names)}
     sums = {name: hd_pissa.checksum(W) for name, W in start_of.items() if args.export_lora}
     comparable = args.method == "hd_pissa" and args.dtype != "bfloat16" and not args.shard_weights
-    logits = step_0_logits(model, held, device) if comparable and not resumed else None
+    logits = first_logits(model, held, device) if comparable and not resumed else None
     adapters = attach(args, model, device, bool(resumed))
     report.report_layers(args, adapters, names)
     optimizer = torch.optim.AdamW(adapters.parameters(), args.lr, weight_decay=0.0, foreach=True)
@@ -414,28 +418,32 @@ def run(args) -> dict:
         before = evaluate(model, held, device, max(8, args.micro_batch_size), "evaluate base")
         start, extra = 0, {"before": before, "base": sums}
         if logits is not None:
-            if not torch.equal(step_0_logits(model, held, device), logits):
+            if not torch.equal(first_logits(model, held, device), logits):
                 raise RuntimeError("step-0 logits differ from the base model's: not Y = X W")
-            say(f"step-0 loss {before['all']['loss']:.6f}: logits equal the base model's bit for "
-                "bit")
+            loss = before["all"]["loss"]
+            say(f"step-0 loss {loss:.6f}: logits equal the base model's bit for bit")
 
-    belongs = f" (for aggregate={args.aggregate})" if args.method == "hd_pissa" else ""
     say(f"{args.method}: {args.max_steps} steps of {args.batch_size} rows, peak lr {args.lr:g}"
-        + belongs)
-    with folder.alone(out):
-        together(lambda: folder.begin(out, config, start))
-        if not start:
-            examine(model, 0)
-        fit(args, config, model, adapters, optimizer, rows, start, extra, device, examine)
+        + (f" (for aggregate={args.aggregate})" if args.method == "hd_pissa" else ""))
+    everywhere(lambda: folder.begin(out, config, start))
+    if not start:
+        examine(model, 0)
+    fit(args, config, model, adapters, optimizer, rows, start, extra, device, examine)
     return finish(args, model, tokenizer, adapters, held, watched, extra, device, examine)
 
 
 def main(argv=None) -> dict:
     """Run a command line; one sentence and exit status 2 for what the user can put right."""
-    args = parse(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):     # what a terminal cannot show ends no run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    args, _ = parse(sys.argv[1:] if argv is None else argv)
     try:
         return run(args)
-    except (ValueError, OSError) as e:
+    except Stopped as e:
+        say(f"stopped by {signal.Signals(e.number).name} {e.where}")
+        raise SystemExit(128 + e.number) from None
+    except (ValueError, OSError, Lost) as e:
         fail(" ".join(str(e).split()))
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):

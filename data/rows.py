@@ -1,20 +1,28 @@
-"""Rows to train on: of JSONL files, prepared sets and weighted lists of both; held out, in step batches.
+"""Rows to train on: of files, prepared sets and weighted lists of both; held out, in step batches.
 
-A prepared set (data/prepare.py makes it) is a folder:
+A row of the training loop is (tokens, loss, domain). `loss` is the number of tokens of the prompt,
+where the loss covers all that follows, or else the list of (start, stop) of the tokens that it
+covers: the answers of a conversation. A prepared set (data/prepare.py makes it) is a folder:
 
     tokens.bin      token ids of all rows, one row after the other, uint16 or uint32
-    index.bin       per row: where it starts, its length, the length of its prompt, domain, hash of its tokens
-    manifest.json   source, what was kept and dropped, tokenizer, size and digest of both files
+    index.bin       INDEX of each row: where it starts, its length, where its first answer starts,
+                    domain, hash of its text, and its place in spans.bin with its number of answers
+                    (0: all behind the prompt)
+    spans.bin       (start, stop) of the answers of rows that have several, uint32
+    manifest.json   source, what was kept and dropped, tokenizer, size and digest of the other
+                    files and of itself
+    verified.json   size and time of these files when their digests were last found right
 
-The loss covers the tokens behind the prompt: that length is the row's loss mask. Both files are mapped, not
-read: a row becomes a list when it is asked for.
+The files are mapped, not read: a row becomes a list when it is asked for.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,42 +31,59 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import hd_pissa
-from training.processes import say
+from data.formats import (
+    FILES,
+    Dropped,
+    Row,
+    conversation,
+    domain_of,
+    drop,
+    entry,
+    is_saved,
+    note,
+    read_rows,
+    recognise,
+    regular,
+    text_key,
+)
+from data.tokenizer import TemplateError
 
-FORMAT = 1
-INDEX = np.dtype([("start", "<u8"), ("length", "<u4"), ("prompt", "<u4"), ("domain", "<u2"), ("hash", "<u8")])
-
-
-# ---- One JSONL file, held as lists -------------------------------------------------------------------------
-
-
-def read_rows(path: str) -> list[dict]:
-    """Rows of a JSONL file; ValueError with file and line for one that cannot be trained on."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such data file; give a JSONL file with instruction and response a row")
-    rows = []
-    with open(path, encoding="utf-8") as lines:
-        for i, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as e:
-                raise ValueError(f"{path}:{i}: not JSON ({e})") from None
-            for field in ("instruction", "response"):
-                if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field]:
-                    raise ValueError(f"{path}:{i}: no text in {field!r}; rows need instruction and response")
-            rows.append(row)
-    if not rows:
-        raise ValueError(f"{path}: holds no rows; give one with instruction and response a row")
-    return rows
+FORMAT = 2
+INDEX = np.dtype([("start", "<u8"), ("length", "<u4"), ("prompt", "<u4"), ("domain", "<u4"),
+                  ("turns", "<u4"),
+                  ("hash", "<u8"), ("spans", "<u8")])
+DTYPES = ("<u2", "<u4")                 # of tokens.bin; NumPy knows others, among them pointers
+PARTS = ("tokens.bin", "index.bin", "spans.bin")
 
 
-def domain_of(row: dict) -> str:
-    """Its `domain`, or "all" where that is missing or no text (null, say, as tables write a gap)."""
-    domain = row.get("domain")
-    return domain if isinstance(domain, str) and domain else "all"
+def seed_of(*parts) -> int:
+    """A 63-bit seed, by the training loop's formula, written again: data/ imports nothing of it."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
+
+
+# ---- Rows of one file, held as lists -------------------------------------------------------------
+
+
+def turns_of(row: dict) -> list[dict]:
+    """The conversation of a row that `read_rows` gave, or of a plain dict in one of the formats."""
+    turns = row.turns if isinstance(row, Row) else conversation(row, recognise([row], "a row"))
+    if isinstance(turns, Dropped):
+        raise ValueError(f"a row has {turns}")
+    return turns
+
+
+def questions(path: str, form: str | None = None) -> list[dict]:
+    """Rows to be asked: their fields, with the last answer as `response`, and as `instruction` the
+    question, or all turns before that answer where there are several."""
+    made = []
+    for row in read_rows(path, form):
+        *before, answer = row.turns
+        if answer["role"] != "assistant" or not before:
+            raise ValueError(f"{path}: row {len(made) + 1} does not end with an answer to a "
+                             "question; leave it out")
+        question = before[0]["content"] if len(before) == 1 else before
+        made.append(row | {"instruction": question, "response": answer["content"]})
+    return made
 
 
 def held_out_number(rows: int) -> int:
@@ -67,68 +92,104 @@ def held_out_number(rows: int) -> int:
 
 
 def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(train, held out): 5 % of the rows, at most 500, chosen by hash, so that equal rows stay together."""
-    keys = [hashlib.blake2b(json.dumps(row, sort_keys=True).encode()).digest() for row in rows]
-    chosen = set(sorted(set(keys))[:held_out_number(len(set(keys)))])
-    return ([row for row, key in zip(rows, keys) if key not in chosen],
-            [row for row, key in zip(rows, keys) if key in chosen])
+    """(train, held out): 5 % of the texts, at most 500, by hash, so that equal texts stay together.
+
+    Rows of one text go where the smallest of their own hashes goes.
+    """
+    keys = [hashlib.blake2b(json.dumps(row, sort_keys=True, default=str).encode()).digest()
+            for row in rows]
+    texts, first = [text_key(turns_of(row)) for row in rows], {}
+    for text, key in zip(texts, keys):
+        first[text] = min(key, first.get(text, key))
+    number = held_out_number(len(first))
+    chosen = set(sorted(first, key=first.get)[:number])
+    return ([row for row, text in zip(rows, texts) if text not in chosen],
+            [row for row, text in zip(rows, texts) if text in chosen])
 
 
-def encode(rows: list[dict], tokenizer, block_size: int, what: str) -> list[tuple[list[int], int, str]]:
-    """(tokens, prompt length, domain) a row, cut on the right at block_size, dropped without a response."""
-    encoded, cut, dropped = [], 0, 0
-    quiet = hd_pissa.process_index() > 0 or len(rows) < 20_000
-    for row in tqdm(rows, desc=f"tokenize {what}", unit="row", disable=quiet):
-        prompt = tokenizer.prompt(row["instruction"])
-        tokens = prompt + tokenizer.response(row["response"])
-        cut += len(tokens) > block_size
-        if len(prompt) >= block_size:
-            dropped += 1
+def trained(tokens: list[int], spans, block_size: int, loss: str = "all"):
+    """(tokens, loss) cut at block_size and behind the last token of the loss; None if none is left.
+
+    spans       (start, stop) of the answers, from the left
+    loss        "all" answers, or the "last" one alone
+    """
+    spans = spans[-1:] if loss == "last" else spans
+    tokens = tokens[:min(block_size, spans[-1][1])]
+    spans = [(max(a, 1), min(b, len(tokens))) for a, b in spans if max(a, 1) < len(tokens)]
+    if not spans:
+        return None
+    return tokens, spans[0][0] if len(spans) == 1 else spans
+
+
+def encode(rows, tokenizer, block_size: int, what: str, *, loss: str = "all",
+           report: dict | None = None,
+           progress: bool = False) -> list[tuple]:
+    """(tokens, loss, domain) a row, cut on the right at block_size, dropped if no loss is left."""
+    encoded, account, before = [], entry(report, what), dict(tokenizer.counts)
+    for row in tqdm(rows, desc=f"tokenize {what}", unit="row",
+                    disable=not progress or len(rows) < 20_000):
+        account["read"] += 1
+        try:
+            tokens, spans = tokenizer.conversation(turns_of(row))
+        except TemplateError as e:
+            drop(account, f"refused by the chat template ({e})")
             continue
-        encoded.append((tokens[:block_size], len(prompt), domain_of(row)))
-    say(f"{what}: {len(encoded)} rows, {cut - dropped} cut at --block_size {block_size}, "
-        f"{dropped} dropped because no response was left")
+        if (made := trained(tokens, spans, block_size, loss)) is None:
+            drop(account, f"no answer within --block_size {block_size}")
+            continue
+        account["cut"] += spans[-1][1] > block_size
+        encoded.append((*made, domain_of(row)))
+    account["kept"] = len(encoded)
+    for text, count in tokenizer.counts.items():
+        if count > before.get(text, 0):
+            note(account, text, count - before.get(text, 0))
     return encoded
 
 
-# ---- Prepared sets, and lists of them ----------------------------------------------------------------------
+# ---- Prepared sets, and lists of them ------------------------------------------------------------
 
 
 class TokenFile(NamedTuple):
-    """One source of rows: token ids, an INDEX array, names of the domains, path, digest of all that."""
+    """One source: token ids, INDEX and (n, 2) span arrays, domains, path, digest of all that."""
 
     tokens: np.ndarray
     index: np.ndarray
+    spans: np.ndarray
     domains: list[str]
     name: str
     digest: str
 
 
-def pack(rows, tokenizer, dtype=np.uint32) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Tokens, index and domains of (instruction, response, domain) rows, uncut.
-
-    The hash is that of the tokens and the prompt's length, so that equal rows are equal in every source.
-    """
-    parts, index, domains, start = [], [], {}, 0
-    for instruction, response, domain in rows:
-        prompt = tokenizer.prompt(instruction)
-        tokens = np.array(prompt + tokenizer.response(response), dtype="<u4")
-        digest = hashlib.blake2b(tokens.tobytes(), digest_size=8, salt=len(prompt).to_bytes(8, "little"))
+def pack(rows, tokenizer, dtype=np.uint32, account: dict | None = None):
+    """(tokens, index, spans, domains) of (turns, domain) rows, uncut; refused ones are counted."""
+    account = entry(None, "") if account is None else account
+    parts, index, spans, domains, start = [], [], [], {}, 0
+    for turns, domain in rows:
+        try:
+            tokens, mine = tokenizer.conversation(turns)
+        except TemplateError as e:
+            drop(account, f"refused by the chat template ({e})")
+            continue
+        tokens, several = tokens[:mine[-1][1]], mine if len(mine) > 1 else []
         number = domains.setdefault(domain, len(domains))
-        index.append((start, len(tokens), len(prompt), number, int.from_bytes(digest.digest(), "little")))
-        parts.append(tokens.astype(dtype))
+        index.append((start, len(tokens), max(1, mine[0][0]), number, len(several), text_key(turns),
+                      len(spans)))
+        parts.append(np.array(tokens, dtype))
+        spans += several
         start += len(tokens)
+    account["kept"] = len(index)
     tokens = np.concatenate(parts) if parts else np.zeros(0, dtype)
-    return tokens, np.array(index, INDEX), list(domains)
+    return tokens, np.array(index, INDEX), np.array(spans, "<u4").reshape(-1, 2), list(domains)
 
 
-# What a tokenizer does with this tells it from others: words, digits, code, several scripts, white space.
-PROBE = ("The 3 quick brown foxes aren't 12,345.67 km away.\n\n\tdef f(x):\n        return x**2  # twice\n"
-         "Größe, naïve café, Привет мир, 你好世界, שלום, 😀 ∑ₖ∂ℒ/∂W ≤ ∞   \r\n<b>\\frac{1}{2}</b>")
+# What a tokenizer does with this tells it from others: words, digits, code, scripts, white space.
+PROBE = ("The 3 quick brown foxes aren't 12,345.67 km away.\n\n\tdef f(x):\n        return x**2  # "
+         "twice\nGröße, naïve café, Привет мир, 你好世界, שלום, 😀 ∑ₖ∂ℒ/∂W ≤ ∞   "
+         "\r\n<b>\\frac{1}{2}</b>")
 
 
 def identity(tokenizer) -> str:
-    """A digest that equal tokenizers share. A chat template counts as its text: it may print today's date."""
+    """A digest that equal tokenizers share. A chat template is its text: it may print a date."""
     hf = getattr(tokenizer, "hf", None)
     if hf is not None:
         parts = [hf.chat_template, len(hf), hf(PROBE)["input_ids"], tokenizer.response(PROBE)]
@@ -137,55 +198,121 @@ def identity(tokenizer) -> str:
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
-def open_prepared(folder: str, tokenizer) -> TokenFile:
-    """A prepared set, mapped; ValueError if it is damaged, of another format or of another tokenizer."""
-    path = Path(folder)
-    again = "make it again with data/prepare.py"
+def digest(path) -> list:
+    """[size, blake2b] of a file."""
+    h, size = hashlib.blake2b(digest_size=32), 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            h.update(block)
+            size += len(block)
+    return [size, h.hexdigest()]
+
+
+def seal(manifest: dict) -> str:
+    """Digest of a manifest without its own entry `digest`."""
+    rest = {key: value for key, value in manifest.items() if key != "digest"}
+    return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=32).hexdigest()
+
+
+def read_manifest(folder) -> dict:
+    """The manifest of a prepared set; ValueError if it is none, of another format, or changed."""
+    path, again = Path(folder) / "manifest.json", "make it again with data/prepare.py"
+    if not os.path.lexists(path):
+        raise ValueError(f"{folder}: no manifest.json, so no prepared set; {again}")
+    regular(path, again)
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        form, files, domains = manifest["format"], manifest["files"], manifest["domains"]
-        known, model = manifest["settings"]["tokenizer"], manifest["settings"]["model"]
-    except FileNotFoundError:
-        raise ValueError(f"{folder}: no manifest.json, so no prepared set; {again}") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path / 'manifest.json'}: not a prepared set's manifest ({type(e).__name__}); "
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        form, known = manifest["format"], manifest.get("digest")
+        if form == FORMAT:
+            files, domains = manifest["files"], manifest["domains"]
+            settings = [manifest["settings"][key] for key in ("tokenizer", "model")]
+            right = (all(isinstance(x, str) for x in [*domains, *settings])
+                     and manifest["dtype"] in DTYPES
+                     and all(isinstance(files[name], list) and len(files[name]) == 2
+                             for name in PARTS))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{path}: not a prepared set's manifest ({type(e).__name__}); "
                          f"{again}") from None
     if form != FORMAT:
-        raise ValueError(f"{folder} is of format {form}, this program reads format {FORMAT}; {again}")
-    if known != identity(tokenizer):
-        raise ValueError(f"{folder} holds tokens of {model}, whose tokenizer is not this --model's; prepare "
-                         "it for this model, under another --out")
-    for name in ("tokens.bin", "index.bin"):
-        there = (path / name).stat().st_size if (path / name).is_file() else 0
-        if there != files[name][0]:
-            raise ValueError(f"{path / name} has {there} of its {files[name][0]} bytes; {again}")
-    tokens = np.memmap(path / "tokens.bin", dtype=manifest["dtype"], mode="r")
-    index = np.memmap(path / "index.bin", dtype=INDEX, mode="r")
-    return TokenFile(tokens, index, domains, folder, repr([files["tokens.bin"], files["index.bin"]]))
+        raise ValueError(f"{folder} is of format {str(form)[:40]}, this program reads format "
+                         f"{FORMAT}; {again}")
+    if not right or known != seal(manifest):
+        raise ValueError(f"{path}: not as it was written; {again}")
+    return manifest
 
 
-def packed(path: str, tokenizer) -> TokenFile:
-    """A JSONL file as one of the sources of a list, in memory, four bytes a token."""
-    rows = read_rows(path)
-    bar = tqdm(rows, desc=f"tokenize {path}", unit="row", disable=hd_pissa.process_index() > 0 or len(rows) < 20_000)
-    tokens, index, domains = pack(((r["instruction"], r["response"], domain_of(r)) for r in bar),
-                                  tokenizer)
-    digest = hashlib.blake2b(tokens.tobytes() + index.tobytes() + repr(domains).encode(), digest_size=16)
-    return TokenFile(tokens, index, domains, path, digest.hexdigest())
+def temporary(path: Path) -> Path:
+    """A name beside `path` that no other process of any host takes."""
+    return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+
+
+def verify(folder: Path, files: dict) -> bool:
+    """Compare the digests of a set's files, once for each size and time; was it done now?"""
+    for name in PARTS:
+        regular(folder / name, "make it again with data/prepare.py")
+        if (there := (folder / name).stat().st_size) != files[name][0]:
+            raise ValueError(f"{folder / name} has {there} of its {files[name][0]} bytes; make it "
+                             "again with data/prepare.py")
+    stamp = {name: [*files[name], (folder / name).stat().st_mtime_ns] for name in PARTS}
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        known = folder / "verified.json"
+        if known.is_file() and json.loads(known.read_text()) == stamp:
+            return False
+    for name in PARTS:
+        if digest(folder / name) != files[name]:
+            raise ValueError(f"{folder / name} has other bytes than data/prepare.py wrote; make it "
+                             "again")
+    with contextlib.suppress(OSError):          # a folder not to be written is compared every time
+        new = temporary(folder / "verified.json")
+        new.write_text(json.dumps(stamp))
+        new.replace(folder / "verified.json")
+    return True
+
+
+def open_prepared(folder: str, tokenizer, report: dict | None = None) -> TokenFile:
+    """A prepared set, mapped; ValueError if it is damaged, or of another format or tokenizer."""
+    path, manifest = Path(folder), read_manifest(folder)
+    files, domains = manifest["files"], manifest["domains"]
+    if manifest["settings"]["tokenizer"] != identity(tokenizer):
+        raise ValueError(f"{folder} holds tokens of {manifest['settings']['model']}, whose "
+                         "tokenizer is not this --model's; prepare it for this model, under "
+                         "another --out")
+    verify(path, files)
+    tokens, index, spans = (np.memmap(path / name, dtype, "r") if files[name][0]
+                            else np.zeros(0, dtype)
+                            for name, dtype in zip(PARTS, (manifest["dtype"], INDEX, "<u4")))
+    entry(report, str(folder)).update(format="prepared", read=len(index), kept=len(index))
+    return TokenFile(tokens, index, spans.reshape(-1, 2), domains, str(folder),
+                     repr([files[name] for name in PARTS]))
+
+
+def packed(path: str, tokenizer, form: str | None = None, report: dict | None = None,
+           progress: bool = False) -> TokenFile:
+    """A file as one of the sources of a list, in memory, four bytes a token."""
+    rows = read_rows(path, form, report)
+    bar = tqdm(rows, desc=f"tokenize {path}", unit="row",
+               disable=not progress or len(rows) < 20_000)
+    made = pack(((row.turns, domain_of(row)) for row in bar), tokenizer,
+                account=entry(report, path))
+    digest = hashlib.blake2b(b"".join(x.tobytes() for x in made[:3]) + repr(made[3]).encode(),
+                             digest_size=16)
+    return TokenFile(*made, path, digest.hexdigest())
 
 
 class Rows(Sequence):
-    """(tokens, prompt length, domain) rows of several sources, each made when it is asked for.
+    """(tokens, loss, domain) rows of several sources, each made when it is asked for.
 
     files       the sources
     which, at   (rows,) source and row of each
     block_size  tokens a row, at most
     shares      of an epoch's rows, one a source; None: every row once
+    loss        "all" answers or the "last"
     """
 
-    def __init__(self, files: list[TokenFile], which, at, block_size: int, shares=None):
+    def __init__(self, files: list[TokenFile], which, at, block_size: int, shares=None,
+                 loss: str = "all"):
         self.files, self.which, self.at = files, which, at
-        self.block_size, self.shares = block_size, shares
+        self.block_size, self.shares, self.loss = block_size, shares, loss
 
     def __len__(self) -> int:
         return len(self.at)
@@ -194,12 +321,14 @@ class Rows(Sequence):
         if isinstance(j, slice):
             return self.take(np.arange(len(self))[j])
         file = self.files[self.which[j]]
-        start, length, prompt, domain, _ = file.index[self.at[j]].item()
+        start, length, prompt, domain, turns, _, at = file.index[self.at[j]].item()
         tokens = file.tokens[start:start + min(length, self.block_size)].tolist()
-        return tokens, prompt, file.domains[domain]
+        spans = [tuple(span) for span in file.spans[at:at + turns].tolist()] or [(prompt, length)]
+        return (*trained(tokens, spans, self.block_size, self.loss), file.domains[domain])
 
     def take(self, positions) -> "Rows":
-        return Rows(self.files, self.which[positions], self.at[positions], self.block_size, self.shares)
+        return Rows(self.files, self.which[positions], self.at[positions], self.block_size,
+                    self.shares, self.loss)
 
     def column(self, name: str) -> np.ndarray:
         """One column of the index, for all rows."""
@@ -209,11 +338,20 @@ class Rows(Sequence):
             result[mine] = file.index[name][self.at[mine]]
         return result
 
+    def starts(self) -> np.ndarray:
+        """Where the loss of each row begins."""
+        result = self.column("prompt")
+        for k, file in enumerate(self.files) if self.loss == "last" else ():
+            chosen = file.index[self.at[self.which == k]]
+            last = (chosen["spans"] + chosen["turns"])[chosen["turns"] > 0].astype(int) - 1
+            result[np.flatnonzero(self.which == k)[chosen["turns"] > 0]] = file.spans[last, 0]
+        return result
+
     def lengths(self) -> np.ndarray:
         return np.minimum(self.column("length"), self.block_size)
 
     def hold_out(self) -> tuple["Rows", "Rows"]:
-        """As the function of that name; the held-out rows in the order of their hashes, so mixed."""
+        """As the function of that name; held-out rows in the order of their hashes, so mixed."""
         keys = self.column("hash")
         chosen = np.unique(keys)
         held = np.isin(keys, chosen[:held_out_number(len(chosen))])
@@ -226,12 +364,13 @@ class Rows(Sequence):
             return np.bincount(self.which, minlength=len(self.files)).tolist()
         exact = np.array(self.shares) / sum(self.shares) * len(self)
         draws = np.floor(exact).astype(int)
-        for k in np.argsort(draws - exact, kind="stable")[:len(self) - draws.sum()]:   # largest remainders
+        largest = np.argsort(draws - exact, kind="stable")      # remainders
+        for k in largest[:len(self) - draws.sum()]:
             draws[k] += 1
         return draws.tolist()
 
     def order(self, generator: torch.Generator) -> list[int]:
-        """Positions of one epoch. A source gives no row once more before it has given all of them."""
+        """Positions of one epoch. A source gives no row again before it has given all of them."""
         if self.shares is None:
             return torch.randperm(len(self), generator=generator).tolist()
         chosen = []
@@ -244,106 +383,189 @@ class Rows(Sequence):
         return chosen[torch.randperm(len(chosen), generator=generator)].tolist()
 
     def digest(self) -> str:
-        place = hashlib.blake2b(self.which.tobytes() + self.at.tobytes(), digest_size=16).hexdigest()
-        return repr([[file.digest for file in self.files], place, self.block_size, self.shares])
+        place = hashlib.blake2b(self.which.tobytes() + self.at.tobytes(),
+                                digest_size=16).hexdigest()
+        return repr([[file.digest for file in self.files], place, self.block_size, self.shares,
+                     self.loss])
 
 
-# ---- What --data and --eval_data mean ----------------------------------------------------------------------
+# ---- What --data, --eval_data and --eval mean ----------------------------------------------------
+
+
+def weighted(item: str) -> tuple[float | None, str]:
+    """(weight or None, path) of "0.7:a.jsonl". A drive's letter (E:/a.jsonl) is no weight."""
+    match = re.fullmatch(r"([+-]?\.?[0-9][0-9.eE+-]*):(.+)", item.strip())
+    if os.path.exists(item.strip()) or not match:
+        return None, item.strip()
+    try:
+        weight = float(match[1])
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise ValueError(f"{item}: the weight of a source must be a finite number above 0")
+    return weight, match[2]
+
+
+def split_list(text: str) -> list[str]:
+    """Items of a comma-separated list; the path of a file that is there may have commas."""
+    items, pieces = [], text.split(",")
+    while pieces:
+        whole = (k for k in range(len(pieces), 1, -1)
+                 if os.path.exists(weighted(",".join(pieces[:k]))[1]))
+        k = next(whole, 1)
+        items.append(",".join(pieces[:k]).strip())
+        del pieces[:k]
+    return items
 
 
 def sources(text: str) -> list[tuple[float | None, str]]:
     """(weight or None, path) of a path or a comma-separated list "0.7:a.jsonl,0.3:prepared/b"."""
-    if os.path.exists(text):
-        return [(None, text)]
-    found = []
-    for item in text.split(","):
-        match = re.fullmatch(r"([0-9.eE+-]+):(.+)", item.strip())
-        weight, path = (match[1], match[2]) if match else (None, item.strip())
-        try:
-            weight = None if weight is None else float(weight)
-        except ValueError:
-            weight = math.nan
-        if weight is not None and not 0 < weight < math.inf:
-            raise ValueError(f"{item}: the weight of a source must be a finite number above 0")
-        found.append((weight, path))
+    found = [weighted(item) for item in split_list(text)]
     if len({weight is None for weight, _ in found}) > 1:
-        raise ValueError(f"{text}: give a weight to every source (0.7:a.jsonl,0.3:b.jsonl) or to none")
+        raise ValueError(f"{text}: give a weight to every source (0.7:a.jsonl,0.3:b.jsonl) or to "
+                         "none")
     for _, path in found:
-        if not os.path.exists(path):
+        if not os.path.exists(path) and not os.path.islink(path):
             begun = os.path.isdir(path + ".tmp")
             raise ValueError(f"{path}: no such data file or prepared set; " + (
                 "its preparation was cut off: start that command again, it goes on" if begun else
-                "give a JSONL file with instruction and response a row, or prepare a set "
-                "(data/prepare.py --list)"))
+                f"give {FILES}, or prepare a set (data/prepare.py --list)"))
     return found
 
 
-def open_rows(text: str, tokenizer, block_size: int, what: str) -> Rows:
-    """All rows that a list of sources has, without those that keep no response at block_size."""
+def is_prepared(path: str) -> bool:
+    return os.path.isdir(path) and not is_saved(path)
+
+
+def open_rows(text: str, tokenizer, block_size: int, what: str, *, format: str | None = None,
+              loss: str = "all",
+              report: dict | None = None, progress: bool = False) -> Rows:
+    """All rows that a list of sources has, without those that keep no answer at block_size."""
     listed = sources(text)
-    files = [open_prepared(path, tokenizer) if os.path.isdir(path) else packed(path, tokenizer)
-             for _, path in listed]
+    files = [open_prepared(path, tokenizer, report) if is_prepared(path) else
+             packed(path, tokenizer, format, report, progress) for _, path in listed]
     shares = [weight for weight, _ in listed] if listed[0][0] is not None else None
     which = np.concatenate([np.full(len(file.index), k, np.uint16) for k, file in enumerate(files)])
     at = np.concatenate([np.arange(len(file.index), dtype=np.uint32) for file in files])
-    rows = Rows(files, which, at, block_size, shares)
-    fits = rows.column("prompt") < block_size
-    cut = int((rows.column("length")[fits] > block_size).sum())
+    rows = Rows(files, which, at, block_size, shares, loss)
+    account, fits = entry(report, what), rows.starts() < np.minimum(rows.column("length"),
+                                                                    block_size)
+    account["read"] = len(rows)
+    account["cut"] = int((rows.column("length")[fits] > block_size).sum())
     rows = rows.take(fits)
-    say(f"{what}: {len(rows)} rows, {cut} cut at --block_size {block_size}, {int((~fits).sum())} dropped "
-        "because no response was left")
+    account["kept"] = len(rows)
+    if not fits.all():
+        account["dropped"][f"no answer within --block_size {block_size}"] = [int((~fits).sum()), ""]
     for k, file in enumerate(files):
         if not (rows.which == k).any():
-            raise ValueError(f"{file.name}: no row has a response within --block_size {block_size}; give a "
-                             "larger one, or leave that source out")
+            raise ValueError(f"{file.name}: no row has an answer within --block_size {block_size}; "
+                             "give a larger one, or leave that source out")
     return rows
 
 
-def load(data: str, eval_data: str | None, eval_rows: int, tokenizer, block_size: int):
+def text_keys(rows) -> list[int]:
+    return rows.column("hash").tolist() if isinstance(rows, Rows) else [text_key(turns_of(row))
+                                                                        for row in rows]
+
+
+def load(data: str, eval_data: str | None, eval_rows: int, tokenizer, block_size: int, *,
+         format: str | None = None,
+         loss: str = "all", report: dict | None = None, progress: bool = False):
     """(rows to train on, at most eval_rows held-out rows, hash of both) of --data and --eval_data.
 
-    Rows of one JSONL file are a list; of anything else `Rows`, which leaves the tokens on the disk.
+    format      of the rows of files, a key of FORMATS; None: recognised
+    loss        on "all" answers of a conversation, or the "last"
+    report      a dict that is filled by what was read, dropped, cut and doubled (`table` prints it)
+
+    Rows of one file are a list; of anything else `Rows`, which leaves the tokens on the disk.
     """
     def plain(text):
-        return len(listed := sources(text)) == 1 and listed[0][0] is None and not os.path.isdir(text)
+        (weight, path), *more = sources(text)
+        return weight is None and not more and not is_prepared(path)
 
-    held = None
+    def opened(text, what):
+        if plain(text):
+            return read_rows(sources(text)[0][1], format, report)
+        return open_rows(text, tokenizer, block_size, what, **how)
+
+    if loss not in ("all", "last"):
+        raise ValueError(f"--loss {loss}: give all or last")
+    report = {} if report is None else report
+    how, held = {"loss": loss, "report": report, "progress": progress}, None
     if eval_data and sources(eval_data)[0][0] is not None:
-        raise ValueError(f"--eval_data {eval_data}: every row is evaluated, so its sources have no weights")
-    if eval_data and plain(eval_data):
-        held = read_rows(eval_data)
-    if plain(data):
-        rows = read_rows(data)
-        rows, held = (rows, held) if eval_data else hold_out(rows)
-        rows = encode(rows, tokenizer, block_size, "train")
+        raise ValueError(f"--eval_data {eval_data}: every row is evaluated, so its sources have no "
+                         "weights")
+    rows = opened(data, "to train on")
+    keys = text_keys(rows)
+    doubled = len(keys) - len(set(keys))
+    if eval_data:
+        held = opened(eval_data, "held out")
+        if isinstance(held, Rows):      # the first rows are a sample of all
+            held = held.take(np.argsort(held.column("hash"), kind="stable"))
+        also = len({*text_keys(held)} & set(keys))
     else:
-        rows = open_rows(data, tokenizer, block_size, "train")
-        if not eval_data:
-            rows, held = rows.hold_out()
-            held = list(held[:eval_rows])
-            for k, file in enumerate(rows.files):
-                if not (rows.which == k).any():
-                    raise ValueError(f"{file.name}: all its rows are held out; give more, or --eval_data")
-            say(f"held out: {len(held)} of them")
-    if held is None:
-        held = open_rows(eval_data, tokenizer, block_size, "held out")
-        order = np.argsort(held.column("hash"), kind="stable")          # the first rows are a sample of all
-        held = list(held.take(order[:eval_rows]))
-    elif held and isinstance(held[0], dict):
-        held = encode(held[:eval_rows], tokenizer, block_size, "held out")
+        rows, held = rows.hold_out() if isinstance(rows, Rows) else hold_out(rows)
+        also = 0
+    if isinstance(rows, Rows):
+        for k, file in enumerate(rows.files):
+            if not (rows.which == k).any():
+                raise ValueError(f"{file.name}: all its rows are held out; give more, or "
+                                 "--eval_data")
+        report["to train on"]["kept"] = len(rows)
+    else:
+        rows = encode(rows, tokenizer, block_size, "to train on", **how)
+    held = held[:eval_rows]
+    if isinstance(held, Rows):
+        held = list(held)
+        entry(report, "held out").update(read=len(held), kept=len(held))
+    else:
+        held = encode(held, tokenizer, block_size, "held out", **how)
+    report["to train on"]["doubled"] = doubled
+    if also:
+        note(report["held out"], "texts of --eval_data that are trained on too", also)
     if isinstance(rows, Rows) and rows.shares is not None:
         for file, draws, there in zip(rows.files, rows.draws(), np.bincount(rows.which)):
-            say(f"  {file.name}: {draws} of an epoch's {len(rows)} rows, each of its {there} rows "
-                f"{draws / there:.2f} times")
+            note(report["to train on"], f"{file.name}: {draws} of an epoch's {len(rows)} rows, "
+                                        f"each of its {there} rows "
+                 f"{draws / there:.2f} times", 0)
     seen = (rows.digest() if isinstance(rows, Rows) else rows, held)
     return rows, held, hashlib.blake2b(repr(seen).encode(), digest_size=16).hexdigest()
+
+
+def table(report: dict) -> str:
+    """What was read, kept, cut, doubled and dropped, a line a source, reasons and notes below."""
+    lines = [f"{'rows of':24} {'format':11} {'read':>8} {'kept':>8} {'cut':>6} {'doubled':>7} "
+             f"{'dropped':>7}"]
+    for name, a in report.items():
+        dropped = sum(count for count, _ in a["dropped"].values())
+        lines.append(f"{name[-40:]:24} {a['format'] or '':11} {a['read']:8} {a['kept']:8} "
+                     f"{a['cut']:6} {a['doubled']:7} {dropped:7}")
+        lines += [f"  {count} dropped: {reason}" + (f" ({place} the first)" if place else "")
+                  for reason, (count, place) in a["dropped"].items()]
+        lines += [f"  {text}" + (f" ({count} rows)" if count else "") for text,
+                  count in a["notes"].items()]
+    return "\n".join(lines)
+
+
+def preview(row, tokenizer, width: int = 300) -> str:
+    """One row's tokens as text, in lines: "+" before what the loss covers, "-" before the rest."""
+    tokens, loss = row[0], row[1]
+    spans, lines, at = [(loss, len(tokens))] if isinstance(loss, int) else loss, [], 0
+    for start, stop in [*spans, (len(tokens), len(tokens))]:
+        for sign, a, b in (("-", at, start), ("+", start, stop)):
+            text = json.dumps(tokenizer.decode(tokens[a:b]), ensure_ascii=False)[1:-1]
+            text = text if len(text) <= width else f"{text[:width // 2]} ... {text[-width // 2:]}"
+            lines += [f"{sign} {b - a:4} tokens: {text}"] if b > a else []
+        at = stop
+    return "\n".join(lines)
 
 
 def enough(args, rows, held) -> None:
     """ValueError where --data leaves no whole batch or nothing held out."""
     if len(rows) < args.batch_size or not held:
-        raise ValueError(f"{args.data}: {len(rows)} rows to train on, {len(held)} held out: too few for "
-                         f"--batch_size {args.batch_size}; give more rows or a larger --block_size")
+        raise ValueError(f"{args.data}: {len(rows)} rows to train on, {len(held)} held out: too "
+                         f"few for --batch_size {args.batch_size}; give more rows or a larger "
+                         "--block_size")
 
 
 def lengths(rows) -> np.ndarray:
@@ -352,13 +574,13 @@ def lengths(rows) -> np.ndarray:
 
 
 def step_batches(rows, batch_size: int, seed: int, start: int = 0):
-    """Endless step batches of (tokens, prompt length), ordered by the seed alone, without partial batches.
+    """Endless step batches of (tokens, loss), ordered by the seed alone, without partial batches.
 
     start       batches left out at the beginning, without a row of them being read
     """
     epoch, skipped = divmod(start, len(rows) // batch_size)
     while True:
-        generator = torch.Generator().manual_seed(hd_pissa.seed_of("epoch", seed, epoch))
+        generator = torch.Generator().manual_seed(seed_of("epoch", seed, epoch))
         order = (rows.order(generator) if isinstance(rows, Rows) else
                  torch.randperm(len(rows), generator=generator).tolist())
         for a in range(skipped * batch_size, len(rows) - batch_size + 1, batch_size):

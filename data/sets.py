@@ -1,19 +1,18 @@
-"""The sets of the paper's tables 3 and 6: where each is, how many rows it counts, how a row becomes text.
+"""The sets of the paper's tables 3 and 6: where each is, how many rows, how they become text.
 
-The commonsense templates are those of the mix of Liu et al. (2024), which the paper trains on. A conversion
-gets a raw row whose fields have the types of the table, and returns (instruction, response), or a `Dropped`.
+The commonsense templates are those of the mix of Liu et al. (2024), which the paper trains on. A
+conversion gets a raw row whose fields have the types of the table, and returns (instruction,
+response), or a `Dropped`.
 """
 
 import re
 from typing import NamedTuple
 
-
-class Dropped(str):
-    """The reason why a row is left out."""
+from data.formats import Dropped
 
 
 class Set(NamedTuple):
-    """Hub id, configuration and revision (None: the default), rows in table 6, raw fields, conversion."""
+    """Hub id, configuration, revision (None: the default), rows in table 6, fields, conversion."""
 
     hub: str | None
     config: str | None
@@ -47,19 +46,22 @@ def label(value, first: int = 0) -> int | None:
     return int(value) - first if str(value).strip().isdigit() else None
 
 
-def choice(task: str, text: str, word: str, options: list[str], right: int | None, between=" ", end="\n\n"):
+def choice(task: str, text: str, word: str, options: list[str], right: int | None, between=" ",
+           end="\n\n"):
     """Numbered options and the word to answer with."""
     if right is None or not 0 <= right < len(options):
         return Dropped("no label")
-    listed = between.join(f"{word.capitalize()}{i}: {option}" for i, option in enumerate(options, 1))
+    listed = between.join(f"{word.capitalize()}{i}: {option}" for i,
+                          option in enumerate(options, 1))
     words = "/".join(f"{word}{i}" for i in range(1, len(options) + 1))
     return (f"Please choose the correct {task}: {text}\n\n{listed}{end}Answer format: {words}",
             f"the correct answer is {word}{right + 1}")
 
 
 def boolq(raw):
-    return (f"Please answer the following question with true or false, question: {raw['question']}?\n\n"
-            "Answer format: true/false", f"the correct answer is {str(raw['answer']).lower()}")
+    return ("Please answer the following question with true or false, question: "
+            f"{raw['question']}?\n\nAnswer format: true/false",
+            f"the correct answer is {str(raw['answer']).lower()}")
 
 
 def piqa(raw):
@@ -73,7 +75,7 @@ def siqa(raw):
 
 
 def without_tags(text: str) -> str:
-    """WikiHow's marks: a title begins a sentence; header, step and substeps go. Other brackets stay."""
+    """WikiHow's marks: a title begins a sentence; header, step and substeps go; others stay."""
     text = text.replace(" [title]", ". ")
     return re.sub(" +", " ", re.sub(r"\[(?:header|title|step|substeps)\]", "", text)).strip()
 
@@ -85,7 +87,8 @@ def hellaswag(raw):
 
 
 def winogrande(raw):
-    return choice("answer to fill in the blank to complete the given sentence", raw["sentence"], "option",
+    return choice("answer to fill in the blank to complete the given sentence", raw["sentence"],
+                  "option",
                   [raw["option1"], raw["option2"]], label(raw["answer"], 1), end=" ")
 
 
@@ -93,14 +96,14 @@ def science(question: str):
     """ARC and OpenBookQA: the key is the label of one of the choices."""
     def convert(raw):
         labels, key = list(raw["choices"]["label"]), raw["answerKey"]
-        return choice("answer to the question", raw[question], "answer", list(raw["choices"]["text"]),
+        return choice("answer to the question", raw[question], "answer",
+                      list(raw["choices"]["text"]),
                       labels.index(key) if key in labels else None)
 
     return convert
 
 
 QA, KEY = {"query": str, "answer": str}, {"choices": dict, "answerKey": str}
-OWN = {"instruction": str, "response": str}
 NUMBER = (int, str)
 SETS = {
     "metamathqa": Set("meta-math/MetaMathQA", None, None, 395_000, {"query": str, "response": str},
@@ -109,7 +112,7 @@ SETS = {
     "wizardlm": Set("WizardLMTeam/WizardLM_evol_instruct_V2_196k", None, None, 143_000,
                     {"conversations": list}, conversation),
     "boolq": Set("google/boolq", None, None, 9_400, {"question": str, "answer": bool}, boolq),
-    # Its main branch is a loading script, which the library no longer runs; this is the hub's copy as files.
+    # Its main branch is a loading script, which the library no longer runs; here are files.
     "piqa": Set("ybisk/piqa", None, "refs/convert/parquet", 16_100,
                 {"goal": str, "sol1": str, "sol2": str, "label": NUMBER}, piqa),
     # The same rows as allenai/social_i_qa, which is a loading script too.
@@ -117,21 +120,26 @@ SETS = {
                 {"context": str, "question": str, "answerA": str, "answerB": str, "answerC": str,
                  "label": NUMBER}, siqa),
     "hellaswag": Set("Rowan/hellaswag", None, None, 39_900,
-                     {"activity_label": str, "ctx": str, "endings": list, "label": NUMBER}, hellaswag),
+                     {"activity_label": str, "ctx": str, "endings": list, "label": NUMBER},
+                     hellaswag),
     "winogrande": Set("allenai/winogrande", "winogrande_xl", None, 40_400,
-                      {"sentence": str, "option1": str, "option2": str, "answer": NUMBER}, winogrande),
+                      {"sentence": str, "option1": str, "option2": str, "answer": NUMBER},
+                      winogrande),
     "arc-c": Set("allenai/ai2_arc", "ARC-Challenge", None, 1_100, {"question": str} | KEY,
                  science("question")),
-    "arc-e": Set("allenai/ai2_arc", "ARC-Easy", None, 2_300, {"question": str} | KEY, science("question")),
+    "arc-e": Set("allenai/ai2_arc", "ARC-Easy", None, 2_300, {"question": str} | KEY,
+                 science("question")),
     "obqa": Set("allenai/openbookqa", "main", None, 5_000, {"question_stem": str} | KEY,
                 science("question_stem")),
-    "rows": Set(None, None, None, None, OWN, pair("instruction", "response")),
+    "rows": Set(None, None, None, None, {}, None),
 }
 COMMONSENSE = ["boolq", "piqa", "siqa", "hellaswag", "winogrande", "arc-c", "arc-e", "obqa"]
-MIXES = {"commonsense": COMMONSENSE, "multitask": ["metamathqa", "codefeedback", "wizardlm", *COMMONSENSE]}
+MIXES = {"commonsense": COMMONSENSE,
+         "multitask": ["metamathqa", "codefeedback", "wizardlm", *COMMONSENSE]}
 
 # Spellings of tables 3 and 6 beside the names above; case does not matter.
-SPELLINGS = {"wizardlm-evol-instruct": "wizardlm", "arc_challenge": "arc-c", "arc-challenge": "arc-c",
+SPELLINGS = {"wizardlm-evol-instruct": "wizardlm", "arc_challenge": "arc-c",
+             "arc-challenge": "arc-c",
              "arc_easy": "arc-e", "arc-easy": "arc-e", "openbookqa": "obqa"}
 
 
@@ -149,23 +157,3 @@ def as_in_paper(rows: int, paper: int) -> bool:
     """Whether a count rounds to the figure of table 6."""
     return abs(rows - paper) <= (500 if paper >= 100_000 else 50)
 
-
-def plain(raw):
-    """A row that is already a question and an answer: instruction (and input), response or output."""
-    more = raw.get("input") or ""
-    answer = raw["response"] if "response" in raw else raw["output"]
-    return raw["instruction"] + (f"\n{more}" if more else ""), answer
-
-
-def conversion(name: str, keys) -> tuple[dict, object, str]:
-    """(fields, conversion, what was taken) for rows of set `name` with these keys; KeyError if none fits.
-
-    The set's own fields are looked for first, then those of instruction data, as a file of a whole mix has.
-    """
-    entry = SETS.get(name)
-    if entry and set(entry.fields) <= set(keys):
-        return entry.fields, entry.convert, f"template of {name}: {', '.join(entry.fields)}"
-    for answer in ("response", "output"):
-        if {"instruction", answer} <= set(keys):
-            return {"instruction": str, answer: str}, plain, f"as they are: instruction, {answer}"
-    raise KeyError(name)

@@ -2,14 +2,13 @@
 
 import json
 import os
-import pickle
 import shutil
 
 import pytest
 import torch
 import torch.nn as nn
 from spawned import spawn
-from test_resume import equal, main, outcome
+from test_resume import equal, main, names, outcome
 
 import hd_pissa
 import hd_pissa_extra
@@ -21,7 +20,7 @@ from training import checkpoint
 def killed(tmp_path_factory):
     """The folder of a run that was killed behind its checkpoint of step 4."""
     folder = tmp_path_factory.mktemp("killed")
-    main([], folder / "out", kill_after=5)
+    main(["--keep", "1"], folder / "out", kill_after=5)
     return folder / "out"
 
 
@@ -31,48 +30,39 @@ def copy(killed, tmp_path):
     return tmp_path / "out"
 
 
-def manifest_edit(change):
+def edited(change, sealed=True):
+    """Change the manifest; its digest is renewed, as by someone who does it on purpose."""
     def spoil(step):
         manifest = json.loads((step / "manifest.json").read_text())
         change(manifest)
+        manifest = checkpoint.sealed(manifest) if sealed else manifest
         (step / "manifest.json").write_text(json.dumps(manifest))
     return spoil  # fmt: skip
 
 
 def truncated(step):
-    file = step / "__0_0.distcp"
+    file = step / "tensors_0.bin"
     file.write_bytes(file.read_bytes()[:-1000])
 
 
 def flipped(step):
-    data = bytearray((step / "__0_0.distcp").read_bytes())
+    data = bytearray((step / "tensors_0.bin").read_bytes())
     data[len(data) // 2] ^= 4
-    (step / "__0_0.distcp").write_bytes(data)
+    (step / "tensors_0.bin").write_bytes(data)
 
 
-class Evil:
-    """A pickle that would run a program."""
-
-    def __reduce__(self):
-        return os.system, ("touch /tmp/hd_pissa_was_here",)
-
-
-def with_digests(step):
-    """Digests renewed, as someone does who replaces a file on purpose."""
-    files = {p.name: checkpoint.digest(p) for p in step.iterdir() if p.name != "manifest.json"}
-    manifest_edit(lambda manifest: manifest.update(files=files))(step)
+def linked(name):
+    def spoil(step):
+        (step / name).rename(step.parent.parent / name)
+        (step / name).symlink_to(step.parent.parent / name)
+    return spoil  # fmt: skip
 
 
-def evil_metadata(step):
-    (step / ".metadata").write_bytes(pickle.dumps(Evil()))
-    with_digests(step)
-
-
-def dotted_metadata(step):
-    names = b"torch.distributed.checkpoint.metadata", b"os.system"
-    strings = b"".join(b"\x8c" + bytes([len(name)]) + name for name in names)
-    (step / ".metadata").write_bytes(b"\x80\x04" + strings + b"\x93.")     # STACK_GLOBAL, STOP
-    with_digests(step)
+def pipe(name):
+    def spoil(step):
+        (step / name).unlink()
+        os.mkfifo(step / name)
+    return spoil  # fmt: skip
 
 
 def foreign(step):
@@ -93,21 +83,41 @@ def wrong_sum(manifest):
     manifest["sums"][name] ^= 1
 
 
+def other_file(manifest):
+    """Every tensor lies in a file outside, which is listed."""
+    manifest["files"]["../../log.jsonl"] = manifest["files"].pop("tensors_0.bin")
+    for _, _, parts in manifest["tensors"].values():
+        parts[0][0] = "../../log.jsonl"
+
+
+def beyond(manifest):
+    next(iter(manifest["tensors"].values()))[2][0][1] += 1 << 40
+
+
+def unseal(manifest):
+    manifest["extra"]["mean_over"] += 1
+
+
 SPOILT = {
-    "truncated tensors": (truncated, "__0_0.distcp has", "bytes"),
-    "one flipped bit": (flipped, "__0_0.distcp is damaged", "digest"),
-    "no tensors": (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp is missing", ""),
-    "no metadata": (lambda step: (step / ".metadata").unlink(), ".metadata is missing", ""),
-    "no manifest": (lambda step: (step / "manifest.json").unlink(), "manifest.json is not", "FileNotFound"),
+    "truncated tensors": (truncated, "tensors_0.bin has", "bytes"),
+    "one flipped bit": (flipped, "tensors_0.bin is damaged", "digest"),
+    "no tensors": (lambda step: (step / "tensors_0.bin").unlink(), "tensors_0.bin is missing", ""),
+    "tensors elsewhere": (linked("tensors_0.bin"), "tensors_0.bin is missing", ""),
+    "tensors from a pipe": (pipe("tensors_0.bin"), "tensors_0.bin is missing", ""),
     "half a manifest": (lambda step: (step / "manifest.json").write_text('{"f'), "manifest.json is not", ""),
     "a list": (lambda step: (step / "manifest.json").write_text("[]"), "manifest.json is not", ""),
-    "older format": (manifest_edit(lambda m: m.update(format=0)), "of format 0", "older"),
-    "newer format": (manifest_edit(lambda m: m.update(format=2)), "of format 2", "newer"),
-    "a file outside": (manifest_edit(lambda m: m["files"].update({"../log": [1, ""]})), "../log", ""),
-    "metadata that runs a program": (evil_metadata, ".metadata cannot be read", "system does not belong"),
-    "metadata with a dotted name": (dotted_metadata, ".metadata cannot be read", "does not belong"),
+    "nested": (lambda step: (step / "manifest.json").write_text("[" * 100_000), "manifest.json is not", ""),
+    "manifest elsewhere": (linked("manifest.json"), "manifest.json is not", ""),
+    "manifest from a pipe": (pipe("manifest.json"), "manifest.json is not", ""),
+    "older format": (edited(lambda m: m.update(format=1)), "of format 1", "older"),
+    "newer format": (edited(lambda m: m.update(format=3)), "of format 3", "newer"),
+    "format in words": (edited(lambda m: m.update(format="x"), False), "manifest.json is damaged", ""),
+    "one digit changed": (edited(unseal, False), "manifest.json is damaged", "its own digest"),
+    "a file outside": (edited(other_file), "manifest.json is not", "files"),
+    "bytes behind the file": (edited(beyond), "manifest.json is not", "tensors"),
+    "no table": (edited(lambda m: m["extra"].update(before={})), "manifest.json is not", "extra"),
     "another model": (foreign, "does not hold", "another model"),
-    "a weight that is not the saved one": (manifest_edit(wrong_sum), "is not the weight that was saved", ""),
+    "a weight that is not the saved one": (edited(wrong_sum), "is not the weight that was saved", ""),
 }  # fmt: skip
 
 
@@ -122,7 +132,22 @@ def test_refused_with_file_and_reason(kind, copy, capsys):
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and error.startswith("train.py: error:"), error
     assert all(word in error for word in words), error
-    assert (copy / "log.jsonl").read_text() == log and not os.path.exists("/tmp/hd_pissa_was_here")
+    assert (copy / "log.jsonl").read_text() == log and names(copy) == ["step_4"]
+
+
+def test_the_newest_whole_checkpoint_is_used_and_the_other_named(tmp_path, capsys):
+    """--keep 2: one may rot. The weights are those of a run that nothing has happened to."""
+    out = tmp_path / "out"
+    main([], out, kill_after=5)
+    assert names(out) == ["step_2", "step_4"]
+    flipped(out / "checkpoint" / "step_4")
+    main([], out)
+    text = capsys.readouterr().out
+    assert "not used: " in text and "tensors_0.bin is damaged" in text and "going on after step 2" in text
+    assert names(out) == ["step_4", "step_6"]
+    main([], tmp_path / "whole")
+    assert equal(outcome(out), outcome(tmp_path / "whole"))
+    checkpoint.read_manifest(out / "checkpoint" / "step_4")             # written anew
 
 
 def test_nothing_is_half_loaded(copy):
@@ -143,15 +168,14 @@ def test_what_a_killed_save_leaves_is_ignored_and_removed(copy, tmp_path):
     stale = copy / "checkpoint" / "step_6.tmp"
     shutil.copytree(copy / "checkpoint" / "step_4", stale)
     main([], copy)
-    assert not stale.exists() and [p.name for p in (copy / "checkpoint").iterdir()] == ["step_6"]
+    assert not stale.exists() and names(copy) == ["step_4", "step_6"]
     main([], tmp_path / "whole")
     assert equal(outcome(copy), outcome(tmp_path / "whole"))
 
 
 def test_two_finished_checkpoints_the_newer_counts(copy, capsys):
-    """A kill between the renaming of the new one and the removal of the old leaves both."""
+    """A kill between the renaming of the new one and the removal of older ones leaves more."""
     main([], copy, kill_after=None)
-    shutil.copytree(copy / "checkpoint" / "step_6", copy / "checkpoint" / "step_5")
     (copy / "result.json").unlink()
     main([], copy)
     assert "going on after step 6" in capsys.readouterr().out
@@ -198,8 +222,8 @@ def flip(process, which):
 @pytest.mark.parametrize("which", ["weight", pytest.param("low", marks=pytest.mark.slow)])
 def test_one_flipped_bit_is_caught_on_every_process(which, tmp_path):
     """With the first layer concerned and, of three processes, the one that differs."""
-    for names, messages in spawn(3, flip, tmp_path, 2, which):
-        assert names == ["0", "1"]
+    for layers, messages in spawn(3, flip, tmp_path, 2, which):
+        assert layers == ["0", "1"]
         assert len(messages) == 1 and "1 on processes [2]" in messages[0] and "last checkpoint" in messages[0]
 
 
@@ -225,7 +249,7 @@ def flip_in_training(flags, out):
 def test_a_flipped_bit_stops_the_run_and_the_last_checkpoint_is_good(tmp_path):
     """--check_every 2: the bit of step 3 is seen at 4, before it is saved; the run goes on from step 2."""
     assert spawn(2, flip_in_training, tmp_path, ["--check_every", "2"], tmp_path / "cut") == [2, 2]
-    assert [p.name for p in (tmp_path / "cut" / "checkpoint").iterdir()] == ["step_2"]
+    assert names(tmp_path / "cut") == ["step_2"]
     main(["--check_every", "2"], tmp_path / "cut")
     main([], tmp_path / "whole")
     assert equal(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))

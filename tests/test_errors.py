@@ -212,10 +212,11 @@ FILES = {
     "missing": (None, ["no such data file"]),
     "empty": ("\n\n", ["holds no rows"]),
     "not JSON": (GOOD + "\n{oops}\n", [":2: not JSON"]),
-    "no response": (GOOD + "\n" + json.dumps({"instruction": "a"}), [":2: no text in 'response'"]),
+    "no response": (json.dumps({"instruction": "a"}),
+                    [":1: no format has the fields", "instruction+response"]),
     "empty response": (json.dumps({"instruction": "a", "response": ""}), [":1: no text in 'response'"]),
-    "number": (json.dumps({"instruction": 3, "response": "b"}), [":1: no text in 'instruction'"]),
-    "list": ("[1, 2]", [":1: no text in 'instruction'"]),
+    "number": (json.dumps({"instruction": 3, "response": "b"}), [":1: int in field 'instruction'"]),
+    "list": ("[1, 2]", [" row 1: a int, not an object"]),
     "too few": (GOOD, ["--batch_size 64", "give more rows"]),
 }
 
@@ -261,7 +262,7 @@ COMMANDS = {
     "--lr 0": ["--lr 0.0", "above 0"],
     "--lr nan": ["--lr nan"],
     "--lr inf": ["--lr inf"],
-    "--alpha 0": ["alpha=0.0", "use more than 0"],
+    "--alpha 0": ["--alpha 0.0", "above 0"],
     "--dropout 1": ["dropout=1.0", "below 1"],
     "--targets nothing": ["'nothing'", "ends no linear layer's name", "c_attn, c_fc"],
     "--max_steps 0": ["--max_steps 0"],

@@ -4,9 +4,11 @@ Oracles: greedy decoding one row at a time, without cache and padding; the answe
 with; lm-evaluation-harness on the saved folder.
 """
 
+import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -73,7 +75,7 @@ class Words:
     """The interface of data/tokenizer.py over WORDS, for models of either kind."""
 
     def __init__(self):
-        self.hf, self.eot, self.encoding = hf_tokenizer(), 1, self
+        self.hf, self.eot, self.encoding, self.ends = hf_tokenizer(), 1, self, [1]
 
     def prompt(self, text):
         return self.hf(text)["input_ids"]
@@ -147,7 +149,10 @@ def test_answers_of_real_sets(real_dir):
     ("import mmap\nmmap.mmap(-1, 3 << 30)", False),
     ("import sys\nassert not sys.stdin.read()\nprint('x' * 10**6)", True),
     ("import os\nassert 'HD_PISSA_SECRET' not in os.environ and not os.listdir('.') == []", True),
-    ("open('big', 'wb').write(b' ' * (2 << 20))", False),
+    ("open('big', 'wb').write(b' ' * (2 << 20))", False), ("import sys\nsys.exit(73)", False),
+    ("files = [open('/dev/null') for _ in range(100)]", False),
+    ("import os\nfor i in range(3, 64):\n    try:\n        os.write(i, b'x' * 64)\n"
+     "    except OSError:\n        pass\nos._exit(0)", False),
 ])  # fmt: skip
 def test_passes(program, passed, tmp_path, monkeypatch):
     """Ended by itself, without an error, in time; nothing of the caller's environment or folder is there."""
@@ -157,17 +162,49 @@ def test_passes(program, passed, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_program_started_is_killed(tmp_path):
-    file = tmp_path / "pid"
-    program = (f"import subprocess\nchild = subprocess.Popen(['/bin/sleep', '60'])\n"
-               f"open({str(file)!r}, 'w').write(str(child.pid))")  # fmt: skip
+@pytest.mark.parametrize("program", [
+    "import os\nfor i in range(3000):\n    os.mkdir('d')\n    os.chdir('d')",
+    "import os, shutil\nd = os.getcwd()\nos.chdir('/')\nshutil.rmtree(d)\nos.symlink(KEPT, d)",
+])  # fmt: skip
+def test_what_a_program_makes_of_its_folder_ends_no_run(program, tmp_path, monkeypatch):
+    """Too deep for Python to remove, or a link to a folder whose files stay."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "thesis.txt").write_text("precious")
+    assert answers.passes(program.replace("KEPT", repr(str(tmp_path / "kept"))), 30.0)
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+    assert (tmp_path / "kept" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_what_a_program_started_is_killed(isolated, tmp_path, monkeypatch):
+    """Children, and one that has left session and parent; with namespaces of their own or without."""
+    if not isolated:
+        text = answers.RUNNER.read_text()
+        assert text.count("system.unshare(") == 1
+        monkeypatch.setattr(answers, "RUNNER", tmp_path / "run_program.py")
+        answers.RUNNER.write_text(text.replace("system.unshare(", "("))
+    mark = f"{time.time():.6f}"[-9:]
+    program = (f"import os, subprocess\nsubprocess.Popen(['/bin/sleep', '6{mark}'])\n"
+               f"if not os.fork():\n    os.setsid()\n    if not os.fork():\n"
+               f"        os.execv('/bin/sleep', ['sleep', '6{mark}'])\n    os._exit(0)\n"
+               "import time\ntime.sleep(0.3)")  # fmt: skip
     assert answers.passes(program, 20.0)
-    for _ in range(50):
-        state = Path(f"/proc/{file.read_text()}/stat")
-        if not state.exists() or state.read_text().rsplit(")", 1)[1].split()[0] == "Z":
-            return
-        time.sleep(0.1)
-    raise AssertionError("the program's child still runs")
+
+    def left():
+        for entry in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                if f"6{mark}" in entry.read_text():
+                    yield entry
+    assert not list(left())
+
+
+def test_no_network_where_the_system_can_forbid_it(tmp_path):
+    """A port that listens here is out of reach, and the sentence about it says so."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        program = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 2)"
+        reached = answers.passes(program, 10.0)
+    assert ("without network" in answers.isolation()) is not reached
 
 
 def wrong(row):

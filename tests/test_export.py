@@ -260,13 +260,14 @@ def test_command_line_resume_and_changed_base(tmp_path, capsys):
     def spoil(*args):
         calls.append(args)
         save_file(state, file, metadata={"format": "pt"})
+        return rank_of_update(*args)
 
-    report_losses, train.report.report_losses = train.report.report_losses, spoil
+    rank_of_update, train.report.rank_of_update = train.report.rank_of_update, spoil
     try:
         with pytest.raises(SystemExit):
             train.main([*flags, "2", "--out", str(tmp_path / "spoilt")])
     finally:
-        train.report.report_losses = report_losses
+        train.report.rank_of_update = rank_of_update
     message = capsys.readouterr().err
     assert calls and "mlp.up_proj.weight differs" in message and "Traceback" not in message
     assert not (tmp_path / "spoilt" / "lora").exists() and not (tmp_path / "spoilt" / "model").exists()

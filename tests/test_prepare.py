@@ -40,13 +40,14 @@ def files_of(folder):
 
 
 def by_hand(folder, width=2):
-    """(tokens, prompt length, domain) of every row, from the bytes: 26 of index a row, little-endian."""
-    tokens, index = (folder / "tokens.bin").read_bytes(), (folder / "index.bin").read_bytes()
+    """(tokens, loss, domain) of every row, from the bytes: 40 of index a row, little-endian."""
+    tokens, index, spans = ((folder / f"{name}.bin").read_bytes() for name in ("tokens", "index", "spans"))
     domains, found = json.loads((folder / "manifest.json").read_text())["domains"], []
-    for at in range(0, len(index), 26):
-        start, length, prompt, domain = struct.unpack_from("<QIIH", index, at)
+    for at in range(0, len(index), 40):
+        start, length, prompt, domain, turns, _, first = struct.unpack_from("<QIIIIQQ", index, at)
         row = struct.unpack_from(f"<{length}{'H' if width == 2 else 'I'}", tokens, start * width)
-        found.append((row, prompt, domains[domain]))
+        several = struct.unpack_from(f"<{2 * turns}I", spans, 8 * first)
+        found.append((row, tuple(zip(several[::2], several[1::2])) or prompt, domains[domain]))
     return found
 
 
@@ -56,7 +57,7 @@ def expected(some, tokenizer, domain=None):
     return [(tuple(p + a), len(p), domain or r.get("domain", "all")) for p, a, r in pairs]
 
 
-# ---- Templates ---------------------------------------------------------------------------------------------
+# ---- Templates -----------------------------------------------------------------------------------
 
 LETTERS = "ABCDE"
 
@@ -189,7 +190,7 @@ def test_the_readme_shows_the_list_and_the_recipes(capsys):
         assert data in sets.SETS or data in sets.MIXES
 
 
-# ---- Files -------------------------------------------------------------------------------------------------
+# ---- Files ---------------------------------------------------------------------------------------
 
 
 def test_tokens_are_those_of_the_rows(tmp_path, monkeypatch):
@@ -207,7 +208,7 @@ def test_tokens_are_those_of_the_rows(tmp_path, monkeypatch):
         for name, (size, digest) in manifest["files"].items():
             data = (out / name).read_bytes()
             assert len(data) == size and hashlib.blake2b(data, digest_size=32).hexdigest() == digest
-        assert manifest["settings"]["sources"]["rows"]["digest"][0] == os.path.getsize(path)
+        assert manifest["settings"]["sources"]["rows"]["digest"][0][0] == os.path.getsize(path)
         opened = rows.open_rows(str(out), tokenizer, 10_000, "train")
         assert [(tuple(t), p, d) for t, p, d in opened] == orders[-1]
         assert opened[5:8][1] == opened[6] and opened[-1] == opened[299]
@@ -224,7 +225,7 @@ def test_a_wide_vocabulary_takes_four_bytes(tmp_path):
 
     some = embedded(20)
     source = prepare.File(jsonl(tmp_path / "a.jsonl", some), {})
-    source.how = sets.conversion("rows", some[0])
+    source.form = "instruction"
     prepare.prepare("rows", {"rows": source}, Wide(), "wide", tmp_path / "out", 0)
     assert collections.Counter(by_hand(tmp_path / "out", 4)) == collections.Counter(expected(some, Wide()))
 
@@ -255,9 +256,10 @@ def test_finished_text_and_drops_are_counted(tmp_path, capsys):
     wanted = [{"instruction": "a", "response": "b"}, {"instruction": "a\nc", "response": "d"}]
     assert sorted(by_hand(tmp_path / "o")) == sorted(expected(wanted, GPTTokenizer(), "boolq"))
     assert manifest["sets"]["boolq"] == {"read": 3, "kept": 2, "paper": 9400,
-                                         "dropped": {"empty question or answer": 1}}  # fmt: skip
+                                         "notes": {},
+                                         "dropped": {"no text in 'output'": [1, f"{path}:3"]}}  # fmt: skip
     text = capsys.readouterr().out
-    assert "1 empty question or answer; not the paper's number of rows" in text and "9.4K" in text
+    assert "1 no text in 'output'; not the paper's number of rows" in text and "9.4K" in text
 
 
 def test_a_mix_keeps_its_parts_apart(tmp_path, monkeypatch):
@@ -308,7 +310,7 @@ def test_real_files(name, file, fields, real_dir, tmp_path):
     assert set(expected(some[::-(-len(some) // 40)], GPTTokenizer(), None if name == "rows" else name)) <= got
 
 
-# ---- Kills -------------------------------------------------------------------------------------------------
+# ---- Kills ---------------------------------------------------------------------------------------
 
 
 def test_a_stopped_preparation_goes_on_to_the_same_bytes(tmp_path, monkeypatch, capsys):
@@ -432,7 +434,7 @@ def test_a_full_disk(tmp_path, monkeypatch, capsys):
 
     def full(handle):
         calls.append(handle)
-        if len(calls) == 3:
+        if len(calls) == 4:             # the settings, two parts
             raise OSError(28, "No space left on device")
         sync(handle)
 
@@ -444,7 +446,7 @@ def test_a_full_disk(tmp_path, monkeypatch, capsys):
     assert "going on after 2 parts" in capsys.readouterr().out and len(by_hand(tmp_path / "out")) == 170
 
 
-# ---- Lists of sources --------------------------------------------------------------------------------------
+# ---- Lists of sources ----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -614,7 +616,8 @@ def test_a_large_set_stays_on_the_disk(tmp_path):
     index["hash"] = np.random.default_rng(0).integers(0, 2**63, n)
     index.tofile(out / "index.bin")
     os.truncate(out / "tokens.bin", 2 * n * length)                     # sparse: zeros
-    manifest["files"] = {name: [(out / name).stat().st_size, ""] for name in ("tokens.bin", "index.bin")}
+    manifest["files"] = {name: rows.digest(out / name) for name in rows.PARTS}
+    manifest["digest"] = rows.seal(manifest)
     (out / "manifest.json").write_text(json.dumps(manifest))
     tracemalloc.start()
     some, held, _ = rows.load(str(out), None, 500, GPTTokenizer(), 512)
@@ -625,7 +628,7 @@ def test_a_large_set_stays_on_the_disk(tmp_path):
     assert peak < 10e6, peak
 
 
-# ---- The hub -----------------------------------------------------------------------------------------------
+# ---- The hub -------------------------------------------------------------------------------------
 
 
 def test_the_library_reads_a_set(tmp_path, monkeypatch):
@@ -681,7 +684,7 @@ def test_without_the_library(tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())
 
 
-# ---- Bad input ---------------------------------------------------------------------------------------------
+# ---- Bad input -----------------------------------------------------------------------------------
 
 
 def refused(argv, capsys):
@@ -695,18 +698,16 @@ def refused(argv, capsys):
 
 
 GOOD = {"query": "a", "response": "b"}
-PRETTY = json.dumps([GOOD, GOOD, {"query": "a"}], indent=1)
+PRETTY = json.dumps([GOOD, GOOD], indent=1)
 FILES = {
-    "no such file": (None, ["no such file", "JSONL or JSON"]),
+    "no such file": (None, ["no such data file", "JSONL"]),
     "empty": ("\n", ["holds no rows"]),
     "empty list": ("[ ]", ["holds no rows"]),
-    "a field missing later": (f"{json.dumps(GOOD)}\n\n{json.dumps({'query': 'a'})}\n",
-                              ["bad.json:3", "no field 'response'", "--fields response="]),
-    "a field missing in a list": (PRETTY, ["bad.json:10", "no field 'response'"]),
-    "a field missing at once": (json.dumps({"query": "a", "text": "b"}),
-                                ["bad.json:1", "no response", "(it has query, text)", "response=FIELD"]),
+    "no row with the field": (json.dumps(GOOD | {"response": None}),
+                              ["bad.json:1", "no 'response'", "no row is left"]),
+    "a field missing at once": (json.dumps({"query": "a", "label": "b"}),
+                                ["bad.json:1", "(query, label)", "response=FIELD"]),
     "a number": (json.dumps({"query": "a", "response": 3}), ["bad.json:1", "int in field 'response'"]),
-    "null": (json.dumps({"query": "a", "response": None}), ["bad.json:1", "NoneType in field 'response'"]),
     "not JSON": (json.dumps(GOOD) + "\n{oops}\n", ["bad.json:2", "not JSON"]),
     "not JSON in a list": ("[\n" + json.dumps(GOOD) + ",\n{oops}]", ["bad.json:3", "not JSON"]),
     "an open list": ("[\n" + json.dumps(GOOD) + "\n", ["bad.json:3", "not JSON"]),
@@ -714,8 +715,10 @@ FILES = {
     "two lists": ("[" + json.dumps(GOOD) + "]\n[]", ["bad.json:2", "not JSON"]),
     "not an object": (json.dumps(GOOD) + "\n[1]\n", ["bad.json:2", "a list, not an object"]),
     "one object over lines": (json.dumps(GOOD, indent=1), ["bad.json:1", "a row a line, or one list"]),
-    "not UTF-8": (b"\xff\xfe\x00", ["bad.json:1", "not JSON"]),
-    "nothing left": (json.dumps({"query": "a", "response": " "}), ["no row is left", "empty question"]),
+    "not UTF-8": (b"\xff\x00", ["bad.json:1", "not UTF-8"]),
+    "UTF-16": (json.dumps(GOOD).encode("utf-16"), ["bad.json:1", "UTF-16"]),
+    "nothing left": (json.dumps({"query": "a", "response": " "}),
+                     ["no row is left", "no text in 'response'"]),
 }  # fmt: skip
 
 
@@ -742,7 +745,7 @@ def test_a_row_of_another_shape(tmp_path, capsys):
 COMMANDS = {
     "metamath": ["metamath: unknown set", "did you mean metamathqa?", "--list"],
     "": ["no name", "metamathqa"],
-    "multitask --from FILE": ["no instruction, response in this row", "instruction=FIELD,response=FIELD"],
+    "multitask --from FILE": ["no format has the fields of this row", "instruction=FIELD,response=FIELD"],
     "commonsense --from wizardlm=FILE": ["wizardlm is no part of boolq, piqa"],
     "commonsense --from FILE --from boolq=FILE": ["boolq is no part of commonsense"],
     "commonsense --from boolq=FILE --from FILE": ["one file for a whole mix, or its parts, boolq=FILE"],
@@ -799,9 +802,9 @@ SPOILT = {
     "no manifest": (lambda f: (f / "manifest.json").unlink(), ["no manifest.json", "data/prepare.py"]),
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), ["not a prepared set's manifest"]),
     "no digests": (spoil_manifest(lambda m: m.pop("files")), ["not a prepared set's manifest", "KeyError"]),
-    "newer": (spoil_manifest(lambda m: m.update(format=9)), ["format 9", "format 1"]),
+    "newer": (spoil_manifest(lambda m: m.update(format=9)), ["format 9", "format 2"]),
     "cut": (lambda f: os.truncate(f / "tokens.bin", 10), ["tokens.bin has 10 of its", "make it again"]),
-    "no index": (lambda f: (f / "index.bin").unlink(), ["index.bin has 0 of its"]),
+    "no index": (lambda f: (f / "index.bin").unlink(), ["index.bin: no such", "make it again"]),
 }
 
 
@@ -814,6 +817,145 @@ def test_spoilt_sets_are_refused(case, three, capsys, tmp_path):
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("train.py: error:") and all(word in line for word in words), line
     assert not (tmp_path / "out").exists()
+
+
+def test_one_changed_bit_is_seen_once_and_for_all(three, tmp_path, monkeypatch):
+    """Any bit of any file; the digests are taken at the first opening alone, and again if a file changes."""
+    folder, tokenizer = tmp_path / "set1", GPTTokenizer()
+    for name in ("tokens.bin", "index.bin"):
+        data = (folder / name).read_bytes()
+        for at in (0, len(data) // 2, len(data) - 1):
+            (folder / name).write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1:])
+            with pytest.raises(ValueError, match=f"{name} has other bytes than"):
+                rows.open_prepared(str(folder), tokenizer)
+        (folder / name).write_bytes(data)
+    taken = []
+    monkeypatch.setattr(rows, "digest", lambda path: taken.append(path.name) or prepare.digest(path))
+    for _ in range(3):
+        assert len(rows.open_prepared(str(folder), tokenizer).index) == 100
+    assert taken == list(rows.PARTS) and not list(folder.glob("*.tmp"))
+    os.utime(folder / "tokens.bin", ns=(1, 1))
+    rows.open_prepared(str(folder), tokenizer)
+    assert len(taken) == 6
+
+
+MANIFESTS = {
+    "a digit": (lambda m: m.update(tokens=m["tokens"] + 1), False, "not as it was written"),
+    "pointers": (lambda m: m.update(dtype="O"), True, "not as it was written"),
+    "another type": (lambda m: m.update(dtype="<f4"), True, "not as it was written"),
+    "domains": (lambda m: m.update(domains=[3]), True, "not as it was written"),
+    "no domains": (lambda m: m.pop("domains"), True, "KeyError"),
+    "a list": (None, False, "TypeError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_a_changed_manifest_is_refused(case, three, tmp_path):
+    """Sealed by its own digest; and by whoever seals it anew, the types are still from a list."""
+    change, sealed, words = MANIFESTS[case]
+    path = tmp_path / "set1" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    if change:
+        change(manifest)
+        manifest["digest"] = rows.seal(manifest) if sealed else manifest["digest"]
+    path.write_text(json.dumps(manifest if change else [manifest]))
+    with pytest.raises(ValueError) as error:
+        rows.open_prepared(str(tmp_path / "set1"), GPTTokenizer())
+    assert words in str(error.value) and "make it again" in str(error.value) and str(path) in str(error.value)
+
+
+# ---- OUT.tmp -------------------------------------------------------------------------------------
+
+
+def everything(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+            for p in sorted(folder.rglob("*"))}
+
+
+FOREIGN = {
+    "a file": lambda work, other: (work.mkdir(), (work / "thesis.txt").write_text("x")),
+    "a folder": lambda work,
+    other: ((work / "sub").mkdir(parents=True), (work / "sub" / "00_00000.part").write_text("x")),
+    "a file of that name": lambda work, other: work.write_text("x"),
+    "a link to a folder": lambda work, other: work.symlink_to(other),
+    "settings of another program": lambda work,
+    other: (work.mkdir(), (work / "settings.json").write_text('{"theme": 1}')),
+    "settings that are a link": lambda work,
+    other: (work.mkdir(), (work / "settings.json").symlink_to(other)),
+    "a link called whole": lambda work, other: (work.mkdir(), (work / "whole").symlink_to(other)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_what_others_have_in_out_tmp_stays(case, tmp_path, capsys):
+    """Refused in one line; nothing in it, nor behind a link, is touched."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokens.bin").write_text("precious")
+    FOREIGN[case](tmp_path / "out.tmp", tmp_path / "other")
+    jsonl(tmp_path / "a.jsonl", embedded(30))
+    before = everything(tmp_path)
+    line = refused(["rows", "--from", tmp_path / "a.jsonl", "--out", tmp_path / "out"], capsys)
+    assert "out.tmp: is needed for the parts" in line and "move it away" in line
+    assert everything(tmp_path) == before
+
+
+def test_what_came_in_while_it_worked_stays(tmp_path, monkeypatch, capsys):
+    """A file of others in OUT.tmp outlives the end of the command, and so does a link's target."""
+    path, write = jsonl(tmp_path / "a.jsonl", embedded(30)), prepare.write_part
+    (tmp_path / "other").write_text("precious")
+
+    def and_more(part, *args):
+        write(part, *args)
+        (part.parent / "thesis").write_text("x")
+        (part.parent / "00_00009.part").symlink_to(tmp_path / "other")
+
+    monkeypatch.setattr(prepare, "write_part", and_more)
+    prepare.main(["rows", "--from", path, "--out", str(tmp_path / "out")])
+    assert len(by_hand(tmp_path / "out")) == 30 and (tmp_path / "other").read_text() == "precious"
+    assert [p.name for p in (tmp_path / "out.tmp").iterdir()] == ["thesis"]
+
+
+def test_two_at_once_and_files_of_killed_ones(tmp_path, monkeypatch, capsys):
+    """A second command is refused while one works; temporary files of this host's dead are removed."""
+    path, write = jsonl(tmp_path / "a.jsonl", embedded(30)), prepare.write_part
+    work, lines = tmp_path / "out.tmp", []
+    work.mkdir()
+    mine = rows.temporary(work / "00_00000.part")
+    mine.write_text("half")
+
+    def twice(*args):
+        if not lines:
+            lines.append("")
+            lines.append(refused(["rows", "--from", path, "--out", tmp_path / "out"], capsys))
+        write(*args)
+
+    monkeypatch.setattr(prepare, "write_part", twice)
+    prepare.main(["rows", "--from", path, "--out", str(tmp_path / "out")])
+    assert "another prepare.py is writing to" in lines[1] and len(by_hand(tmp_path / "out")) == 30
+    assert not mine.exists()
+
+
+def test_many_domains(tmp_path):
+    """More than two bytes count."""
+    some = [{"instruction": f"a{i}", "response": "b", "domain": f"d{i}"} for i in range(66_000)]
+    prepare.main(["rows", "--from", jsonl(tmp_path / "a.jsonl", some), "--out", str(tmp_path / "out")])
+    opened = rows.open_rows(str(tmp_path / "out"), GPTTokenizer(), 20, "train")
+    assert len(np.unique(opened.column("domain"))) == 66_000
+    assert opened.files[0].domains[-1] == "d65999"
+
+
+def test_conversations_in_parts(tmp_path, monkeypatch):
+    """Several answers a row over several parts: spans stand beside their tokens, in any order."""
+    monkeypatch.setattr(prepare, "PART", 7)
+    some = [{"conversations": [{"from": ("human", "gpt")[j % 2], "value": f"{i} {j}"}
+                               for j in range(2 + 2 * (i % 4))],
+             "domain": "x"} for i in range(30)]  # fmt: skip
+    prepare.main(["rows", "--from", jsonl(tmp_path / "a.jsonl", some), "--out", str(tmp_path / "out")])
+    tokenizer, wanted = GPTTokenizer(), []
+    for row in some:
+        tokens, spans = tokenizer.conversation(rows.turns_of(row))
+        wanted.append((tuple(tokens), tuple(spans) if len(spans) > 1 else spans[0][0], "x"))
+    assert sorted(map(repr, by_hand(tmp_path / "out"))) == sorted(map(repr, wanted))
 
 
 LISTS = {
@@ -837,7 +979,7 @@ def test_bad_lists(text, three, tmp_path):
 
 
 def test_a_source_without_a_row_that_fits(three, tmp_path):
-    with pytest.raises(ValueError, match="no row has a response within --block_size 2"):
+    with pytest.raises(ValueError, match="no row has an answer within --block_size 2"):
         rows.load(f"{three[0][1]},{three[0][2]}", None, 10, GPTTokenizer(), 2)
     one = tmp_path / "one.jsonl"
     with pytest.raises(ValueError, match="all its rows are held out; give more, or --eval_data"):

@@ -202,17 +202,18 @@ def test_step_batches_depend_on_the_seed_alone():
     assert batches[:2] != batches[2:4]
 
 
-def test_encode_cuts_and_drops(capsys):
+def test_encode_cuts_and_drops():
     """Cut on the right at block_size and counted; dropped and counted where no response is left."""
     tokenizer = train.GPTTokenizer()
     rows = [
         {"instruction": "one", "response": "two three four five"},
         {"instruction": "word " * 40, "response": "x"},
     ]
-    (tokens, prompt, domain), = encode(rows, tokenizer, 12, "train")  # fmt: skip
+    (tokens, prompt, domain), = encode(rows, tokenizer, 12, "train", report=(report := {}))  # fmt: skip
     full = tokenizer.prompt("one") + tokenizer.response("two three four five")
     assert tokens == full[:12] and prompt == len(tokenizer.prompt("one")) and domain == "all"
-    assert "1 rows, 1 cut at --block_size 12, 1 dropped because no response" in capsys.readouterr().out
+    assert report["train"]["dropped"] == {"no answer within --block_size 12": [1, ""]}
+    assert (report["train"]["kept"], report["train"]["cut"]) == (1, 1)
     assert (
         tokenizer.encoding.decode(tokens)
         == "Q: one\nA: two three four five"[: len(tokenizer.encoding.decode(tokens))]

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import secrets
 import signal
 import subprocess
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 NUMBER = re.compile(r"(?:(?<![\w.)])-)?"                        # a sign, but no minus between two numbers
                     r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
 CHOICE = re.compile(r"true|false|(?:option|answer|solution|ending)[0-9]+")
-TESTS = re.compile(r"^\s*(?:assert\b|check\()", re.MULTILINE)
+TESTS = re.compile(r"^[ \t]*(?:assert\b|check\()", re.MULTILINE)
+RUNNER = Path(__file__).with_name("run_program.py")
 FENCE = re.compile(r"```[a-zA-Z]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
@@ -63,36 +65,42 @@ def is_right(text: str, row: dict, seconds: float = 10.0) -> bool:
     return passes(f"{start}{code}\n{row['answer']}\n", seconds)
 
 
-# The status that says "came to its end": a program which leaves early by exit() has not passed its tests.
-PASSED = 73
-RUN = f"""
-import contextlib, resource, runpy
-for name, limit in dict(AS=2 << 30, CPU=SECONDS, FSIZE=1 << 20, CORE=0).items():
-    with contextlib.suppress(ValueError):       # a system without that limit
-        resource.setrlimit(getattr(resource, "RLIMIT_" + name), (limit, limit))
-runpy.run_path("program.py", run_name="__main__")
-raise SystemExit({PASSED})
-"""
-
-
 def passes(program: str, seconds: float) -> bool:
-    """Run Python source in a process of its own; True if it ends by itself, without an error, in time.
+    """Run Python source by run_program.py; True if it ends by itself, without an error, in time.
 
-    Empty temporary directory, empty environment, no standard streams; 2 GiB of memory, 1 MiB files. All it
-    started is killed at the end. This stops accidents; it is no sandbox: the program can read the user's
-    files and use the network.
+    Own session, folder and environment, limits, no network where the system can forbid it; all that it
+    started is killed at the end. It is no sandbox: the program can read the user's files.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "program.py").write_text(program, encoding="utf-8", errors="replace")
+    folder, secret = tempfile.mkdtemp(), secrets.token_hex(16).encode()
+    try:
+        Path(folder, "program.py").write_text(program, encoding="utf-8", errors="replace")
         child = subprocess.Popen(
-            [sys.executable, "-I", "-c", RUN.replace("SECONDS", str(1 + int(seconds)))], cwd=folder, env={},
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            start_new_session=True)
+            [sys.executable, "-I", str(RUNNER), str(seconds)], cwd=folder, env={}, stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         try:
-            return child.wait(seconds) == PASSED
+            with contextlib.suppress(OSError):
+                child.stdin.write(secret)
+                child.stdin.close()
+            child.wait(seconds + 10)
+            return child.stdout.read(64) == secret
         except subprocess.TimeoutExpired:
             return False
         finally:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+            child.stdout.close()
+    finally:
+        # Whatever the program has made of its folder (too deep for Python, a link to elsewhere), rm
+        # follows no link, and a folder that stays behind ends no run.
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(["rm", "-rf", "--", folder], timeout=60, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
+
+
+def isolation() -> str:
+    """What a generated program can still do here, in words."""
+    alone = passes("assert len(open('/proc/net/dev').readlines()) == 3     # two lines of heading, lo\n", 10)
+    return ("generated programs run with limits on time, memory, files and processes, "
+            + ("and without network" if alone else "but can use the network")
+            + "; they can read and change what this user can: use a machine or container of their own")

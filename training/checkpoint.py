@@ -1,82 +1,41 @@
 """A run on disk: everything that changes, written whole or not at all, and read back on any processes.
 
     OUT/checkpoint/step_N/          a checkpoint; step_N.tmp is one that was never finished
-        __0_0.distcp ...            tensors, by torch.distributed.checkpoint, each process its own
-        .metadata                   where each tensor lies
-        manifest.json               format, config, digest of every file, checksum of every trained weight
+        tensors_0.bin ...           the bytes of tensors, one file by each process
+        manifest.json               where each tensor lies, config, digest of every file and of itself
 
-Names in it do not depend on the number of processes: "model.<name>", "adapters.<module path>.shard<i>.A" with
-i the global shard, "moments.<increment>.exp_avg". The order of rows and every random draw are functions of
-the seed, the step and the shard, so the step number is the whole state of data and generators.
+Names of tensors do not depend on the number of processes: "model.<name>", "adapters.<path>.shard<i>.A"
+with i the global shard, "moments.<increment>.exp_avg". The order of rows and every random draw are
+functions of the seed, the step and the shard, so the step number is the whole state of data and
+generators. Reading runs no code and opens no file but these: the manifest is JSON, the rest plain bytes.
 """
 
 import collections
-import contextlib
+import hashlib
 import json
-import pickle
+import math
+import os
 import re
-import shutil
-import warnings
+import stat
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 import hd_pissa
 import hd_pissa_extra
+from training import folder, report
 from training.folder import digest, sync
-from training.processes import say, together
+from training.processes import everywhere, say
 
-FORMAT = 1
+FORMAT = 2
+NAMES = r"tensors_\d+\.bin|manifest\.json"            # of the files in a checkpoint
+DTYPES = {str(d)[6:]: d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool,
+                                  torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)}
 # What may differ when a run goes on; the last two lose bit equality. Anything else is another run.
-MAY_CHANGE = {"out", "resume", "save_every", "save_minutes", "check_every", "skip_nonfinite", "heartbeat",
-              "timeout", "bucket_mb", "basis", "svd_cache", "shard_weights", "dry_run", "torch", "processes",
-              "threads", "device", "exchange", "eval", "eval_every", "eval_tokens",
-              "execute_generated_code"}  # fmt: skip
-
-
-class _Metadata(pickle.Unpickler):
-    """Opens .metadata, a pickle of torch's, with the few names that one needs: it can call nothing else."""
-
-    names = {
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties",
-            "ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"},
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size", "float16", "bfloat16", "float32", "float64", "int8", "uint8", "int16", "int32",
-                  "int64", "bool"},
-        "collections": {"OrderedDict"},
-        "pathlib": {"PosixPath", "WindowsPath"},
-    }  # fmt: skip
-
-    def find_class(self, module, name):
-        if name not in self.names.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
-        return super().find_class(module, name)
-
-
-class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *args, **kwargs):
-        path = Path(self.path) / ".metadata"
-        try:
-            with open(path, "rb") as file:
-                metadata = _Metadata(file).load()
-        except (OSError, EOFError, AttributeError, IndexError, pickle.UnpicklingError) as e:
-            raise ValueError(f"{path} cannot be read: {e}; the checkpoint cannot be used; give an "
-                             "older one to --resume, or never") from None
-        if getattr(metadata, "storage_meta", None) is not None:
-            metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-@contextlib.contextmanager
-def quiet():
-    """One process without a process group is what `no_dist` says; torch warns of it all the same."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+MAY_CHANGE = {"out", "resume", "save_every", "save_minutes", "keep", "check_every", "skip_nonfinite",
+              "heartbeat", "timeout", "bucket_mb", "basis", "svd_cache", "shard_weights", "dry_run", "torch",
+              "processes", "eval", "eval_every", "eval_tokens", "execute_generated_code", "threads",
+              "device", "exchange"}  # fmt: skip
 
 
 # ---- Checksums: one flipped bit in one replica changes them ------------------------------------------------
@@ -135,22 +94,52 @@ def tensors_of(model, adapters, optimizer) -> dict[str, torch.Tensor]:
     return state
 
 
-def clean(folder: Path) -> None:
-    """Remove what a killed save has left."""
-    for stale in folder.glob("step_*.tmp") if folder.is_dir() else ():
-        shutil.rmtree(stale, ignore_errors=True)
+def write_tensors(path: Path, state: dict) -> tuple[list, dict]:
+    """Write this process's part of `state` to a file: ([size, digest], {name: [dtype, shape, part]}).
 
-
-def save(folder: Path, step: int, model, adapters, optimizer, config: dict, extra: dict, device) -> Path:
-    """Write folder/step_N under a temporary name, flush it, rename it, then remove what it replaces.
-
-    ValueError on every process if any of them cannot write; the checkpoint before is untouched then.
+    part        [file, offset in it, first row, rows] of the rows that lie there
+    A shard's tensors are on one process alone, and of a sharded weight each has its rows. All others
+    are equal on all processes; these are dealt, by size.
     """
-    temporary, final = folder / f"step_{step}.tmp", folder / f"step_{step}"
+    loads, entries, h = [0] * hd_pissa.world_size(), {}, hashlib.blake2b(digest_size=32)
+    with open(path, "wb") as file:
+        for name, tensor in state.items():
+            whole = tensor if tensor.dim() else tensor.view(1)
+            local, rows = hd_pissa_extra.own_rows(whole)
+            if local is whole and not re.search(r"\.shard\d+\.", name):
+                owner = loads.index(min(loads))
+                loads[owner] += local.nbytes
+                if owner != hd_pissa.process_index():
+                    continue
+            data = local.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy()
+            part = [path.name, file.tell(), rows.start, local.shape[0]]
+            entries[name] = [str(tensor.dtype)[6:], list(tensor.shape), part]
+            h.update(data)
+            file.write(data)
+        size = file.tell()
+        file.flush()
+        os.fsync(file.fileno())
+    return [size, h.hexdigest()], entries
+
+
+def sealed(manifest: dict) -> dict:
+    """The manifest with the digest of all that is in it."""
+    text = json.dumps({k: v for k, v in manifest.items() if k != "digest"}, sort_keys=True)
+    return manifest | {"digest": hashlib.blake2b(text.encode(), digest_size=32).hexdigest()}
+
+
+def save(folder_: Path, step: int, model, adapters, optimizer, config: dict, extra: dict, device,
+         keep: int = 2) -> Path:
+    """Write folder_/step_N under a temporary name, flush it, rename it, then remove all but `keep`.
+
+    ValueError on every process if any of them cannot write; the checkpoints before are untouched then.
+    """
+    temporary, final = folder_ / f"step_{step}.tmp", folder_ / f"step_{step}"
 
     def prepare():
         if hd_pissa.process_index() == 0:
-            clean(folder)
+            for stale in [*folder_.glob("step_*.tmp")]:                 # what a killed save has left
+                folder.remove_folder(stale, NAMES)
             temporary.mkdir(parents=True)
 
     def visible():
@@ -158,77 +147,56 @@ def save(folder: Path, step: int, model, adapters, optimizer, config: dict, extr
             raise OSError(f"{temporary} is not there on process {hd_pissa.process_index()}; --out must lie on a "
                           "file system that all machines share")
 
-    def write():
-        try:
-            with quiet():
-                dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary),
-                         no_dist=hd_pissa.world_size() == 1)
-        except CheckpointException as e:
-            why = "; ".join(f"process {i}: {error}" for i, (error, _) in e.failures.items())
-            # torch's file writer may hide the reason: "unexpected pos 64 vs 0"
-            full = shutil.disk_usage(temporary).free < 2**20 and "No space left" not in why
-            raise OSError(f"No space left on device ({why})" if full else why) from e
-
-    def digests():
-        own = [*temporary.glob(f"__{hd_pissa.process_index()}_*")]
-        own += [temporary / ".metadata"] if hd_pissa.process_index() == 0 else []
-        return {path.name: digest(path) for path in own}
-
     def finish():
         if hd_pissa.process_index() == 0:
             more = extra | {"merges": adapters.step, "mean_over": adapters.mean_over}
-            manifest = dict(format=FORMAT, step=step, config=config, extra=more, sums=sums, files=files)
-            (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
+            manifest = sealed(dict(format=FORMAT, step=step, config=json.loads(json.dumps(config)),
+                                   extra=more, sums=sums, files=files, tensors=tensors))
+            (temporary / "manifest.json").write_text(json.dumps(manifest) + "\n")
             sync(temporary / "manifest.json")
             sync(temporary)
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            sync(folder)
-            for path in steps(folder):
-                if path != final:
-                    shutil.rmtree(path, ignore_errors=True)
+            folder.remove_folder(final, NAMES)                          # one that was found damaged
+            if final.exists():                                          # someone's file is in it
+                for path in sorted(temporary.iterdir(), key=lambda path: path.suffix == ".json"):
+                    os.replace(path, final / path.name)
+                temporary.rmdir()
+            else:
+                temporary.rename(final)
+            sync(folder_)
+            before = [path for path in steps(folder_) if int(path.name[5:]) <= step]
+            for path in before[:-keep]:
+                folder.remove_folder(path, NAMES)
 
     state = tensors_of(model, adapters, optimizer)          # first: it lets go of weights gathered whole
     sums = check_replicas(adapters, device)
+    file = temporary / f"tensors_{hd_pissa.process_index()}.bin"
     try:
-        together(prepare)
-        together(visible)
-        together(write)
-        files = {}
-        for part in hd_pissa.everywhere(digests):
-            files |= part
-        together(finish)
+        everywhere(prepare)
+        everywhere(visible)
+        own = everywhere(lambda: [file.name, *write_tensors(file, state)])
+        files, tensors = {}, {}
+        for name, written, entries in hd_pissa.everywhere(lambda: own):
+            files[name] = written
+            for key, (dtype, shape, part) in entries.items():
+                tensors.setdefault(key, [dtype, shape, []])[2].append(part)
+        everywhere(finish)
     except ValueError as e:
         if hd_pissa.process_index() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        before = [path.name for path in steps(folder)]
+            folder.remove_folder(temporary, NAMES)
+        before = [path.name for path in steps(folder_) if path != final]
         kept = f"{before[-1]} is whole, the same command continues from it" if before else "no other yet"
-        raise ValueError(f"the checkpoint of step {step} was not written: {e}. Make room or repair {folder}; "
-                         f"{kept}") from e
+        raise ValueError(f"the checkpoint of step {step} was not written: {e}. Make room or repair "
+                         f"{folder_}; {kept}") from e
     return final
 
 
-# ---- Reading -----------------------------------------------------------------------------------------------
+# ---- Finding -----------------------------------------------------------------------------------------------
 
 
-def steps(folder: Path) -> list[Path]:
-    """The finished checkpoints in `folder`, oldest first."""
-    found = [path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit()]
+def steps(folder_: Path) -> list[Path]:
+    """The finished checkpoints in a folder, oldest first."""
+    found = [path for path in folder_.glob("step_*") if path.is_dir() and path.name[5:].isdecimal()]
     return sorted(found, key=lambda path: int(path.name[5:]))
-
-
-def find(resume: str, out: Path) -> Path | None:
-    """The checkpoint that `--resume` means: the newest in `out`, or of the path given; None to begin anew."""
-    if resume == "never":
-        return None
-    where = out if resume == "auto" else Path(resume)
-    if re.fullmatch(r"step_\d+", where.name) and where.is_dir():
-        return where
-    newest = (steps(where / "checkpoint") or steps(where) or [None])[-1]
-    if newest is None and resume != "auto":
-        raise ValueError(f"--resume {resume}: no finished checkpoint there; give an --out folder of a run or "
-                         "its checkpoint/step_N, or --resume never")
-    return newest
 
 
 def read_manifest(path: Path) -> dict:
@@ -239,19 +207,27 @@ def read_manifest(path: Path) -> dict:
     unusable = "this checkpoint cannot be used; give another --resume, or --resume never"
 
     def check():
+        file = path / "manifest.json"
         try:
-            manifest = json.loads((path / "manifest.json").read_text())
-            files, there = manifest["files"], manifest["format"]
+            if file.is_symlink():
+                raise ValueError("a link")
+            manifest = folder.parsed(folder.read(file, 1 << 30))
+            there = manifest["format"]
         except (OSError, ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path / 'manifest.json'} is not a checkpoint's manifest ({type(e).__name__}): "
+            raise ValueError(f"{file} is not a checkpoint's manifest ({type(e).__name__}): "
                              f"{unusable}") from None
-        if there != FORMAT:
+        if there != FORMAT and isinstance(there, int):
             age = "newer" if there > FORMAT else "older"
             raise ValueError(f"{path} is of format {there}, this program reads format {FORMAT}; use the "
                              f"{age} program that wrote it, or --resume never")
+        if manifest.get("digest") != sealed(manifest)["digest"]:
+            raise ValueError(f"{file} is damaged, it does not fit its own digest: {unusable}")
+        if wrong := misfit(manifest):
+            raise ValueError(f"{file} is not a checkpoint's manifest ({wrong}): {unusable}")
+        files = manifest["files"]
         for name in sorted(files)[hd_pissa.process_index()::hd_pissa.world_size()]:
             file, (size, _) = path / name, files[name]
-            if Path(name).name != name or not file.is_file():
+            if not file.is_file() or not stat.S_ISREG(os.lstat(file).st_mode):
                 raise ValueError(f"{file} is missing: {unusable}")
             if file.stat().st_size != size:
                 raise ValueError(f"{file} has {file.stat().st_size} of its {size} bytes: {unusable}")
@@ -259,41 +235,163 @@ def read_manifest(path: Path) -> dict:
                 raise ValueError(f"{file} is damaged, its digest is not the manifest's: {unusable}")
         return manifest
 
-    return together(check)
+    return everywhere(check)
 
 
-def same_run(manifest: dict, config: dict, path: Path) -> None:
-    """Raise ValueError with both values where `config` is not that of the run which wrote the checkpoint."""
-    there = manifest["config"]
+def misfit(manifest: dict) -> str:
+    """What in a manifest is not of the kind that `save` writes; "" if all is."""
+    def count(value, least=0):
+        return type(value) is int and least <= value < 1 << 62
+
+    def part(value, shape, size):
+        file, offset, first, rows = value
+        width = size * math.prod(shape[1:])
+        whole = shape[0] if shape else 1
+        return (file in files and all(map(count, (offset, first, rows))) and first + rows <= whole
+                and offset + rows * width <= files[file][0])
+
+    def tensor(value):
+        dtype, shape, parts = value
+        return (dtype in DTYPES and all(map(count, shape)) and isinstance(shape, list)
+                and all(part(p, shape, DTYPES[dtype].itemsize) for p in parts))
+
+    def table(value):
+        return all(isinstance(row[key], (int, float)) for row in (value["all"], *value.values())
+                   for key in ("loss", "exact_match", "rows"))
+
+    checks = {
+        "step": lambda v: count(v, 1),
+        "config": lambda v: all(count(v[key], 1) for key in ("rank", "shards", "processes")),
+        "extra": lambda v: (count(v["merges"]) and count(v["mean_over"], 1) and table(v["before"])
+                            and all(type(s) is int for s in v["base"].values())),
+        "sums": lambda v: all(type(s) is int for s in v.values()),
+        "files": lambda v: all(re.fullmatch(r"tensors_\d+\.bin", name) and count(size) and isinstance(h, str)
+                               for name, (size, h) in v.items()),
+        "tensors": lambda v: all(map(tensor, v.values())),
+    }  # fmt: skip
+    files = manifest.get("files")
+    for key in ("files", *checks):
+        try:
+            if not checks[key](manifest[key]):
+                return key
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            return key
+    return ""
+
+
+def same_run(there: dict, config: dict, what) -> None:
+    """Raise ValueError with both values where `config` is not `there`, that of the run of `what`."""
     config = json.loads(json.dumps(config))
     other = {key for key in config.keys() | there.keys() if config.get(key) != there.get(key)} - MAY_CHANGE
-    product = [c.get("shards", 0) * c.get("rank", 0) for c in (config, there)]
     plain = config.get("method") == config.get("init") == "hd_pissa" and config.get("alpha") is None
-    if plain and product[0] == product[1]:
+    counts = [c.get(key) for c in (config, there) for key in ("shards", "rank")]
+    if plain and all(type(n) is int for n in counts) and math.prod(counts[:2]) == math.prod(counts[2:]):
         other -= {"shards", "rank"}         # the same K r components, dealt anew
     if other:
         pairs = "; ".join(f"--{k} is {config.get(k)} here, {there.get(k)} there" for k in sorted(other))
-        raise ValueError(f"{path} is of another run: {pairs}. Give its values, or another --out, or "
+        raise ValueError(f"{what} is of another run: {pairs}. Give its values, or another --out, or "
                          "--resume never to overwrite it")
 
 
+def newest_whole(found: list[Path]) -> tuple[Path, dict] | None:
+    """(checkpoint, manifest) of the newest one that can be used; ValueError of the newest if none can."""
+    first = None
+    for path in reversed(found):
+        try:
+            return path, read_manifest(path)
+        except ValueError as e:
+            say(f"not used: {e}")
+            first = first or e
+    if first:
+        raise first
+    return None
+
+
+def given(path: Path) -> list[Path]:
+    """The checkpoints that --resume PATH names: itself, or those in a run's folder or its checkpoint/."""
+    found = [path] if (path / "manifest.json").exists() else steps(path / "checkpoint") or steps(path)
+    if not found:
+        raise ValueError(f"--resume {path}: no finished checkpoint there; give an --out folder of a run or "
+                         "its checkpoint/step_N, or --resume never")
+    return found
+
+
 def look(resume: str, out: Path, config: dict) -> tuple[Path, dict] | None:
-    """(checkpoint, its manifest) that this command goes on from; None to begin anew."""
-    path = together(lambda: find(resume, out))
-    if path is None:
-        return None
-    manifest = read_manifest(path)
-    same_run(manifest, config, path)
-    return path, manifest
+    """(checkpoint, its manifest) that this command goes on from; None to begin anew.
+
+    never       begins anew; but not where torchrun has started this command again, nor where a signal
+                has stopped it and it has promised to go on
+    PATH        from there, until OUT has checkpoints of this run itself
+    """
+    own = everywhere(lambda: steps(out / "checkpoint"))
+    if resume == "never":
+        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 and not promised(own, config):
+            return None
+        say("--resume never: this command was interrupted and goes on; to begin anew, give another --out")
+    elif resume != "auto":
+        paths = everywhere(lambda: given(Path(resume)))
+        if own and not folder.inside(Path(resume), out):
+            path, manifest = newest_whole(own)
+            same_run(manifest["config"], config, f"{path}, which --resume {resume} would overwrite,")
+        else:
+            own = paths
+    found = newest_whole(own)
+    if found:
+        same_run(found[1]["config"], config, found[0])
+    return found
+
+
+def finished(resume: str, out: Path, resumed, config: dict) -> dict | None:
+    """The result of this very run where it has ended: nothing is done again, or overwritten."""
+    there = folder.config_of(out) if resume == "auto" and not resumed else None
+    if resumed and resumed[0] == out / "checkpoint" / f"step_{config['max_steps']}":
+        return report.finished(out, resumed[0])
+    if there and everywhere(lambda: bool(folder.read_result(out))):     # its checkpoints were deleted
+        same_run(there, config, out)
+        return report.finished(out, out)
+    return None
+
+
+def promised(own: list[Path], config: dict) -> bool:
+    """Was the newest checkpoint written because a signal stopped this very command?"""
+    try:
+        manifest = read_manifest(own[-1]) if own else None
+        if not manifest or not manifest["extra"].get("stopped"):
+            return False
+        same_run(manifest["config"], config, own[-1])
+    except ValueError:
+        return False
+    return True
+
+
+# ---- Reading -----------------------------------------------------------------------------------------------
 
 
 def go_on(path: Path, manifest: dict, model, adapters, optimizer, config: dict, device) -> tuple[int, dict]:
     """Load the checkpoint; (its step, what the run knew from its start), and say what has changed since."""
     start = load(path, manifest, model, adapters, optimizer, config, device)
-    was = {key: manifest["config"][key] for key in ("exchange", "device", "shards", "processes")}
+    was = {key: manifest["config"].get(key) for key in ("exchange", "device", "shards", "processes")}
     say(f"going on after step {start} of {path}" + "".join(
         f"; {key} was {value}, is {config[key]}" for key, value in was.items() if value != config[key]))
-    return start, manifest["extra"]
+    return start, {key: manifest["extra"][key] for key in ("before", "base")}
+
+
+def read_rows(path: Path, name: str, entry: list, first: int, rows: int) -> torch.Tensor:
+    """Rows first, first + 1, ... of a tensor in a checkpoint, from the files that hold them."""
+    dtype, shape, parts = entry
+    width = DTYPES[dtype].itemsize * math.prod(shape[1:])               # bytes of a row
+    out = torch.empty((rows, *shape[1:]), dtype=DTYPES[dtype])
+    data, filled = memoryview(out.view(-1).view(torch.uint8).numpy()), 0
+    for file, offset, start, count in sorted(parts, key=lambda part: part[2]):
+        a, b = max(first + filled, start), min(first + rows, start + count)
+        if a < b and a == first + filled:
+            with open(path / file, "rb") as handle:
+                handle.seek(offset + (a - start) * width)
+                handle.readinto(data[filled * width:(b - first) * width])
+            filled = b - first
+    if filled < rows:
+        raise ValueError(f"{path} holds {filled} of {rows} rows of {name}")
+    return out if shape else out[0]
 
 
 def pieces(name: str, shape, r: int, there: int) -> tuple[list[str], tuple, int, int]:
@@ -319,50 +417,59 @@ def load(path: Path, manifest: dict, model, adapters, optimizer, config: dict, d
 
     Names and shapes are compared before the first tensor is touched, so that nothing is ever half loaded.
     """
-    r, there = config["rank"], manifest["config"]["rank"]
-    reader = _Reader(path)
-    stored = together(reader.read_metadata).state_dict_metadata
+    r, there, stored = config["rank"], manifest["config"]["rank"], manifest["tensors"]
     wanted = tensors_of(model, adapters, optimizer)
-    names = dict(adapters.named_parameters(adapters.first))
-    for name, p in names.items():                                       # moments: a new optimizer has none
+    for name, p in adapters.named_parameters(adapters.first):           # moments: a new optimizer has none
         (first, *_), *_ = pieces(f"moments.{name}", p.shape, r, there)
         for key in (k[len(first) + 1:] for k in stored if k.startswith(first + ".")):
-            old = stored[f"{first}.{key}"]
-            shape = p.shape if len(old.size) else old.size
-            where = p.device if len(shape) else "cpu"
-            moment = torch.zeros(shape, dtype=old.properties.dtype, device=where)
-            if len(shape):              # strides of p as well, as the optimizer itself would make it
-                moment = torch.zeros_like(p, dtype=old.properties.dtype)
-            optimizer.state[p][key] = moment
-            wanted[f"moments.{name}.{key}"] = optimizer.state[p][key]
-    state, plan = {}, []
-    wrong = []
-    for name, tensor in wanted.items():
-        parts, shape, dim, start = pieces(name, tuple(tensor.shape), r, there)
-        for part in parts:
-            if part not in stored or tuple(stored[part].size) != tuple(shape):
-                wrong.append(f"{part} {tuple(shape)}")
-            elif ".shard" in name:
-                state[part] = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-            else:
-                state[part] = tensor
-        plan.append((tensor, parts, dim, start))
+            dtype, shape = DTYPES[stored[f"{first}.{key}"][0]], stored[f"{first}.{key}"][1]
+            # Strides of p as well, as the optimizer itself would make it.
+            moment = torch.zeros_like(p, dtype=dtype) if shape else torch.zeros((), dtype=dtype)
+            wanted[f"moments.{name}.{key}"] = optimizer.state[p][key] = moment
+    plan = []
 
     def check():
+        wrong = []
+        for name, tensor in wanted.items():
+            parts, shape, dim, start = pieces(name, tuple(tensor.shape), r, there)
+            kind = [str(tensor.dtype)[6:], list(shape)]
+            wrong += [f"{part} {tuple(shape)}" for part in parts if stored.get(part, [])[:2] != kind]
+            plan.append((tensor, parts, dim, start))
         if wrong:
-            raise ValueError(f"{path} does not hold {', '.join(wrong[:3])}; it is of another "
-                             "model; give another --resume, or --resume never")
+            raise ValueError(f"{path} does not hold {', '.join(wrong[:3])}; it is of another model; give "
+                             "another --resume, or --resume never")
 
-    together(check)
-    with quiet():
-        dcp.load(state, storage_reader=reader, no_dist=hd_pissa.world_size() == 1)
-    for tensor, parts, dim, start in plan:
-        if tensor is not state[parts[0]]:
-            joint = torch.cat([state[part] for part in parts], dim) if tensor.dim() else state[parts[0]]
-            tensor.copy_(joint.narrow(dim, start, tensor.shape[dim]) if tensor.dim() else joint)
+    def fill():
+        for tensor, parts, dim, start in plan:
+            if not tensor.dim():
+                tensor.copy_(read_rows(path, parts[0], stored[parts[0]], 0, 1))
+                continue
+            local, rows = hd_pissa_extra.own_rows(tensor)
+            if len(parts) == 1 and stored[parts[0]][1] == list(tensor.shape):
+                local.copy_(read_rows(path, parts[0], stored[parts[0]], rows.start, local.shape[0]))
+            else:
+                joint = [read_rows(path, name, stored[name], 0, stored[name][1][0]) for name in parts]
+                tensor.copy_(torch.cat(joint, dim).narrow(dim, start, tensor.shape[dim]))
+
+    everywhere(check)
+    everywhere(fill)
     adapters.resume(manifest["extra"]["merges"], manifest["extra"]["mean_over"])
     sums = check_replicas(adapters, device)
     if off := [name for name, value in sums.items() if value != manifest["sums"].get(name)]:
         raise ValueError(f"{path}: {off[0]} is not the weight that was saved, although its file is whole; "
                          "memory or the link is at fault: start the same command again, here or elsewhere")
     return manifest["step"]
+
+
+def bytes_of(args, model, layers) -> tuple[int, int]:
+    """About how many bytes a checkpoint and the result of this run need, before anything is attached."""
+    width = {"float64": 8, "bfloat16": 2}.get(args.dtype, 4)
+    result = width * sum(p.numel() for p in model.parameters())
+    sides = sum(sum(module.weight.shape) for _, module in layers)
+    if args.method == "full":
+        return 3 * result, result
+    shards = args.shards if args.method == "hd_pissa" else 1
+    # A_i, B_i, sums and increments' two moments; low halves beside bfloat16 weights
+    factors = (4 + args.export_lora) * shards * args.rank * sides * max(width, 4)
+    low = sum(module.weight.numel() for _, module in layers) * 2 if args.dtype == "bfloat16" else 0
+    return result + factors + low, result

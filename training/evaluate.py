@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,9 +10,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import hd_pissa
-from data.rows import read_rows
-from training.answers import is_right, kind_of
-from training.processes import together
+from data.rows import questions, split_list
+from training import folder
+from training.answers import is_right, isolation, kind_of
+from training.processes import everywhere, say, together
 
 
 def dealt(lengths: list[int], batch_size: int, desc: str):
@@ -68,14 +67,22 @@ def evaluate(model, rows, device, batch_size: int = 32, desc: str = "evaluate") 
     return table
 
 
+@torch.no_grad()
+def first_logits(model, rows, device) -> torch.Tensor:
+    """Logits of eight held-out rows of the frozen model, of which `attach` must not change a bit."""
+    model.requires_grad_(False)         # torch picks some matmuls by whether a weight is trained
+    x, _ = hd_pissa.pad([row[:2] for row in rows[:8]], device)
+    return hd_pissa.logits_of(model.eval(), x)
+
+
 # ---- Generated answers -------------------------------------------------------------------------------------
 
 
 def read_sets(paths: str | None, limit: int, run_code: bool) -> dict[str, list[dict]]:
     """{file's stem: its first `limit` rows} of comma-separated JSONL files with an `answer` in every row."""
     sets = {}
-    for path in paths.split(",") if paths else ():
-        rows, name = read_rows(path)[:limit], Path(path).stem
+    for path in split_list(paths) if paths else ():
+        rows, name = questions(path)[:limit], Path(path).stem
         for i, row in enumerate(rows, 1):
             if not isinstance(row.get("answer"), str) or not row["answer"].strip():
                 raise ValueError(f"{path}: row {i} has no text in 'answer', which generated text is compared "
@@ -146,13 +153,13 @@ def ask(model, tokenizer, rows, device, context: int, new_tokens: int, batch_siz
     if hasattr(model, "generate"):
         own = model.generation_config.eos_token_id                      # instruction models may have several
         own = own if isinstance(own, list) else [] if own is None else [own]
-        ends = list(dict.fromkeys([tokenizer.hf.eos_token_id, *own]))
+        ends = list(dict.fromkeys([*tokenizer.ends, *own]))
     else:
         ends = [tokenizer.eot]
     prompts = [tokenizer.prompt(row["instruction"]) for row in rows]
     fit = [j for j, prompt in enumerate(prompts) if len(prompt) + new_tokens <= context]
     said = {}
-    with evaluating(model):
+    with evaluating(model), together():
         for chosen, new in dealt([len(prompts[j]) for j in fit], batch_size, desc):
             batch = [fit[j] for j in chosen]
             tokens = generate(model, [prompts[j] for j in batch], ends, new_tokens, device)
@@ -162,8 +169,7 @@ def ask(model, tokenizer, rows, device, context: int, new_tokens: int, batch_siz
                         tokenizer.encoding.decode(row[:-1] if ended else row))
                 beat()                                                  # running a program may take seconds
                 said[j] = {"text": text, "right": is_right(text, rows[j]), "ended": ended}
-    everyone = hd_pissa.everywhere(said.copy)
-    said = {j: answer for part in everyone for j, answer in part.items()}
+    said = {j: answer for part in hd_pissa.everywhere(said.copy) for j, answer in part.items()}
     return [said.get(j, {"text": None, "right": False, "ended": False}) for j in range(len(rows))]
 
 
@@ -174,8 +180,10 @@ def examiner(args, tokenizer, context: int, device):
     goes on does them again. `beat` is called between rows, as a sign of life.
     """
     out, size, encoded = Path(args.out), max(8, args.micro_batch_size), {}
-    sets = together(
+    sets = everywhere(
         lambda: read_sets(args.eval, args.eval_rows, args.execute_generated_code))
+    if any(kind_of(row["answer"]) == "code" for rows in sets.values() for row in rows):
+        say(isolation())
     new_tokens = min(args.eval_tokens, context // 2)
     for name, rows in sets.items():
         pairs = [(tokenizer.prompt(row["instruction"]), tokenizer.response(row["response"])) for row in rows]
@@ -201,26 +209,29 @@ def examiner(args, tokenizer, context: int, device):
             path, kept = out / "eval.jsonl", []
             if hd_pissa.process_index() > 0:
                 return []
-            if step and path.exists():
-                kept = [json.loads(line) for line in path.read_text().splitlines()]
-                kept = [line for line in kept if line["step"] < step]
-            if not step:        # a new run in the folder of an older one
-                path.unlink(missing_ok=True)
-                shutil.rmtree(out / "answers", ignore_errors=True)
+            if step:
+                kept = [line for line in folder.read_lines(path) if fits(line) and line["step"] < step]
             if not lines:
                 return kept
+            (out / "answers").mkdir(exist_ok=True)
+            folder.remember(out, [f"answers/{name}.step_{step}.jsonl" for name in texts])
             for name, said in texts.items():
-                (out / "answers").mkdir(exist_ok=True)
-                (out / "answers" / f"{name}.step_{step}.jsonl").write_text("".join(
+                folder.write(out / "answers" / f"{name}.step_{step}.jsonl", "".join(
                     json.dumps({"answer": row["answer"], **answer}) + "\n"
                     for row, answer in zip(sets[name], said)))
-            path.with_suffix(".tmp").write_text("".join(json.dumps(line) + "\n" for line in kept + lines))
-            os.replace(path.with_suffix(".tmp"), path)          # a kill leaves the old lines or the new
+            folder.write(path, "".join(json.dumps(line) + "\n" for line in kept + lines))
             return kept + lines
 
-        return hd_pissa.everywhere(write)[0]
+        lines = everywhere(write)
+        return hd_pissa.everywhere(lambda: lines)[0]
 
     return examine
+
+
+def fits(line: dict) -> bool:
+    """Is this a line of eval.jsonl?"""
+    return isinstance(line.get("set"), str) and all(isinstance(line.get(key), (int, float)) for key in (
+        "step", "loss", "exact_match", "rows", "unended", "not_asked"))
 
 
 def describe(line: dict, new_tokens: int, context: int) -> str:

@@ -1,67 +1,38 @@
-"""OUT, the folder of a run: who may write there, whole files, the log."""
+"""OUT, the folder of a run: whose it is, whole files, and what may be deleted in it.
+
+A folder is a run's if the config.json of a run is in it; any other must be new or empty. What a run
+writes has fixed names, or stands in OUT/files.json before it is written. Nothing else is deleted: no
+folder with all that is in it, nothing behind a symbolic link. Links are followed to write.
+"""
 
 import contextlib
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import stat
+import tempfile
 from pathlib import Path
 
 import hd_pissa
-from training.processes import together
+from training.processes import everywhere, say
+
+FIXED = ("result.json", "spectra.json", "report.html", "eval.jsonl", "model.pt")
 
 
-@contextlib.contextmanager
-def alone(out: Path):
-    """Process 0 makes and holds the folder; ValueError on all processes if another run has it.
-
-    Workers may outlive a torchrun that was killed; a second run would mix its files with theirs.
-    """
-    def lock():
-        if hd_pissa.process_index() > 0:
-            return None
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
-        try:
-            import fcntl
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise ValueError(f"another run is writing to {out}; wait for it, or end it (pgrep -f train.py), "
-                             "or give another --out") from None
-        except (ImportError, OSError):
-            pass                        # no such locks on this system, or on this network disk
-        return handle
-
-    handle = together(lock)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            os.close(handle)            # and the kernel does so when a process is killed
-
-
-def begin(out: Path, config: dict, start: int) -> None:
-    """Process 0 makes OUT what it is after step `start`: nothing of later steps or another run."""
-    if hd_pissa.process_index() > 0:
-        return
-    if not start:
-        shutil.rmtree(out / "checkpoint", ignore_errors=True)
-    for name in ("result.json", "spectra.json", "report.html"):
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "lora", ignore_errors=True)
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    for stale in (out / "checkpoint").glob("step_*.tmp"):               # a killed save's
-        shutil.rmtree(stale, ignore_errors=True)
-    cut_log(out / "log.jsonl", start)
+# ---- Whole files -----------------------------------------------------------------------------------
 
 
 def sync(path: Path) -> None:
-    """The file or folder is on the disk, not only in the kernel's cache."""
+    """The file or folder is on the disk, not only in the kernel's cache, if the file system can."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError:
+        if not path.is_dir():           # some network disks cannot do it for folders
+            raise
     finally:
         os.close(handle)
 
@@ -75,26 +46,230 @@ def digest(path: Path) -> list:
     return [path.stat().st_size, h.hexdigest()]
 
 
-def write(path: Path, text: str) -> None:
-    """A whole file or the one before: written beside it and renamed."""
+def put(path: Path, write) -> None:
+    """write(temporary path), then the file under its name: the whole new one, or the one before."""
+    path = Path(os.path.realpath(path))                                 # a link is followed
     unfinished = path.with_name(path.name + ".tmp")
-    unfinished.write_text(text)
+    write(unfinished)
+    sync(unfinished)
     os.replace(unfinished, path)
+    sync(path.parent)
 
 
-def read_result(path: Path) -> dict | None:
-    """OUT/result.json, or None where there is none, or one that a full disk or a kill has cut."""
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text())
+def write(path: Path, text: str) -> None:
+    """The whole text, or the file before; what no encoding can show is written as \\udc80."""
+    put(path, lambda unfinished: unfinished.write_text(text, "utf-8", "backslashreplace"))
+
+
+def read(path: Path, most: int = 1 << 28) -> str:
+    """The text of a regular file; ValueError for anything else, without waiting at a pipe."""
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(handle, "rb") as file:
+        there = os.fstat(handle)
+        if not stat.S_ISREG(there.st_mode) or there.st_size > most:
+            raise ValueError(f"{path} is no file, or one of more than {most >> 20} MiB; remove it")
+        return file.read().decode("utf-8", "replace")
+
+
+def inside(path: Path, folder: Path) -> bool:
+    """Does the path lead into the folder, links followed? (Path.resolve raises for links in a circle.)"""
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def parsed(text: str):
+    """json.loads, with ValueError for what is nested too deeply as well."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+# ---- Whose folder it is ----------------------------------------------------------------------------
+
+
+def config_of(out: Path) -> dict | None:
+    """config.json of the run in OUT; None where there is none."""
+    try:
+        config = parsed(read(out / "config.json"))
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) and {"method", "resume", "rows"} <= config.keys() else None
+
+
+@contextlib.contextmanager
+def alone(out: Path):
+    """Process 0 makes and holds the folder; ValueError on all processes if another run has it.
+
+    Workers may outlive a torchrun that was killed; a second run would mix its files with theirs.
+    """
+    def lock():
+        if hd_pissa.process_index() > 0:
+            return None, []
+        made = [path for path in (out, *out.parents) if not path.exists()]
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out, os.O_RDONLY)
+        try:
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise ValueError(
+                f"another run is writing to {out}; wait for it, or end it (pgrep -f train.py finds "
+                "workers that outlived a killed torchrun too), or give another --out") from None
+        except (ImportError, OSError):
+            pass                        # no such locks on this system, or on this network disk
+        return handle, made
+
+    handle, made = everywhere(lock)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)            # and the kernel does so when a process is killed
+        for path in made:               # where an error came before anything was written
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def check_ours(out: Path, model: str) -> None:
+    """ValueError if OUT holds what no run has written, cannot be written, or has --model in it."""
+    def foreign(path):
+        unmarked = path.name == "config.json.tmp"           # killed before the mark had its name
+        return not unmarked and (not path.is_dir() or any(path.iterdir()))
+
+    def check():
+        if hd_pissa.process_index() > 0:
+            return
+        if os.path.exists(model) and inside(Path(model), out):
+            raise ValueError(f"--model {model} lies in --out {out}, where the result would replace it; "
+                             "give another --out")
+        if config_of(out) is None and (others := sorted(p.name for p in out.iterdir() if foreign(p))):
+            raise ValueError(f"--out {out} holds {', '.join(others[:3])} and no config.json of a run: it "
+                             "is not a run's; give a new or an empty folder")
+        tempfile.TemporaryFile(dir=out).close()
+
+    everywhere(check)
+
+
+def check_room(out: Path, checkpoint: int, result: int, keep: int) -> None:
+    """ValueError unless OUT has room for a checkpoint and the result; a warning if not for all of them.
+
+    checkpoint, result  their bytes      keep  checkpoints that stay, while one more is written
+    """
+    def check():
+        free = shutil.disk_usage(out).free
+        free += sum(path.stat().st_size for path in out.glob("checkpoint/step_*/*"))    # replaced
+        needed, all_of_it = checkpoint + result, (keep + 1) * checkpoint + result
+        text = (f"--out {out} has {free / 2**20:,.0f} MiB free; a checkpoint needs about "
+                f"{checkpoint / 2**20:,.0f} MiB, the result {result / 2**20:,.0f} MiB")
+        if free < needed:
+            raise ValueError(f"{text}; make room, or give an --out on another disk")
+        if free < all_of_it:
+            say(f"{text}: too little for --keep {keep} of them and one being written")
+
+    everywhere(lambda: hd_pissa.process_index() or check())
+
+
+# ---- What may be deleted ---------------------------------------------------------------------------
+
+
+def remove(path: Path) -> None:
+    """Delete a file that a run has written; what a link leads to is emptied and stays."""
+    if path.is_symlink():
+        if path.is_file():
+            path.write_text("")
+    elif path.is_file():
+        path.unlink()
+
+
+def remove_folder(path: Path, names: str) -> None:
+    """Delete a folder's files whose whole names match the pattern, and the folder if that was all."""
+    if path.is_symlink() or not path.is_dir():
+        return
+    for file in path.iterdir():
+        if re.fullmatch(names, file.name) and not file.is_symlink() and file.is_file():
+            file.unlink()
+    with contextlib.suppress(OSError):
+        path.rmdir()
+
+
+def listed(out: Path) -> list[str]:
+    """The names in OUT/files.json, those that lead out of OUT or through a link left out."""
+    try:
+        names = parsed(read(out / "files.json"))
+    except (OSError, ValueError):
+        return []
+
+    def safe(name):
+        if not isinstance(name, str) or "\0" in name or os.path.isabs(name) or ".." in Path(name).parts:
+            return False
+        return not any((out / parent).is_symlink() for parent in Path(name).parents)
+
+    return [name for name in names if safe(name)] if isinstance(names, list) else []
+
+
+def remember(out: Path, names) -> None:
+    """Add names, relative to OUT, to those that a later run may delete: before they are written."""
+    write(out / "files.json", json.dumps(sorted({*listed(out), *names}), indent=0) + "\n")
+
+
+def unfinished(out: Path, name: str) -> Path:
+    """An empty folder beside whose files OUT/name/ has its own, for `settle`."""
+    path = out / name / "unfinished"
+    remove_folder(path, ".*")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def settle(out: Path, name: str) -> dict[str, int]:
+    """Move the unfinished files of OUT/name/ to their places; {their names in OUT: sizes}.
+
+    One by one: of the folder itself, which may be a link to another disk, nothing else is touched.
+    """
+    path, final = out / name / "unfinished", out / name
+    files = {f"{name}/{file.name}": file.stat().st_size for file in sorted(path.iterdir())}
+    remember(out, files)
+    for file in sorted(path.iterdir()):
+        sync(file)
+        os.replace(file, final / file.name)
+    path.rmdir()
+    sync(final)
+    return files
+
+
+def forget(out: Path) -> None:
+    """Delete what the run before has left as results."""
+    for name in FIXED:
+        remove(out / name)
+    for name in listed(out):
+        remove(out / name)
+        with contextlib.suppress(OSError):
+            (out / name).parent.rmdir()
+    remove(out / "files.json")
+
+
+def begin(out: Path, config: dict, start: int) -> None:
+    """Process 0 makes OUT what it is after step `start`: nothing of later steps or of another run."""
+    if hd_pissa.process_index() > 0:
+        return
+    if start:
+        remove(out / "result.json")
+    else:
+        forget(out)
+    write(out / "config.json", json.dumps(config, indent=1) + "\n")
+    cut_log(out / "log.jsonl", start)
+
+
+# ---- Log and result --------------------------------------------------------------------------------
 
 
 def cut_log(path: Path, step: int) -> None:
     """Drop the lines after `step`, and one that a kill has cut: those steps are done again."""
     kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            kept += [line] if json.loads(line)["step"] <= step else []
-    path.write_text("".join(kept))
+    for line in read(path).splitlines(keepends=True) if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            kept += [line] if parsed(line)["step"] <= step else []
+    write(path, "".join(kept))
 
 
 def append_log(path: Path, record: dict) -> OSError | None:
@@ -107,3 +282,27 @@ def append_log(path: Path, record: dict) -> OSError | None:
             log.write(json.dumps(line) + "\n")
     except OSError as e:
         return e
+
+
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a JSONL file, without lines that hold none: a kill may have cut the last."""
+    lines = []
+    for line in read(path).splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            lines += [parsed(line)]
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def read_result(out: Path) -> dict | None:
+    """OUT/result.json of a whole result; None where it, or a file that it names, is missing or cut."""
+    try:
+        result = parsed(read(out / "result.json"))
+        for table in (result["before"], result["after"]):
+            if not all(isinstance(row[key], (int, float)) for row in (*table.values(), table["all"])
+                       for key in ("loss", "exact_match", "rows")):
+                return None
+        whole = result["before"].keys() == result["after"].keys() and result["files"] and all(
+            (out / name).stat().st_size == size for name, size in result["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return result if whole else None

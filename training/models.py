@@ -2,8 +2,7 @@
 
 import contextlib
 import os
-import pickle
-import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -11,7 +10,8 @@ import torch
 import hd_pissa
 import hd_pissa_extra
 from data.tokenizer import HFTokenizer
-from training.processes import say, together
+from training import folder
+from training.processes import everywhere, say
 
 
 def is_small(name: str) -> bool:
@@ -40,12 +40,12 @@ def snapshot(name: str, weights: bool) -> str:
     remedy = ("it is no directory: give a hub id that exists and that you may read (hf auth login); without "
               f"a network run `hf download {name} --local-dir DIR` elsewhere, copy it here, give --model DIR")
     with one_line(f"--model {name}", remedy):
-        folder = snapshot_download(name, allow_patterns=texts)
+        where = snapshot_download(name, allow_patterns=texts)
         for patterns in (["model*.safetensors"], ["pytorch_model*.bin"]) if weights else ():
-            folder = snapshot_download(name, allow_patterns=patterns)      # the rest of one cut short, too
-            if any(file.endswith(".safetensors") for file in os.listdir(folder)):
+            where = snapshot_download(name, allow_patterns=patterns)      # the rest of one cut short, too
+            if any(file.endswith(".safetensors") for file in os.listdir(where)):
                 break
-    return folder
+    return where
 
 
 def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
@@ -61,28 +61,31 @@ def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
     except ImportError:
         raise ValueError(f"--model {name} is not a .pt file, and Hugging Face models need transformers: "
                          "pip install -r requirements-extra.txt") from None
-    how, what, folder, remedy = {"trust_remote_code": False}, f"--model {name}", name, "download it again"
+    how, what, where, remedy = {"trust_remote_code": False}, f"--model {name}", name, "download it again"
     if tokenizer is not None:
         raise ValueError(f"--tokenizer {tokenizer}: {what} comes with its own; leave the flag out")
     if not os.path.isdir(name):
         if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise ValueError(f"{what}: no such directory; give a folder with config.json, or a hub id")
-        folder = snapshot(name, weights)
-    if not os.path.isfile(os.path.join(folder, "config.json")):
+        where = snapshot(name, weights)
+    if not os.path.isfile(os.path.join(where, "config.json")):
         raise ValueError(f"{what} has no config.json; give the folder of a whole model (an adapter must be "
                          "merged into its model first)")
+    if os.path.exists(os.path.join(where, "adapter_config.json")):
+        raise ValueError(f"{what} has an adapter_config.json beside the model, which transformers would put "
+                         "into it; merge that adapter, or move adapter_* out of the folder")
     with one_line(what, f"code from a model's folder is not run; {remedy}"):
-        config = AutoConfig.from_pretrained(folder, **how)
+        config = AutoConfig.from_pretrained(where, **how)
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"{what}: its model_type {config.model_type!r} is no causal language model of "
                          "transformers; give one that is, for example llama, mistral, qwen2 or gpt2")
     with one_line(f"{what}: its tokenizer", remedy):
-        tokenizer = AutoTokenizer.from_pretrained(folder, **how)
+        tokenizer = AutoTokenizer.from_pretrained(where, **how)
     tokenizer = HFTokenizer(name, tokenizer)
     with one_line(what, f"its weights cannot be used as they are; {remedy}" if weights else remedy):
         if weights:
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, config=config, output_loading_info=True,
+                where, dtype=torch.float32, config=config, output_loading_info=True,
                 ignore_mismatched_sizes=True, **how)
             # transformers would draw these at random
             other = (key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])   # 4.56, 5.x
@@ -108,18 +111,34 @@ def whole_state(model) -> dict[str, torch.Tensor]:
     return state
 
 
-def save_folder(folder: Path, model, tokenizer: HFTokenizer, state: dict) -> None:
-    """A plain Hugging Face folder of `state`, with config and tokenizer: there when it is whole."""
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
+def check_savable(model, tokenizer) -> None:
+    """ValueError if what is saved beside the weights cannot be: before the training, not after it."""
+    if not hasattr(model, "save_pretrained"):
+        return
+    with tempfile.TemporaryDirectory() as trial, one_line("--model", "its result could not be saved"):
+        own = getattr(model, "generation_config", None)
+        try:
+            if own is not None:
+                own.save_pretrained(trial)
+        except ValueError:
+            # Published models give a temperature without sampling, which transformers does not write.
+            own.do_sample = True
+            own.save_pretrained(trial)
+            say("generation_config.json has values for sampling alone: the result's says do_sample")
+        model.config.save_pretrained(trial)
+        tokenizer.hf.save_pretrained(trial)
+
+
+def save_folder(out: Path, model, tokenizer: HFTokenizer, state: dict) -> dict[str, int]:
+    """A plain Hugging Face folder of `state`, with config and tokenizer; {its files: sizes}."""
+    unfinished = folder.unfinished(out, "model")
     model.save_pretrained(unfinished, state_dict=state)
     tokenizer.hf.save_pretrained(unfinished)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(unfinished, folder)
+    return folder.settle(out, "model")
 
 
-def export(args, adapters, sums: dict, folder: Path, load_model) -> float:
-    """Write the run as a PEFT adapter beside the model; its relative error.
+def export(args, adapters, sums: dict, out: Path, load_model) -> float:
+    """Write the run as a PEFT adapter in OUT/lora; its relative error.
 
     sums        {layer: hd_pissa.checksum of its weight} when the run began
     load_model  train.py's
@@ -133,23 +152,35 @@ def export(args, adapters, sums: dict, folder: Path, load_model) -> float:
                                  "differs. A LoRA belongs to one base; put that back and run this again")
         return base
 
-    base = together(load_base)
-    error = hd_pissa_extra.export_lora(adapters, str(folder), base, args.model, args.lora_rank)
+    base = everywhere(load_base)
+    everywhere(lambda: folder.unfinished(out, "lora") if hd_pissa.process_index() == 0 else None)
+    staged = str(out / "lora" / "unfinished")
+    error = hd_pissa_extra.export_lora(adapters, staged, base, args.model, args.lora_rank)
+    everywhere(lambda: folder.settle(out, "lora") if hd_pissa.process_index() == 0 else None)
     rank = args.lora_rank or 2 * args.shards * args.rank
-    say(f"\nLoRA of rank {rank} in {folder}: relative error {error:.1e} of dW")
+    say(f"\nLoRA of rank {rank} in {out / 'lora'}: relative error {error:.1e} of dW")
     return error
 
 
 def read_state(path: str) -> dict:
-    """The state_dict in a .pt file; ValueError for anything else."""
-    if not os.path.isfile(path):
+    """The state_dict of a small GPT in a .pt file; ValueError for anything else."""
+    file = Path(path)
+    if not file.is_file():
         raise ValueError(f"--model {path}: no such file; give a model.pt that train.py has written")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as e:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as e:      # a damaged or foreign file makes torch.load raise anything
         raise ValueError(f"--model {path}: not a file of tensors alone, or damaged "
-                         f"({str(e).split('.')[0][:100]}); give a model.pt that train.py has written") from e
-    if not isinstance(state, dict) or not {"wte.weight", "wpe.weight", "blocks.0.c_fc.weight"} <= set(state):
+                         f"({' '.join(str(e).split())[:100]}); give a model.pt that train.py has "
+                         "written") from e
+    small = isinstance(state, dict) and all(isinstance(W, torch.Tensor) and W.is_floating_point() and
+                                            W.layout == torch.strided for W in state.values())
+    if not small or not {"wte.weight", "wpe.weight", "blocks.0.c_fc.weight"} <= state.keys():
         raise ValueError(f"--model {path}: not a state_dict of the small GPT; a Hugging Face model is "
                          "a folder")
+    blocks = {str(name).split(".")[1] for name in state if str(name).startswith("blocks.")}
+    width = state["wte.weight"].shape[-1:].numel()
+    if blocks != set(map(str, range(len(blocks)))) or width % 32 or not width:
+        raise ValueError(f"--model {path}: {len(blocks)} blocks of width {width} are no small GPT; give a "
+                         "model.pt that train.py has written")
     return state

@@ -15,17 +15,10 @@ import torch.distributed as dist
 import hd_pissa
 
 
-def say(*text) -> None:
+def say(text: str) -> None:
     """Print on process 0 alone."""
     if hd_pissa.process_index() == 0:
-        print(*text, flush=True)
-
-
-def together(work):
-    """What work() gives on this process; if it fails on any, its error as ValueError on all of them."""
-    kept = []
-    hd_pissa.everywhere(lambda: kept.append(work()))
-    return kept[0]
+        print(text, flush=True)
 
 
 def cpu_threads(given: int | None, small: bool) -> int:
@@ -76,11 +69,13 @@ def join_processes(backend: str, timeout: float) -> None:
     would call there. On one machine restarts are counted alike everywhere, so each gets own keys.
     """
     wait = datetime.timedelta(seconds=timeout)
+    global _store, _patience
     store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
     alike = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alike else "any"
     dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank,
                             world_size=world_size, timeout=wait)
+    _store, _patience = dist.PrefixStore(f"life {attempt}", store), timeout
 
 
 def fail(message: str) -> None:
@@ -128,15 +123,111 @@ def heartbeat(seconds: float, timeout: float):
         over.set()
 
 
+class Stopped(BaseException):
+    """A signal has ended the run: its number, and where, in words. No `except Exception` holds it."""
+
+    def __init__(self, number: int, where: str):
+        super().__init__(number, where)
+        self.number, self.where = number, where
+
+
+class Lost(BaseException):
+    """Another process shows no sign of life: no collective can agree on that."""
+
+
+@contextlib.contextmanager
+def handling(handler):
+    """SIGTERM and SIGINT go to handler(number) in the block; Python allows it in the main thread alone."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before[number] = signal.signal(number, lambda number, frame: handler(number))
+    try:
+        yield
+    finally:
+        for number, one in before.items():
+            signal.signal(number, one)
+
+
+def stoppable():
+    """A context in which a signal ends the run at once, with a sentence."""
+    def stop(number):
+        raise Stopped(number, "outside of training; nothing saved is lost, and the same command goes on "
+                      "from the last checkpoint, or begins anew")
+
+    return handling(stop)
+
+
 @contextlib.contextmanager
 def signals_kept():
-    """Yields the list of SIGTERM and SIGINT that arrive in the block, instead of being ended by them."""
-    caught, before = [], {}
-    if threading.current_thread() is threading.main_thread():       # Python allows it there alone
-        for number in (signal.SIGTERM, signal.SIGINT):
-            before[number] = signal.signal(number, lambda number, frame: caught.append(number))
-    try:
+    """Yields the list of signals that arrive in the block, where a step is finished and saved first."""
+    caught = []
+
+    def keep(number):
+        if not caught and hd_pissa.process_index() == 0:     # not by print: it may be in the middle of one
+            os.write(2, b"\nstopping after this step, or the evaluation under way, and a save\n")
+        caught.append(number)
+
+    with handling(keep):
         yield caught
+
+
+# ---- Waiting for each other ------------------------------------------------------------------------
+
+BEAT = 1.0                      # seconds between signs of life
+_store, _patience, _met = None, 600.0, 0        # of join_processes; blocks that were left together
+
+
+@contextlib.contextmanager
+def together():
+    """Leave the block together: whoever is first waits as long as the others live.
+
+    A collective waits --timeout seconds. One process may need longer than that to write a model or to
+    run generated programs, so it gives a sign of life meanwhile, by a thread, through torchrun's store.
+    """
+    global _met
+    if _store is None or hd_pissa.world_size() == 1:
+        yield
+        return
+    _met, met = _met + 1, _met
+    rank, over = hd_pissa.process_index(), threading.Event()
+    others = [r for r in range(hd_pissa.world_size()) if r != rank]
+
+    def beat():
+        count = 0
+        while not over.is_set():
+            _store.set(f"beat {met} {rank}", str(count))
+            count += 1
+            over.wait(BEAT)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        over.set()
+        thread.join()
+        _store.set(f"done {met} {rank}", "1")
+        last = {r: ("", time.monotonic()) for r in others}
+        while others := [r for r in others if not _store.check([f"done {met} {r}"])]:
+            for r in others:
+                key = f"beat {met} {r}"
+                seen = _store.get(key).decode() if _store.check([key]) else ""
+                if seen != last[r][0]:
+                    last[r] = seen, time.monotonic()
+                elif time.monotonic() - last[r][1] > _patience:
+                    raise Lost(f"process {r} has shown no sign of life for --timeout {_patience:g} s; "
+                               "end it, the same command continues from the last checkpoint")
+            time.sleep(min(BEAT, 0.05))
+
+
+def everywhere(work):
+    """work() on every process, however long one needs; an error on one is raised on all of them."""
+    kept = []
+
+    def and_wait():
+        with together():
+            kept.append(work())
+
+    hd_pissa.everywhere(and_wait)
+    return kept[0]

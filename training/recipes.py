@@ -10,7 +10,7 @@ import torch
 
 import hd_pissa
 from training import models
-from training.processes import say, together
+from training.processes import everywhere, say
 
 LLAMA, MISTRAL = 2e-5, 5e-6         # table 4: the learning rate by the base model
 
@@ -110,4 +110,4 @@ def begin(args, load_model) -> None:
             model = load_model(args.model, args.seed, False, args.tokenizer)[0]
         check_fit(args, hd_pissa.find_layers(model, args.targets)[0])
 
-    together(fits)
+    everywhere(fits)

@@ -1,7 +1,6 @@
 """What a run prints and logs: what is trained, losses, the rank of dW."""
 
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -9,7 +8,8 @@ import torch
 
 import hd_pissa
 from training.folder import read_result
-from training.processes import say, together
+from training.processes import say
+from training.report_html import write_report
 
 
 def sampled(names: list[str]) -> list[str]:
@@ -32,13 +32,15 @@ def report_layers(args, adapters, names) -> None:
         say(f"skipped: {name} ({why})")
 
 
-def finished(out: Path, checkpoint: Path, max_steps: int) -> dict | None:
-    """The result of a run that has ended, printed again; None where there is more to do."""
-    result = read_result(out / "result.json")
-    if not result or checkpoint != out / "checkpoint" / f"step_{max_steps}":
-        return None
-    report_losses(result["before"], result["after"])
-    say(f"\n{checkpoint} is the end of this run; choose another --out, or --resume never to train again")
+def finished(out: Path, what: Path) -> dict | None:
+    """The result of a run that has ended, printed again; None where there is more to do.
+
+    what        OUT or its last checkpoint, to be named
+    """
+    result = hd_pissa.everywhere(lambda: read_result(out))[0]
+    if result:
+        report_losses(result["before"], result["after"])
+        say(f"\n{what} is the end of this run; choose another --out, or --resume never to train again")
     return result
 
 
@@ -62,23 +64,42 @@ def rounding_floor(W: torch.Tensor, steps: int) -> float:
     return float(ulp.square().mean().sqrt() * math.sqrt(steps / 12) * sum(math.sqrt(d) for d in W.shape))
 
 
-def report_rank(args, watched, after_training) -> dict:
-    """Print and return the rank of dW; both arguments: {name: W}. The spectra go to OUT/spectra.json."""
-    K, r, table, spectra = args.shards, args.rank, {}, {}
-    edge = {"lora": r, "pissa": 2 * r, "hd_pissa": 2 * K * r}.get(args.method)
+def rank_of_update(args, watched, trained) -> tuple[dict, dict]:
+    """(what report_rank prints, {layer: singular values of dW}); both arguments: {name: W}."""
+    r, table, spectra = args.rank, {}, {}
+    edge = {"lora": r, "pissa": 2 * r, "hd_pissa": 2 * args.shards * r}.get(args.method)
+    for name, W in watched.items():
+        S = hd_pissa.update_spectrum(W, trained[name])
+        spectra[name] = [float(f"{sigma:.6g}") for sigma in S.tolist()]
+        floor = rounding_floor(trained[name], args.max_steps) / float(S[0] or 1)
+        table[name] = {"effective_rank": hd_pissa.effective_rank(S), "of": len(S), "rounding_floor": floor}
+        if edge is not None and edge < len(S) and S[0] > 0:
+            table[name] |= {"edge": edge, "beyond_edge": float(S[edge] / S[0])}
+    return table, spectra
+
+
+def report_rank(args, table: dict) -> None:
+    r, K = args.rank, args.shards
     say("\neffective rank of dW: singular values above 1 % of the largest "
         f"(LoRA {r}, PiSSA {2 * r}, HD-PiSSA about 2Kr = {2 * K * r})")
-    for name, W in watched.items():
-        after = after_training[name]
-        S = hd_pissa.update_spectrum(W, after)
-        spectra[name] = [float(f"{sigma:.6g}") for sigma in S.tolist()]
-        floor = rounding_floor(after, args.max_steps) / float(S[0] or 1)
-        table[name] = {"effective_rank": hd_pissa.effective_rank(S), "of": len(S), "rounding_floor": floor}
-        text = f"  {name:34} {table[name]['effective_rank']:4} of {len(S)}"
-        if edge is not None and edge < len(S) and S[0] > 0:
-            table[name]["beyond_edge"] = float(S[edge] / S[0])
-            text += f", sigma_{edge + 1}/sigma_1 = {float(S[edge] / S[0]):.1e} (rounding alone: {floor:.0e})"
+    for name, row in table.items():
+        text = f"  {name:34} {row['effective_rank']:4} of {row['of']}"
+        if "edge" in row:
+            text += (f", sigma_{row['edge'] + 1}/sigma_1 = {row['beyond_edge']:.1e} (rounding alone: "
+                     f"{row['rounding_floor']:.0e})")
         say(text)
-    file = Path(args.out) / "spectra.json"
-    together(lambda: hd_pissa.process_index() or file.write_text(json.dumps(spectra) + "\n"))
-    return table
+
+
+def report_files(out: Path, small: bool) -> None:
+    path = str(out / ("model.pt" if small else "model"))
+    how = (f"train.GPT.from_state_dict(torch.load({path!r}, weights_only=True))" if small else
+           f"transformers.AutoModelForCausalLM.from_pretrained({path!r})")
+    say(f"\nthe result is a plain model under the base model's names:\n  {how}")
+
+
+def report_page(out: Path, result: dict) -> None:
+    """OUT/report.html; what another program may have left in a log or eval.jsonl costs no result."""
+    try:
+        write_report(out, result)
+    except ValueError as e:
+        say(f"no report.html: {e}")

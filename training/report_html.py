@@ -253,22 +253,34 @@ def page(config: dict, log: list[dict], result: dict, exams: list[dict], spectra
             "</head><body>\n" + "\n".join(parts) + "\n</body></html>\n")
 
 
-def write_report(folder) -> Path:
-    """Write FOLDER/report.html from what the run has left there; ValueError if that is nothing."""
+def write_report(folder, result: dict | None = None) -> Path:
+    """Write FOLDER/report.html from what the run has left there; ValueError if that is nothing.
+
+    result      what will be result.json, where that is not written yet
+    """
     folder = Path(folder)
 
-    def read(name, empty, lines=False):
-        path = folder / name
-        text = path.read_text() if path.is_file() else ""
-        return [json.loads(line) for line in text.splitlines()] if lines else json.loads(text or empty)
+    def read(name, kind):
+        """The objects of a file; without a line, or all of it, that is no JSON or of another kind."""
+        path, found = folder / name, []
+        text = path.read_text("utf-8", "replace") if path.is_file() else ""
+        for line in text.splitlines() if name.endswith("l") else [text]:
+            try:
+                found += [value] if isinstance(value := json.loads(line), dict) else []
+            except (ValueError, RecursionError):
+                continue
+        return found if kind is list else found[0] if found else {}
 
     if not (folder / "log.jsonl").is_file():
         raise ValueError(f"{folder} holds no log.jsonl; give the --out folder of a run")
-    text = page(read("config.json", "{}"), read("log.jsonl", "", True), read("result.json", "null") or {},
-                read("eval.jsonl", "", True), read("spectra.json", "{}"))
-    path = folder / "report.html"
-    path.with_suffix(".tmp").write_text(text, encoding="utf-8")
-    os.replace(path.with_suffix(".tmp"), path)
+    try:
+        text = page(read("config.json", dict), read("log.jsonl", list), result or read("result.json", dict),
+                    read("eval.jsonl", list), read("spectra.json", dict))
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
+        raise ValueError(f"{folder}: its files are not what a run writes ({type(e).__name__}: {e})") from None
+    path = Path(os.path.realpath(folder / "report.html"))
+    path.with_name("report.html.tmp").write_text(text, "utf-8", "backslashreplace")
+    os.replace(path.with_name("report.html.tmp"), path)
     return path
 
 

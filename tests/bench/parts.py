@@ -28,6 +28,7 @@ import spawned  # noqa: E402
 from spawned import received_bytes, spawn  # noqa: E402
 
 import hd_pissa  # noqa: E402
+import hd_pissa_extra  # noqa: E402
 
 
 def layers(*shapes, decay=0.0) -> nn.Sequential:

@@ -88,9 +88,9 @@ def main() -> None:
     done = json.loads(path.read_text()) if path.exists() else []
     in_memory, save_folder = [], models.save_folder
 
-    def keeping(folder, model, tokenizer, state):
+    def keeping(out, model, tokenizer, state):
         in_memory[:] = [logits_of_rows(model, tokenizer)]
-        save_folder(folder, model, tokenizer, state)
+        return save_folder(out, model, tokenizer, state)
 
     models.save_folder = keeping
 

@@ -1,0 +1,445 @@
+"""Nothing of anyone's is lost: whose OUT is, what is deleted in it, and that any kill leaves a whole end."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from conftest import ROOT
+
+import hd_pissa
+import train
+from training import checkpoint, folder
+
+TINY = ["--device", "cpu", "--threads", "1", "--shards", "2", "--rank", "1", "--batch_size", "4",
+        "--micro_batch_size", "4", "--eval_rows", "2", "--max_steps", "2"]  # fmt: skip
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing after it runs."""
+
+
+def run(out, *flags):
+    return train.main([*TINY, *map(str, flags), "--out", str(out)])
+
+
+def refused(capsys, out, *flags) -> str:
+    """The sentence with which a command ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(out, *flags)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py: error: ")]
+    assert stop.value.code == 2 and len(lines) == 1
+    return lines[0]
+
+
+def contents(path: Path) -> dict:
+    """{name: bytes, or where a link leads} of all that lies in a folder."""
+    return {str(p.relative_to(path)): os.readlink(p) if p.is_symlink() else p.read_bytes()
+            for p in sorted(path.rglob("*")) if p.is_symlink() or p.is_file()}  # fmt: skip
+
+
+def weights(out):
+    return torch.load(out / "model.pt", weights_only=True)
+
+
+def same(a: dict, b: dict) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished run."""
+    out = tmp_path_factory.mktemp("done") / "out"
+    run(out)
+    return out
+
+
+@pytest.fixture
+def copy(done, tmp_path):
+    shutil.copytree(done, tmp_path / "out")
+    return tmp_path / "out"
+
+
+# ---- Whose folder it is ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [
+    "checkpoint/epoch=3.ckpt", "checkpoint/step_2/mine", "lora/adapter_model.safetensors", "answers/mine.txt",
+    "model/config.json", "model.pt", "log.jsonl", "result.json", "files.json", "thesis.tex"])  # fmt: skip
+@pytest.mark.parametrize("flags", [[], ["--resume", "never"]])
+def test_a_foreign_folder_is_refused_before_anything_is_loaded(name, flags, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    out = tmp_path / "out"
+    (out / name).parent.mkdir(parents=True)
+    (out / name).write_text("precious")
+    error = refused(capsys, out, *flags)
+    assert name.split("/")[0] in error and "new or an empty folder" in error
+    assert contents(out) == {name: b"precious"}
+
+
+def test_a_config_of_something_else_is_no_mark(tmp_path, capsys):
+    """Hugging Face's folders have a config.json too."""
+    families.model("llama").save_pretrained(tmp_path / "out")
+    before = contents(tmp_path / "out")
+    assert "not a run's" in refused(capsys, tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+
+
+def test_an_empty_name_is_the_current_folder(tmp_path, capsys, monkeypatch):
+    """--out "$UNSET" among one's own work."""
+    monkeypatch.chdir(tmp_path)
+    Path("mine.txt").write_text("precious")
+    assert "mine.txt" in refused(capsys, "")
+    assert contents(tmp_path) == {"mine.txt": b"precious"}
+
+
+def test_the_base_model_is_never_replaced(copy, capsys):
+    """--model OUT/model.pt --out OUT, by its name or by a link to it."""
+    before = contents(copy)
+    (copy.parent / "link.pt").symlink_to(copy / "model.pt")
+    for model in (copy / "model.pt", copy.parent / "link.pt"):
+        error = refused(capsys, copy, "--model", model, "--lr", "1e-3", "--resume", "never")
+        assert "where the result would replace it" in error
+    assert contents(copy) == before
+
+
+def test_links_to_empty_folders_are_followed_to_write(tmp_path):
+    """OUT/checkpoint on another disk: its files lie there, and the link stays."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out" / "checkpoint").symlink_to(tmp_path / "disk")
+    run(tmp_path / "out")
+    assert (tmp_path / "out" / "checkpoint").is_symlink()
+    assert (tmp_path / "disk" / "step_2" / "manifest.json").is_file()
+
+
+def test_a_failed_command_leaves_no_folder(tmp_path, capsys):
+    assert "missing.jsonl" in refused(capsys, tmp_path / "a" / "out", "--data", "missing.jsonl")
+    assert not (tmp_path / "a").exists()
+
+
+def test_an_out_that_cannot_be_made_is_known_at_once(capsys, monkeypatch):
+    monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("a model was loaded"))
+    assert "/proc/nowhere" in refused(capsys, "/proc/nowhere")
+
+
+def test_a_folder_named_like_a_checkpoint_is_an_output_folder(tmp_path, capsys):
+    run(tmp_path / "step_5")
+    run(tmp_path / "step_5")
+    assert "is the end of this run" in capsys.readouterr().out
+
+
+def test_the_lock_covers_the_whole_run(tmp_path, capsys, monkeypatch):
+    """A second command is refused while the first loads its model, and while it writes its result."""
+    seen, load, save = [], train.load_model, train.save
+
+    def meanwhile(work):
+        def at_work(*args):
+            process = subprocess.run(
+                [sys.executable, str(ROOT / "train.py"), *TINY, "--resume", "never", "--out", str(out)],
+                capture_output=True, text=True)  # fmt: skip
+            seen.append((process.returncode, "another run is writing to" in process.stderr))
+            return work(*args)
+        return at_work  # fmt: skip
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(train, "load_model", meanwhile(load))
+    monkeypatch.setattr(train, "save", meanwhile(save))
+    run(out)
+    assert seen == [(2, True), (2, True)] and (out / "result.json").exists()
+
+
+# ---- Room --------------------------------------------------------------------------------------------------
+
+
+def test_room_is_reckoned_before_the_first_step(tmp_path, capsys, monkeypatch):
+    """Too little for one checkpoint and the result: refused with both figures. For all of --keep: said."""
+    free = [0]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
+    error = refused(capsys, tmp_path / "out")
+    assert "has 0 MiB free" in error and "a checkpoint needs about 4 MiB, the result 4 MiB" in error
+    free[0] = 9 << 20
+    run(tmp_path / "out")
+    assert "too little for --keep 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [[], ["--method", "lora"], ["--method", "full"], ["--dtype", "bfloat16"],
+                                   ["--dtype", "float64", "--shards", "4", "--rank", "4"]])
+def test_the_reckoned_size_of_a_checkpoint(flags, tmp_path):
+    """Within a quarter of what is written."""
+    run(tmp_path / "out", *flags)
+    args = train.parse([*TINY, *flags])
+    model = train.load_model(args.model, 0)[0]
+    reckoned, result = checkpoint.bytes_of(args, model, hd_pissa.find_layers(model, "all-linear")[0])
+    assert result == pytest.approx((tmp_path / "out" / "model.pt").stat().st_size, rel=0.1)
+    written = (tmp_path / "out" / "checkpoint" / "step_2" / "tensors_0.bin").stat().st_size
+    assert 0.75 * written < reckoned < 1.3 * written
+
+
+# ---- What may be deleted -----------------------------------------------------------------------------------
+
+
+def test_beginning_anew_deletes_by_name_alone(copy):
+    """Files that someone has put between a run's own stay; the run's own are replaced."""
+    mine = ["notes.txt", "model/LICENSE", "checkpoint/notes", "checkpoint/step_2/notes", "answers/mine.txt"]
+    for name in mine:
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_text("precious")
+    (copy / "checkpoint" / "step_9").mkdir()
+    run(copy, "--resume", "never", "--seed", "3")
+    assert all((copy / name).read_text() == "precious" for name in mine)
+    assert not (copy / "checkpoint" / "step_2" / "manifest.json").exists() or json.loads(
+        (copy / "checkpoint" / "step_2" / "manifest.json").read_text())["config"]["seed"] == 3
+
+
+def test_names_that_lead_elsewhere_are_not_deleted(copy, tmp_path):
+    """files.json is read as what anyone may have written."""
+    (tmp_path / "real").mkdir()
+    outside = [tmp_path / "thesis.txt", tmp_path / "real" / "thesis.txt"]
+    for path in outside:
+        path.write_text("precious")
+    (copy / "linked").symlink_to(tmp_path / "real")
+    (copy / "checkpoint" / "step_1").symlink_to(tmp_path / "real")
+    names = ["../thesis.txt", str(outside[0]), "linked/thesis.txt", "a/../../thesis.txt", 5, None, "\0", "x"]
+    (copy / "files.json").write_text(json.dumps(names))
+    run(copy, "--resume", "never")
+    assert all(path.read_text() == "precious" for path in outside)
+
+
+def test_a_model_folder_is_replaced_file_by_file(tmp_path, capsys):
+    """A second run in OUT: no weight of the first is left, and no file that someone added is gone."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    families.model("llama").save_pretrained(base)
+    families.tokenizer().save_pretrained(base)
+    flags = ["--model", base, "--lr", "1e-2", "--block_size", "64"]
+    run(out, *flags)
+    first = (out / "model" / "model.safetensors").read_bytes()
+    (out / "model" / "LICENSE").write_text("precious")
+    (out / "model" / "model-00001-of-00002.safetensors").write_text("old")
+    folder.remember(out, ["model/model-00001-of-00002.safetensors"])
+    run(out, *flags, "--seed", "4", "--resume", "never")
+    assert (out / "model" / "model.safetensors").read_bytes() != first
+    assert not (out / "model" / "model-00001-of-00002.safetensors").exists()
+    assert (out / "model" / "LICENSE").read_text() == "precious"
+
+
+# ---- The end of a run --------------------------------------------------------------------------------------
+
+
+def operations(monkeypatch, stop: int | None) -> list[str]:
+    """Log what changes names in the file system; the one of number `stop` kills before it is done."""
+    seen = []
+
+    def watched(owner, name):
+        original = getattr(owner, name)
+
+        def operate(*args, **kwargs):
+            seen.append(f"{name} {os.path.basename(args[-1] if name == 'replace' else args[0])}")
+            if len(seen) - 1 == stop:
+                raise Killed
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, operate)
+
+    for owner, name in ((os, "replace"), (Path, "unlink"), (Path, "rename"), (Path, "rmdir")):
+        watched(owner, name)
+    return seen
+
+
+@pytest.mark.parametrize("flags", [[], pytest.param(["--resume", "never"], marks=pytest.mark.slow)])
+def test_a_kill_between_any_two_changes_of_files(flags, done, tmp_path, monkeypatch):
+    """In a new run, and in one over a finished run of another seed: the same command completes."""
+    def begin(out):
+        if flags:
+            run(out, "--seed", "5")
+        return out
+
+    with monkeypatch.context() as patch:
+        out = begin(tmp_path / "counted")
+        seen = operations(patch, None)
+        run(out, *flags)
+    assert len(seen) >= 8, seen
+    for stop, what in enumerate(seen):
+        out = begin(tmp_path / f"out{stop}")
+        with monkeypatch.context() as patch:
+            operations(patch, stop)
+            with pytest.raises(Killed):
+                run(out, *flags)
+        run(out, *flags)
+        assert same(weights(out), weights(done)), what
+        names = {"model.pt", "result.json", "report.html", "spectra.json", "config.json", "log.jsonl"}
+        assert names <= {path.name for path in out.iterdir()}, what
+        assert [line["step"] for line in folder.read_lines(out / "log.jsonl")] == [1, 2], what
+        assert not list(out.glob("**/*.tmp")), what
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda out: (out / "model.pt").unlink(), lambda out: (out / "model.pt").write_bytes(b""),
+    lambda out: (out / "result.json").write_text('{"before": {"x": 5}, "after": {}}'),
+    lambda out: (out / "result.json").write_text("5"), lambda out: (out / "result.json").unlink(),
+])  # fmt: skip
+def test_a_result_that_is_not_whole_is_made_again(spoil, copy, done, capsys):
+    spoil(copy)
+    run(copy)
+    assert "going on after step 2" in capsys.readouterr().out
+    assert same(weights(copy), weights(done)) and folder.read_result(copy)
+
+
+def test_a_result_whose_checkpoints_were_deleted_stays(copy, capsys):
+    """The same command prints it; another is refused."""
+    shutil.rmtree(copy / "checkpoint")
+    before = contents(copy)
+    run(copy)
+    assert "is the end of this run" in capsys.readouterr().out
+    assert "--seed is 7 here, 0 there" in refused(capsys, copy, "--seed", "7")
+    assert contents(copy) == before
+
+
+def test_what_no_terminal_can_show_ends_no_run(tmp_path):
+    """A lone surrogate and letters that cp1252 lacks, as domains: printed escaped, after the save."""
+    rows = [json.dumps({"instruction": f"a{i}", "response": "b", "domain": ("x\ud800", "\u6570")[i % 2]})
+            for i in range(8)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *TINY, "--eval_rows", "8", "--eval_data",
+         str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")],
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252:strict"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"\\ud800" in done.stdout and b"\\u6570" in done.stdout
+    assert folder.read_result(tmp_path / "out") and (tmp_path / "out" / "report.html").exists()
+
+
+# ---- Going on ----------------------------------------------------------------------------------------------
+
+
+def cut(monkeypatch, out, *flags, after, number=None):
+    """Run a command that ends behind step `after`: killed, or by a signal that this process gets."""
+    inner = hd_pissa.train
+
+    def stopping(*args, **kwargs):
+        for record in inner(*args, **kwargs):
+            if record["step"] == after and number:
+                os.kill(os.getpid(), number)
+            yield record
+            if record["step"] == after:
+                raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hd_pissa, "train", stopping)
+        with contextlib.suppress(Killed):
+            run(out, *flags)
+
+
+SIX = ["--max_steps", "6", "--save_every", "2"]
+
+
+def test_never_goes_on_where_a_signal_stopped_the_same_command(tmp_path, capsys, monkeypatch):
+    flags, out = [*SIX, "--resume", "never"], tmp_path / "out"
+    with pytest.raises(SystemExit) as stop:
+        cut(monkeypatch, out, *flags, after=3, number=signal.SIGTERM)
+    said = capsys.readouterr()
+    assert stop.value.code == 128 + signal.SIGTERM and "stopped by SIGTERM after step 3" in said.out
+    run(out, *flags)
+    assert "going on after step 3" in capsys.readouterr().out
+    cut(monkeypatch, out, *flags, after=5)                              # a kill has promised nothing
+    run(out, *flags)
+    text = capsys.readouterr().out
+    assert "going on" not in text and text.count("step-0 loss") == 2
+
+
+def test_another_command_after_a_signal_begins_anew(tmp_path, capsys, monkeypatch):
+    with pytest.raises(SystemExit):
+        cut(monkeypatch, tmp_path / "out", *SIX, after=3, number=signal.SIGTERM)
+    capsys.readouterr()
+    run(tmp_path / "out", *SIX, "--resume", "never", "--seed", "2")
+    assert "going on" not in capsys.readouterr().out
+
+
+def test_never_goes_on_under_max_restarts(tmp_path, capsys, monkeypatch):
+    cut(monkeypatch, tmp_path / "out", *SIX, "--resume", "never", after=5)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    run(tmp_path / "out", *SIX, "--resume", "never")
+    assert "going on after step 4" in capsys.readouterr().out
+
+
+def test_resume_from_a_path_does_not_touch_another_run(tmp_path, capsys, monkeypatch):
+    """--out holds a finished run of another seed: refused with both values."""
+    run(tmp_path / "valuable", *SIX, "--seed", "2")
+    cut(monkeypatch, tmp_path / "a", *SIX, after=5)
+    before = contents(tmp_path / "valuable")
+    error = refused(capsys, tmp_path / "valuable", *SIX, "--resume", tmp_path / "a" / "checkpoint" / "step_4")
+    assert "--seed is 0 here, 2 there" in error and "would overwrite" in error
+    assert contents(tmp_path / "valuable") == before
+
+
+def test_resume_from_a_path_goes_on_from_its_own_checkpoints(tmp_path, capsys, monkeypatch):
+    """The same command again after a kill: not from the path, where OUT is further."""
+    cut(monkeypatch, tmp_path / "a", *SIX, after=3)
+    flags = [*SIX, "--resume", tmp_path / "a"]
+    cut(monkeypatch, tmp_path / "b", *flags, after=5)
+    run(tmp_path / "b", *flags)
+    text = capsys.readouterr().out
+    assert f"going on after step 2 of {tmp_path / 'a'}" in text
+    assert f"going on after step 4 of {tmp_path / 'b'}" in text
+    run(tmp_path / "whole", *SIX)
+    assert same(weights(tmp_path / "b"), weights(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("where", ["evaluate", "load_model"])
+def test_a_signal_outside_of_training_has_a_sentence(where, tmp_path, capsys, monkeypatch):
+    original = getattr(train, where)
+
+    def meanwhile(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(train, where, meanwhile)
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "out")
+    assert stop.value.code == 128 + signal.SIGINT
+    assert "stopped by SIGINT outside of training" in capsys.readouterr().out
+
+
+# ---- Waiting -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_process_waits_as_long_as_the_other_works(stopped, tmp_path):
+    """Process 0 needs three times --timeout: no error. Stopped, it gives no sign of life: one sentence."""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import os, signal, sys, time
+sys.path[:0] = [{str(ROOT)!r}]
+from training import processes
+processes.BEAT = 0.2
+processes.start_processes("cpu", 1, 2.0)
+if os.environ["RANK"] == "0":
+    open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+def work():
+    if os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGSTOP) if {stopped} else time.sleep(6)
+try:
+    processes.everywhere(work)
+    print("all there", flush=True)
+except processes.Lost as e:
+    print(e, flush=True)
+    os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(int(open({str(tmp_path / "pid")!r}).read()), signal.SIGKILL)
+""")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)],
+        capture_output=True, text=True, timeout=100)  # fmt: skip
+    if stopped:
+        assert "process 0 has shown no sign of life for --timeout 2 s" in done.stdout, done
+    else:
+        assert done.stdout.count("all there") == 2, done.stdout + done.stderr
