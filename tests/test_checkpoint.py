@@ -68,7 +68,7 @@ def pipe(name):
 def foreign(step):
     """Tensors of a smaller model under this run's configuration."""
     model = train.GPT(60, block_size=16, layers=1, width=32)
-    adapters = hd_pissa.attach(model, 2, shards=4)
+    adapters = hd_pissa_extra.attach(model, 2, shards=4)
     optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0)
     old = json.loads((step / "manifest.json").read_text())
     other = checkpoint.save(step.parent / "x" / "checkpoint", 4, model, adapters, optimizer, old["config"],
@@ -155,7 +155,7 @@ def test_nothing_is_half_loaded(copy):
     step = copy / "checkpoint" / "step_4"
     manifest = checkpoint.read_manifest(step)
     model = train.GPT(60, block_size=16, layers=1, width=32)
-    adapters = hd_pissa.attach(model, 2, shards=4)
+    adapters = hd_pissa_extra.attach(model, 2, shards=4)
     optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0)
     before = {k: v.clone() for k, v in model.state_dict().items()} | adapters.state_dict()
     with pytest.raises(ValueError, match="another model"):
@@ -191,7 +191,7 @@ def test_weight_sum_by_hand(dtype):
     integers = W.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[W.element_size()]).flatten().tolist()
     total = sum(v * (2 * p + 1) for p, v in enumerate(integers)) % 2**64
     assert hd_pissa.checksum(W) % 2**64 == total
-    assert (hd_pissa.checksum(W[:3]) + checkpoint.weight_sum(W[3:], 15)) % 2**64 == total
+    assert (hd_pissa.checksum(W[:3]) + hd_pissa.checksum(W[3:], 15)) % 2**64 == total
     bits = W.view(torch.uint8).clone()
     for at in range(bits.numel()):
         for bit in range(8):

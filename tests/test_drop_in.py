@@ -90,7 +90,7 @@ def test_the_checks_can_fail(name, monkeypatch):
 
         monkeypatch.setattr(hd_pissa.Adapters, "merge_", merge_)
     else:
-        monkeypatch.setattr(hd_pissa.Adapters, "_fold", lambda *args: None)
+        monkeypatch.setattr(hd_pissa.Adapters, "fold", lambda *args: None)
     with pytest.raises(AssertionError):
         module.main()
 
@@ -145,23 +145,26 @@ def test_its_own_clipping_does_nothing_and_the_hook_clips(using, tmp_path):
 
 
 def test_it_does_not_zero_the_increments_gradients(using, tmp_path, monkeypatch):
-    """With a hook that merges alone, the second step gets the sum of both gradients; the recipe's zeroes."""
-    recipe, kept = using.hook, {}
+    """It zeroes the model's alone, so merge_ drops those of the increments: with a merge that keeps them
+    the second step gets the sum of both gradients."""
+    recipe, next_step, kept = using.hook, hd_pissa.Adapters.next_step, {True: [], False: []}
 
-    def recording(zero):
-        def hook(optimizer, adapters, norm):
-            optimizer.register_step_pre_hook(lambda *_: kept.setdefault(zero, []).append(
-                [p.grad.clone() for p in adapters.parameters()]) or None)
-            if zero:
-                recipe(optimizer, adapters)
-            else:
-                optimizer.register_step_post_hook(lambda *_: adapters.merge_())
-        return hook
+    def keeping(adapters):
+        grads = [p.grad for p in adapters.parameters()]
+        next_step(adapters)
+        for p, g in zip(adapters.parameters(), grads):
+            p.grad = g
 
-    for zero in (True, False):
-        monkeypatch.setattr(using, "hook", recording(zero))
+    for drops in (True, False):
+        def hook(optimizer, adapters, norm, seen=kept[drops]):
+            optimizer.register_step_pre_hook(
+                lambda *_: seen.append([p.grad.clone() for p in adapters.parameters()]) or None)
+            recipe(optimizer, adapters)
+
+        monkeypatch.setattr(using, "hook", hook)
+        monkeypatch.setattr(hd_pissa.Adapters, "next_step", next_step if drops else keeping)
         _, adapters = run(using, tmp_path, steps=2, warmup_steps=0)
-        assert all((p.grad is None) is zero for p in adapters.parameters())
+        assert all((p.grad is None) is drops for p in adapters.parameters())
     for first, second, piled in zip(*kept[True], kept[False][1]):
         torch.testing.assert_close(piled, first + second, rtol=1e-4, atol=1e-8)
 

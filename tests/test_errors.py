@@ -16,7 +16,7 @@ def model():
 
 
 def attach(**attach):
-    return lambda: hd_pissa.attach(model(), attach.pop("rank", 2), **{"shards": 2, **attach})
+    return lambda: toy.attach(model(), attach.pop("rank", 2), **{"shards": 2, **attach})
 
 
 def spoilt(change):
@@ -45,29 +45,43 @@ def tie(net):
 
 CALLS = {
     "K r above min(m, n)": (
-        attach(rank=5, shards=4),
-        ["2 is (18, 24)", "4 shards x rank 5 need 20", "rank", "is 4"],
+        attach(rank=5, shards=4, targets=["2"]),
+        ["2 is (18, 24)", "K r = 20", "it has 18", "lower rank or shards", "exclude=['2']"],
     ),
-    "K above min(m, n)": (attach(rank=1, shards=32), ["32 shards", "use fewer shards"]),
-    "no layer": (attach(targets=["nothing"]), ["['nothing'] match no layer", "0 (not in targets)"]),
-    "part of a name": (attach(targets=["ayer0"]), ["match no layer"]),
+    "K r above every layer's": (
+        attach(rank=1, shards=32),
+        ["no layer to adapt", "2 (fewer than K r = 32 components)", "K r may be 20 at most"],
+    ),
+    "no such name": (attach(targets=["nothing"]), ["'nothing'", "ends no linear layer's name", "0, 2"]),
+    "part of a name": (attach(targets="ayer0"), ["'ayer0'", "ends no linear layer's name", "0, 2"]),
+    "one of two names": (attach(targets=["0", "oops"]), ["'oops'", "ends no linear layer's name"]),
+    "exclude": (attach(exclude="oops"), ["'oops'", "ends no linear layer's name"]),
+    "everything excluded": (attach(exclude=["0", "2"]), ["no layer to adapt", "0 (in exclude)"]),
     "rank 0": (attach(rank=0), ["rank=0", "1 or more"]),
     "rank 1.5": (attach(rank=1.5), ["rank=1.5", "whole number"]),
     "shards 0": (attach(shards=0), ["shards=0", "1 or more"]),
     "init": (attach(init="svd"), ["init='svd'", "hd_pissa, top, lora"]),
     "aggregate": (attach(aggregate="avg"), ["aggregate='avg'", "mean, sum"]),
     "exchange": (attach(exchange="p2p"), ["exchange='p2p'", "auto, all_gather, all_reduce"]),
-    "alpha 0": (attach(alpha=0), ["alpha=0", "nothing would train", "alpha > 0"]),
+    "alpha 0": (attach(alpha=0), ["alpha=0", "use more than 0", "None"]),
     "alpha nan": (attach(alpha=float("nan")), ["alpha=nan"]),
     "dropout 1": (attach(dropout=1.0), ["dropout=1.0", "below 1"]),
-    "int8": (spoilt(to_int8), ["2.weight is torch.int8", "float32"]),
-    "float16": (spoilt(lambda m: m.half()), ["0.weight is torch.float16", "load the model in float32"]),
+    "int8": (spoilt(to_int8), ["2.weight is", "torch.int8", "load float32 weights"]),
+    "float16": (spoilt(lambda m: m.half()), ["0.weight is", "torch.float16", "load float32 weights"]),
     "nan": (
         spoilt(lambda m: m[2].weight.data[1, 1].fill_(float("nan"))),
         ["2.weight holds NaN", "load it again"],
     ),
     "inf": (spoilt(lambda m: m[0].weight.data[0, 0].fill_(float("inf"))), ["0.weight holds NaN or Inf"]),
-    "twice": (twice, ["0 already has HD-PiSSA attached", "detach_()"]),
+    "zeros": (
+        spoilt(lambda m: m[2].weight.data.zero_()),
+        ["2.weight has rank 0, 4 components", "exclude=['2']"],
+    ),
+    "rank below K r": (
+        spoilt(lambda m: m[2].weight.data[3:].zero_()),
+        ["2.weight has rank 3, 4 components", "exclude=['2']"],
+    ),
+    "twice": (twice, ["0 has adapters", "detach_()"]),
 }
 
 
@@ -100,13 +114,13 @@ def test_tied_weights_are_skipped_with_a_reason():
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda p: torch.optim.AdamW(p, lr=1e-3), ["weight_decay=0.01", "weight_decay=0.0"]),
-    (lambda p: torch.optim.SGD(p, lr=1e-3, weight_decay=0.1), ["SGD has weight_decay=0.1"]),
-    (lambda p: torch.optim.Adafactor(p), ["Adafactor reads the parameter", "AdamW"]),
+    (lambda p: torch.optim.AdamW(p, lr=1e-3), ["AdamW has weight_decay", "weight_decay=0.0"]),
+    (lambda p: torch.optim.SGD(p, lr=1e-3, weight_decay=0.1), ["SGD has weight_decay"]),
+    (lambda p: torch.optim.Adafactor(p), ["Adafactor", "reads the parameter", "AdamW"]),
     (lambda p: torch.optim.LBFGS(p), ["LBFGS"]),
     (lambda p: torch.optim.ASGD(p), ["ASGD"]),
-    (lambda p: torch.optim.Adam(p[1:]), ["holds 7 of the 8", "adapters.parameters()"]),
-    (lambda p: torch.optim.Adam([nn.Parameter(torch.zeros(1))]), ["holds 0 of the 8"]),
+    (lambda p: torch.optim.Adam(p[1:]), ["lacks 1 of the 8", "adapters.parameters()"]),
+    (lambda p: torch.optim.Adam([nn.Parameter(torch.zeros(1))]), ["lacks 8 of the 8"]),
 ])  # fmt: skip
 def test_check_refuses_optimizers(make, words):
     """Weight decay, rules that read the parameter, missing increments; other groups are none of ours."""
@@ -131,13 +145,14 @@ def test_merge_refuses_a_shard_without_gradient():
     net = toy.module(weights, bias)
     adapters = hd_pissa.attach(net, 2, shards=2)
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-2, weight_decay=0.0)
+    with adapters.shard(1):
+        late = net(data[0][1][0]).sum()
     net(data[0][0][0]).sum().backward()
     optimizer.step()
     with pytest.raises(ValueError, match=r"shards \[1\] of 2 got no gradient(.|\n)*with adapters.shard\(s\)"):
         adapters.merge_()
     assert torch.equal(net[0].weight.T, weights[0])
-    with adapters.shard(1):
-        net(data[0][1][0]).sum().backward()
+    late.backward()
     adapters.merge_()
     assert not torch.equal(net[0].weight.T, weights[0])
 
@@ -179,7 +194,7 @@ def test_shard_out_of_range(i):
 
 @pytest.mark.parametrize("rows, kwargs, words", [
     ([([1, 2, 3], 1)] * 3, {}, ["3 rows", "2 shards"]),
-    ([([1, 2, 3], 1), ([1, 2, 3], 3)], {}, ["[2, 0] response tokens"]),
+    ([([1, 2, 3], 1), ([1, 2, 3], 3)], {}, ["step 1", "1 of them cut before their response"]),
     ([([1, 2, 3], 1)] * 2, {"lr": 0.0}, ["lr=0.0", "above 0"]),
     ([([1, 2, 3], 1)] * 2, {"lr": float("nan")}, ["lr=nan"]),
 ])  # fmt: skip
@@ -234,13 +249,14 @@ COMMANDS = {
     "--recipe paper-math --method full --gradients global": ["--method full", "--gradients global"],
     "--lora_rank 3": ["--lora_rank 3 without --export_lora"],
     "--export_lora": ["hd_pissa", "Hugging Face model", "leave it out"],
-    "--init lora --rank 17 --dry_run": ["8 shards x rank 17 need 136", "is 16"],
-    "--init top --rank 129 --dry_run": ["1 shards x rank 129 need 129", "is 128"],
+    "--init lora --rank 17 --dry_run": ["fewer than K r = 136 components", "K r may be 128 at most"],
+    "--init top --rank 129 --dry_run": ["fewer than K r = 129 components", "K r may be 128 at most"],
     "--block_size 2 --dry_run": ["too few", "--block_size"],
     "--shard_weights": ["needs several processes", "torchrun"],
     "--rank 0": ["--rank 0", "above 0"],
     "--rank 1.5": ["--rank", "1.5"],
-    "--rank 17": ["blocks.0.c_attn", "8 shards x rank 17 need 136", "128", "is 16"],
+    "--rank 17 --targets c_fc": ["blocks.0.c_fc is (512, 128)", "K r = 136", "lower rank or shards"],
+    "--rank 17": ["blocks.0.c_attn", "fewer than K r = 136 components", "K r may be 128 at most"],
     "--shards 0": ["--shards 0", "above 0"],
     "--shards 3": ["--batch_size 64", "--shards 3", "63"],
     "--lr 0": ["--lr 0.0", "above 0"],
@@ -248,7 +264,7 @@ COMMANDS = {
     "--lr inf": ["--lr inf"],
     "--alpha 0": ["--alpha 0.0", "above 0"],
     "--dropout 1": ["dropout=1.0", "below 1"],
-    "--targets nothing": ["'nothing'", "match no layer", "blocks.0.c_attn"],
+    "--targets nothing": ["'nothing'", "ends no linear layer's name", "c_attn, c_fc"],
     "--max_steps 0": ["--max_steps 0"],
     "--block_size 0": ["--block_size 0"],
     "--block_size 2": ["too few", "--block_size"],

@@ -19,7 +19,7 @@ LLAMA = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_atte
 def second_order(adapters, record):
     """sum_t sum_i dA_i dB_i of each layer, from the increments that `record` has kept before every merge."""
     layers = range(len(adapters.slots))
-    return [sum((dA.T @ dB) for step in record for dA, dB in zip(*step[j])) for j in layers]
+    return [sum((dA @ dB) for step in record for dA, dB in zip(*step[j])) for j in layers]
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_peft_loads_it(make, tmp_path):
     """PeftModel.from_pretrained on the base gives the trained logits, as near as the printed error says."""
     peft = pytest.importorskip("peft")
     model, adapters, base = train_model(make)
-    error = hd_pissa.export_lora(adapters, str(tmp_path / "lora"), base)
+    error = hd_pissa_extra.export_lora(adapters, str(tmp_path / "lora"), base)
     plain = make()
     plain.load_state_dict(base)
     x = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(2))
@@ -118,7 +118,7 @@ def test_error_is_that_of_the_update(tmp_path):
     from safetensors.torch import load_file
     model, adapters, base = train_model(llama)
     for rank in (None, 3):
-        error = hd_pissa.export_lora(adapters, str(tmp_path), base, rank=rank)
+        error = hd_pissa_extra.export_lora(adapters, str(tmp_path), base, rank=rank)
         file, wrong, whole = load_file(tmp_path / "adapter_model.safetensors"), 0.0, 0.0
         for slot in adapters.slots:
             lora_A, lora_B = (file[f"base_model.model.{slot.name}.lora_{x}.weight"].double() for x in "AB")
@@ -132,7 +132,7 @@ def test_error_is_that_of_the_update(tmp_path):
 def export_there(out, exchange, dtype):
     """On two processes: {name: tensor} of the exported file and the error."""
     _, adapters, base = train_model(llama, exchange=exchange, dtype=dtype)
-    error = hd_pissa.export_lora(adapters, out, base)
+    error = hd_pissa_extra.export_lora(adapters, out, base)
     return error
 
 
@@ -158,20 +158,21 @@ def test_a_full_disk_leaves_no_adapter(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(safetensors, "save_file", full)
         with pytest.raises(ValueError, match="No space"):
-            hd_pissa.export_lora(adapters, str(tmp_path / "lora"), base)
+            hd_pissa_extra.export_lora(adapters, str(tmp_path / "lora"), base)
     assert not (tmp_path / "lora").exists()
-    hd_pissa.export_lora(adapters, str(tmp_path / "lora"), base)
+    hd_pissa_extra.export_lora(adapters, str(tmp_path / "lora"), base)
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
 
 
 def test_refusals(tmp_path):
     weights, bias, data = problem()
-    _, adapters = run(weights, bias, data)
-    with pytest.raises(ValueError, match="accumulate=True"):
-        hd_pissa_extra.lora_factors(adapters, adapters.slots[0])
+    for options in ({}, {"accumulate": False}):         # adapters of the core, and of the extra file
+        _, adapters = run(weights, bias, data, **options)
+        with pytest.raises(ValueError, match="accumulate=True"):
+            hd_pissa_extra.lora_factors(adapters, adapters.slots[0])
     _, adapters = run(weights, bias, data, accumulate=True)
     with pytest.raises(ValueError, match="base has no 0.weight"):
-        hd_pissa.export_lora(adapters, str(tmp_path), {})
+        hd_pissa_extra.export_lora(adapters, str(tmp_path), {})
     assert not list(tmp_path.iterdir())
 
 

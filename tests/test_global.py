@@ -20,9 +20,8 @@ def train(model, adapters, data, make):
     """Every process backpropagates its own rows; losses add up to the mean over the whole batch."""
     optimizer, K = make(adapters.parameters()), len(data[0])
     adapters.check(optimizer)
-    mine = range(
-        hd_pissa.process_index() * K // hd_pissa.world_size(), (hd_pissa.process_index() + 1) * K // hd_pissa.world_size()
-    )
+    share, first = K // hd_pissa.world_size(), hd_pissa.process_index()
+    mine = range(first * share, (first + 1) * share)
     for batch in data:
         for i in mine:
             ((model(batch[i][0]) - batch[i][1]).square().mean() / K).backward()

@@ -47,7 +47,7 @@ def test_step_0_logits_are_the_base_models(family, dtype):
         plain = copy.deepcopy(model).train(mode)
         torch.manual_seed(0)
         expected = plain(x).logits
-        hd_pissa.attach(plain, R, shards=K)
+        hd_pissa_extra.attach(plain, R, shards=K)
         torch.manual_seed(0)
         assert torch.equal(plain(x).logits, expected)
 
@@ -294,7 +294,7 @@ def test_lora_export_loads_in_peft(family, tmp_path):
         optimizer.step()
         adapters.merge_()
         optimizer.zero_grad()
-    error = hd_pissa.export_lora(adapters, str(tmp_path), base.state_dict())
+    error = hd_pissa_extra.export_lora(adapters, str(tmp_path), base.state_dict())
     adapters.detach_()
     with torch.no_grad():
         before, trained = base(x).logits, model(x).logits
@@ -525,7 +525,7 @@ def test_dry_run_of_the_papers_models(name, tmp_path, capsys, monkeypatch):
     said, text = train.main([*argv, "--rank", str(side // 8)]), capsys.readouterr().out
     assert list(said["memory"].values())[0] == 4 * weights and f"{weights:,} weights" in text
     assert said["fits"] is fits and ("does not fit: the sum against" in text) is not fits
-    message = f"the largest rank is {side // 8}"
+    message = f"K r = {side + 8} components are needed, it has {side}"
     refused([*argv, "--rank", str(side // 8 + 1)], [message], tmp_path / "out", capsys)
 
 

@@ -13,10 +13,10 @@ import twin
 from spawned import received_bytes, spawn
 
 import hd_pissa
-import hd_pissa_extra
 import train
 from data.rows import read_rows
 from training import baselines
+from training.processes import together
 
 CONFIGS = [
     dict(exchange=e, aggregate=a) for e, a in itertools.product(("all_gather", "all_reduce"), ("mean", "sum"))
@@ -35,7 +35,10 @@ def problem32(shards):
 
 def toy_runs(shards):
     """Every configuration in one spawn, since a spawn costs seconds; clipping gathers too."""
-    return [numpy(toy.run(*problem32(shards), clip=0.3, **config)[0]) for config in CONFIGS]
+    return [
+        numpy(toy.run(*problem32(shards), clip=0.3, decompose=hd_pissa.components, **config)[0])
+        for config in CONFIGS
+    ]
 
 
 @pytest.mark.parametrize("world, shards", [(2, 2), (2, 4), (4, 4)])
@@ -110,14 +113,20 @@ def test_loop_does_not_depend_on_processes(tmp_path):
             )
 
 
-def texts():
-    return hd_pissa_extra.gather_text("\u0394A " * hd_pissa.process_index()), hd_pissa_extra.gather_text("")
+def told():
+    def own():
+        if hd_pissa.process_index() == 2:
+            raise OSError("no \u0394A here")
+        return "fine"
+
+    texts = hd_pissa.everywhere(lambda: "\u0394A " * hd_pissa.process_index()), hd_pissa.everywhere(str)
+    return *texts, together(lambda: hd_pissa.process_index()), message_of(lambda: hd_pissa.everywhere(own))
 
 
-def test_gather_text(tmp_path):
-    """Texts of different lengths, beyond ASCII and empty; what every agreed refusal travels by."""
-    expected = ["", "\u0394A ", "\u0394A \u0394A "], ["", "", ""]
-    assert spawn(3, texts, tmp_path) == [expected] * 3
+def test_everywhere(tmp_path):
+    """Texts of different lengths, beyond ASCII and empty, own results, and one process's error on all."""
+    texts = ["", "\u0394A ", "\u0394A \u0394A "], ["", "", ""]
+    assert spawn(3, told, tmp_path) == [(*texts, i, "no \u0394A here") for i in range(3)]
 
 
 def message_of(work):
@@ -129,13 +138,13 @@ def message_of(work):
 
 
 def refusals():
-    """[(message, W untouched)] on this rank for faults that rank 1 alone has."""
+    """[(message, W untouched)] on this rank for faults that rank 1 alone has, or has found."""
     second, out = hd_pissa.process_index() == 1, []
     weights, bias, data = problem32(2)
 
     def nan_weight():
         model = toy.module(weights, bias)
-        if second:
+        if not second:          # process 0's model is sent to the others; process 1 decomposes this layer
             model[2].weight.data[0, 0] = float("nan")
         hd_pissa.attach(model, 2)
 
@@ -153,14 +162,7 @@ def refusals():
         if second and fault == "nan increment":
             adapters.parameters()[0].data[0, 0] = float("nan")
         out.append((message_of(adapters.merge_), bool(torch.equal(model[0].weight.T, weights[0]))))
-    out.append(
-        (
-            message_of(
-                lambda: hd_pissa_extra.everywhere(lambda: read_rows("missing.jsonl") if second else None)
-            ),
-            True,
-        )
-    )
+    out.append((message_of(lambda: together(lambda: read_rows("missing.jsonl") if second else None)), True))
     out.append((message_of(lambda: hd_pissa.attach(toy.module(weights, bias), 2, shards=3)), True))
     other = dict(alpha=2.0 if second else 4.0)
     out.append((message_of(lambda: hd_pissa.attach(toy.module(weights, bias), 2, **other)), True))
@@ -182,13 +184,13 @@ def test_a_fault_on_rank_1_stops_both_with_one_message(tmp_path):
     assert ranks[0] == ranks[1]
     words = [
         "2.weight holds NaN",
-        "the largest rank",
+        "no layer to adapt, of 0 (fewer than K r = 198 components)",
         "shards [1] of 2 got no gradient",
         "shards [1] hold NaN",
         "missing.jsonl: no such data file",
         "shards=3 is not a multiple of the 2 processes",
         "'alpha': 4.0",
-        "loss of shards [1], gradients of blocks.0.c_attn.shard1.dA",
+        "not finite: loss of shards [1]",
     ]
     for (message, untouched), expected in zip(ranks[0], words, strict=True):
         assert message is not None and expected in message and untouched
@@ -204,7 +206,7 @@ def received():
         "dense": {"exchange": "all_reduce"},
     }.items():
         model = toy.module(weights, bias)
-        adapters = hd_pissa.attach(model, 1, shards=8, **options)
+        adapters = toy.attach(model, 1, shards=8, **options)
         for i in range(adapters.S):
             with adapters.shard(i):
                 model(data[0][0][0]).square().mean().backward()
@@ -213,8 +215,12 @@ def received():
 
 
 def test_bytes_received(tmp_path):
-    """K r (m + n) increments cached, twice that resent, 2 m n dense; and the 8 x 3 numbers of the check."""
-    (a, b, c), agreed = toy.SIZES, 8 * 3 * 8 // 2
+    """K r (m + n) increments cached, twice that resent, 2 m n dense; and what the check of a merge sends.
+
+    That is 8 x 3 float32, and here 8 float64 of the norm, as no increment has moved, and at the first merge
+    one byte a shard and layer.
+    """
+    (a, b, c), agreed = toy.SIZES, (8 * 3 * 4 + 8 * 8 + 8 * 2) // 2
     factors, dense = 8 * (a + b + b + c) * 4 // 2, (a * b + b * c) * 4
     for counts in spawn(2, received, tmp_path):
         assert counts == {"cached": factors + agreed, "resend": 2 * factors + agreed, "dense": dense + agreed}

@@ -82,7 +82,7 @@ def test_factors_of_the_update_are_exact(m, n, K, r, seed):
     """Pt^T Q is the sum over shards of (A + dA)(B + dB) - A B, whatever the shapes."""
     A, dA = draw(seed, K, m, r), draw(seed + 1, K, m, r)
     B, dB = draw(seed + 2, K, r, n), draw(seed + 3, K, r, n)
-    Pt, Q = hd_pissa.update_factors(A.mT, B, dA.mT, dB)
+    Pt, Q = hd_pissa.update_factors(A, B, dA, dB)
     assert Pt.shape == (2 * K * r, m) and Q.shape == (2 * K * r, n)
     torch.testing.assert_close(Pt.T @ Q, ((A + dA) @ (B + dB) - A @ B).sum(0), rtol=1e-10, atol=1e-10)
 

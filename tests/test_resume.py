@@ -206,8 +206,9 @@ def test_components_dealt_to_other_shards(shards, r, tmp_path, monkeypatch):
     new = norm_of_a_step(["--shards", str(shards), "--rank", str(r)], "new")
     assert seen["new"].K == shards and seen["new"].mean_over == 4
     for a, b in zip(seen["old"].slots, seen["new"].slots):
-        for x, y in zip(a.views(seen["old"].basis), b.views(seen["new"].basis)):
-            assert torch.equal(x.flatten(0, 1), y.flatten(0, 1))        # (K, r, m) -> (K r, m)
+        (A, B), (A2, B2) = a.views(seen["old"].basis), b.views(seen["new"].basis)
+        assert torch.equal(A.mT.flatten(0, 1), A2.mT.flatten(0, 1))     # (K, m, r) -> (K r, m)
+        assert torch.equal(B.flatten(0, 1), B2.flatten(0, 1))           # (K, r, n) -> (K r, n)
     torch.testing.assert_close(new, old, rtol=0.15, atol=0)
 
 
@@ -345,11 +346,10 @@ def poisoned(bad, **kwargs):
 
 
 def test_a_step_that_is_not_finite_is_named_and_not_merged():
-    with pytest.raises(ValueError, match=r"step 2: .*loss of shards \[1\], gradients of fc.shard1.dA"):
+    with pytest.raises(ValueError, match=r"step 2: not finite: loss of shards \[1\].*W is untouched"):
         poisoned(bad=(4,))
     done = poisoned(bad=(4,), skip_nonfinite=1)
     assert torch.equal(done[0][1], done[1][1]) and not torch.equal(done[1][1], done[2][1])
-    assert done[1][0]["applied"] == 0 and all(r["applied"] > 0.9 for r, _ in (done[0], done[2], done[3]))
     with pytest.raises(ValueError, match="step 3"):
         poisoned(bad=(4, 5), skip_nonfinite=1)
 

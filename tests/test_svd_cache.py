@@ -6,14 +6,20 @@ from spawned import spawn
 from toy import module, problem
 
 import hd_pissa
+import hd_pissa_extra
 from training.svd_cache import cached_components
 
 
 @pytest.fixture
 def counted(monkeypatch):
     """Names of the weights that were really decomposed."""
-    names, original = [], hd_pissa.components
-    monkeypatch.setattr(hd_pissa, "components", lambda W, k, name="W": names.append(name) or original(W, k))
+    names, original = [], hd_pissa_extra.components
+
+    def counting(W, k, name="W"):
+        names.append(name)
+        return original(W, k)
+
+    monkeypatch.setattr(hd_pissa_extra, "components", counting)
     return names
 
 
@@ -36,11 +42,11 @@ def test_a_stored_rank_serves_every_smaller_one(shape, tmp_path, counted):
 
 
 def test_adapters_from_the_cache_are_the_same(tmp_path, counted):
-    plain = hd_pissa.attach(module(*problem(torch.float32)[:2]), rank=2, shards=2)
-    stored = hd_pissa.attach(module(*problem(torch.float32)[:2]), rank=2, shards=2,
-                             decompose=cached_components(tmp_path))  # fmt: skip
-    again = hd_pissa.attach(module(*problem(torch.float32)[:2]), rank=2, shards=2,
-                            decompose=cached_components(tmp_path))  # fmt: skip
+    plain = hd_pissa_extra.attach(module(*problem(torch.float32)[:2]), rank=2, shards=2)
+    stored = hd_pissa_extra.attach(module(*problem(torch.float32)[:2]), rank=2, shards=2,
+                                   decompose=cached_components(tmp_path))  # fmt: skip
+    again = hd_pissa_extra.attach(module(*problem(torch.float32)[:2]), rank=2, shards=2,
+                                  decompose=cached_components(tmp_path))  # fmt: skip
     assert len(counted) == 2  # one each for the two layers, at the first of the two
     assert torch.equal(plain.basis, stored.basis) and torch.equal(plain.basis, again.basis)
 

@@ -5,7 +5,8 @@ import torch.nn as nn
 
 import hd_pissa
 
-CORE = ("shards", "targets", "exclude", "init", "alpha", "aggregate", "exchange", "seed", "decompose", "progress")
+CORE = ("shards", "targets", "exclude", "init", "alpha", "aggregate", "exchange", "seed", "decompose",
+        "progress")  # fmt: skip
 SIZES, K, R, STEPS = (20, 24, 18), 4, 2, 5  # m of the first weight, n, n of the second
 
 

@@ -70,6 +70,6 @@ def draw(axes):
 save_figure(__file__, draw, columns=2)
 
 # %% hd_pissa.py's factors: a component may have the opposite sign, in A_i and B_i at once
-packed = hd_pissa.shard_factors(W, K, r, "hd_pissa", 1.0, 0)            # (K, r m + r n)
-At, Bs = packed[:, :r * m].view(K, r, m), packed[:, r * m:].view(K, r, n)
-check("A_i B_i of hd_pissa.shard_factors", At.mT @ Bs, torch.stack([a @ b for a, b in zip(A, B)]), atol=1e-12)
+packed = hd_pissa.shard_factors(W, K, r, "hd_pissa", 1.0, 0)            # (K, m r + r n)
+As, Bs = packed[:, :m * r].view(K, m, r), packed[:, m * r:].view(K, r, n)
+check("A_i B_i of hd_pissa.shard_factors", As @ Bs, torch.stack([a @ b for a, b in zip(A, B)]), atol=1e-12)

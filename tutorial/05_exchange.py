@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from lesson import check, save_figure
 
-import hd_pissa
+import hd_pissa_extra
 
 K, N, LR, RANKS = 2, 256, 1e-3, (1, 4, 16, 64, 128)     # K processes of one shard each; W is (N, N)
 WAYS = {"dense": {"exchange": "all_reduce"}, "factors": {}, "factors, resent": {"basis": "resend"}}
@@ -50,7 +50,7 @@ def device(rank, folder):
     for r, way in itertools.product(RANKS, WAYS):
         model = torch.nn.Linear(N, N, bias=False)
         model.weight.data = W.T.clone()
-        adapters = hd_pissa.attach(model, r, decompose=components, **WAYS[way])
+        adapters = hd_pissa_extra.attach(model, r, decompose=components, **WAYS[way])
         (model(DATA[rank, 0]) - DATA[rank, 1]).square().mean().backward()
         torch.optim.AdamW(adapters.parameters(), lr=LR, weight_decay=0.0).step()
         result[r, way] = received(adapters.merge_), model.weight.detach().T - W

@@ -16,11 +16,11 @@ def updates():
     """STEPS updates dW (m, n) of AdamW's size: entries of dA_i, dB_i are +-lr, their signs mostly steady."""
     g = torch.Generator().manual_seed(0)
     factors = hd_pissa.shard_factors(START, K, R, "hd_pissa", 1.0, 0).float().split((R * m, R * n), dim=1)
-    At, B = (part.unflatten(1, (R, -1)) for part in factors)            # (K, r, m), (K, r, n)
-    steady = [torch.randint(2, t.shape, generator=g) * 2 - 1 for t in (At, B)]
+    A, B = factors[0].unflatten(1, (m, R)), factors[1].unflatten(1, (R, n))     # (K, m, r), (K, r, n)
+    steady = [torch.randint(2, t.shape, generator=g) * 2 - 1 for t in (A.mT, B)]
     for _ in range(STEPS):
         dAt, dB = (LR * s * (torch.rand(s.shape, generator=g) - 0.25).sign() for s in steady)
-        Pt, Q = hd_pissa.update_factors(At, B, dAt, dB)
+        Pt, Q = hd_pissa.update_factors(A, B, dAt.mT, dB)
         yield Pt.T @ Q / K
 
 

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parameters_to_vector
 
-import hd_pissa
+import hd_pissa_extra
 
 K, R, STEPS, SIZES = 4, 3, 5, (40, 56, 31)      # 31 rows do not divide by two
 
@@ -35,9 +35,9 @@ def train(model, adapters):
 def device(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     copies, shared = build(), build()
-    train(copies, hd_pissa.attach(copies, R, shards=K))
+    train(copies, hd_pissa_extra.attach(copies, R, shards=K))
 
-    adapters = hd_pissa.attach(shared, R, shards=K)             # decomposes whole weights, so it comes first
+    adapters = hd_pissa_extra.attach(shared, R, shards=K)       # decomposes whole weights, so it comes first
     fully_shard(shared, mesh=init_device_mesh("cpu", (2,)))     # W is frozen, and no adapter is in sight
     train(shared, adapters)
     shared.reshard()                                            # drops what the last forward has gathered

@@ -1,24 +1,24 @@
-"""Other fixed bases and another optimizer for the direct weight update, as arguments of hd_pissa.attach.
+"""Other fixed bases and another optimizer for the direct weight update, for hd_pissa_extra.attach.
 
-`decompose=` takes a function with the arguments of hd_pissa.components; shard i gets components
+`decompose=` takes a function with the arguments of hd_pissa_extra.components; shard i gets components
 ir .. (i+1)r - 1 of whatever it returns, and A_i = U S^1/2, B_i = S^1/2 Vt.
 """
 
 import torch
 
-import hd_pissa
+import hd_pissa_extra
 
 
 def orthonormal(W, k, name="W"):
     """The SVD basis without its scale: A_i, B_i have orthonormal columns and rows."""
-    U, S, Vt = hd_pissa.components(W, k, name)
+    U, S, Vt = hd_pissa_extra.components(W, k, name)
     return U, torch.ones_like(S), Vt
 
 
 def interleaved(K: int):
     """Shard i gets components i, i + K, i + 2K, ... instead of a block: shards of nearly equal size."""
     def decompose(W, k, name="W"):
-        U, S, Vt = hd_pissa.components(W, k, name)
+        U, S, Vt = hd_pissa_extra.components(W, k, name)
         order = torch.arange(k).view(-1, K).T.flatten()
         return U[:, order], S[order], Vt[order]
     return decompose

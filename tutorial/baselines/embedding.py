@@ -20,9 +20,9 @@ class Factors:
                  name: str = "W", seed: int = 0):
         m, n = W.shape
         seed = hd_pissa.seed_of(seed, name)
-        rows = hd_pissa.shard_factors(W.detach(), K, r, init, 1.0, seed, decompose, name)   # (K, r (m + n))
+        rows = hd_pissa.shard_factors(W.detach(), K, r, init, 1.0, seed, decompose, name)   # (K, m r + r n)
         self.W = W.requires_grad_(True)
-        self.A = rows[:, :r * m].reshape(K * r, m).T.contiguous().to(W)         # (m, Kr)
+        self.A = rows[:, :r * m].view(K, m, r).transpose(0, 1).reshape(m, K * r).to(W)      # (m, Kr)
         self.B = rows[:, r * m:].reshape(K * r, n).to(W)                        # (Kr, n)
 
     def join(self, optimizer: torch.optim.Optimizer) -> None:

@@ -32,7 +32,7 @@ class Intermediate(Plain):
             W = module.weight.detach().T                                    # (m, n)
             m = W.shape[0]
             flat = hd_pissa.shard_factors(W, K, r, init, 1.0, hd_pissa.seed_of(seed, name)).to(W)
-            A = [row[:r * m].view(r, m).T.contiguous().requires_grad_() for row in flat]    # (m, r) each
+            A = [row[:r * m].view(m, r).clone().requires_grad_() for row in flat]    # (m, r) each
             B = [row[r * m:].view(r, -1).clone().requires_grad_() for row in flat]          # (r, n) each
             start = [(a.detach().clone(), b.detach().clone()) for a, b in zip(A, B)]
 

@@ -23,17 +23,18 @@ def check_1(answer):
 
 
 def check_2(answer):
-    """Oracle: hd_pissa.attach takes this r and refuses the next."""
+    """Oracle: hd_pissa.attach, told to adapt every layer, takes this r and refuses the next."""
     for shapes, K in (([(16, 24), (16, 8)], 2), ([(16, 16), (16, 48), (48, 16)], 4), ([(11, 30)], 3)):
         model = torch.nn.ModuleList(torch.nn.Linear(m, n).double() for m, n in shapes)
+        every = [str(i) for i in range(len(shapes))]
         r = answer(list(shapes), K)
         assert isinstance(r, int) and r >= 1, f"return a whole number of 1 or more, not {r!r}"
         try:
-            hd_pissa.attach(model, r, shards=K).detach_()
+            hd_pissa.attach(model, r, shards=K, targets=every).detach_()
         except ValueError as refusal:
             raise AssertionError(f"{r} is too large for {shapes} and K = {K}: {refusal}") from None
         try:
-            hd_pissa.attach(model, r + 1, shards=K)
+            hd_pissa.attach(model, r + 1, shards=K, targets=every)
         except ValueError:
             continue
         raise AssertionError(f"{r} is not the largest for {shapes} and K = {K}: {r + 1} works too")

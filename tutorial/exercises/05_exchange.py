@@ -47,7 +47,7 @@ def check_2(answer):
     """Oracle: the increments that the messages were made of."""
     g, K, r, shapes = torch.Generator().manual_seed(0), 3, 2, [(5, 4), (4, 7), (3, 3)]
     sent = [(torch.randn((K, m, r), generator=g), torch.randn((K, r, n), generator=g)) for m, n in shapes]
-    messages = torch.cat([part for dA, dB in sent for part in (dA.mT.flatten(1), dB.flatten(1))], dim=1)
+    messages = torch.cat([part for dA, dB in sent for part in (dA.flatten(1), dB.flatten(1))], dim=1)
     got = answer(messages, shapes, r)
     assert isinstance(got, list) and len(got) == 3, "return a list with (dA, dB) of each of the 3 layers"
     for j, ((dA, dB), pair) in enumerate(zip(sent, got)):

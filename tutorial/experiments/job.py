@@ -72,11 +72,11 @@ def attach(model, c: dict):
     method, r, beside = c["method"], c["r"], []
     also = [(name, p) for name, p in model.named_parameters() if "also" in c and c["also"] in name]
     if method == "hd_pissa":
-        decompose = {"svd": hd_pissa.components, "orthonormal": bases.orthonormal,
+        decompose = {"svd": hd_pissa_extra.components, "orthonormal": bases.orthonormal,
                      "interleaved": bases.interleaved(c["K"]),
                      "random": hd_pissa_extra.random_components}[c["basis"]]
-        adapters = hd_pissa.attach(model, r, shards=c["K"], init=c["init"], aggregate=c["aggregate"],
-                                   gradients=c["gradients"], seed=c["seed"], decompose=decompose)
+        adapters = hd_pissa_extra.attach(model, r, shards=c["K"], init=c["init"], aggregate=c["aggregate"],
+                                         gradients=c["gradients"], seed=c["seed"], decompose=decompose)
         beside = [embedding.Shards(p, c["K"], r, decompose, name) for name, p in also]
     elif method == "full":
         adapters = plain.full(model, 8, c["seed"])

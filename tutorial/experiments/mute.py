@@ -65,7 +65,7 @@ def exact(model, batch, rank: int = 2, shards: int = 8):
     with adapters.shard(0):
         logits = hd_pissa.logits_of(model, x)
         F.cross_entropy(logits.flatten(0, 1), y.flatten()).backward()
-    factors = {slot.name: (slot.At[0].T.clone(), slot.B[0].clone()) for slot in adapters.slots}
+    factors = {slot.name: (slot.A[0].clone(), slot.B[0].clone()) for slot in adapters.slots}
     grads = {slot.name: tuple(leaf.grad.clone() for leaf in slot.leaves[0]) for slot in adapters.slots}
     adapters.detach_()
     return logits.detach(), grads, factors

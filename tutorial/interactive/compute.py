@@ -83,7 +83,7 @@ def step() -> dict:
     for i in range(K):
         A, B = state[f"0.shard{i}.A"], state[f"0.shard{i}.B"]
         dA, dB = leaves[f"0.shard{i}.dA"], leaves[f"0.shard{i}.dB"]
-        Pt, Q = hd_pissa.update_factors(A.T[None], B[None], dA.detach().T[None], dB.detach()[None])
+        Pt, Q = hd_pissa.update_factors(A[None], B[None], dA.detach()[None], dB.detach()[None])
         shown |= {f"A{i}": A, f"B{i}": B, f"gA{i}": dA.grad, f"gB{i}": dB.grad,
                   f"dA{i}": dA.detach().clone(), f"dB{i}": dB.detach().clone(), f"dU{i}": Pt.T @ Q}
     before = (X @ W - target).square().mean()

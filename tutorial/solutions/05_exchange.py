@@ -8,8 +8,8 @@ def answer_1(K, r, m, n):
 def answer_2(messages, shapes, r):
     pairs, at = [], 0
     for m, n in shapes:
-        dAt, dB = messages[:, at:at + r * (m + n)].split((r * m, r * n), dim=1)
-        pairs.append((dAt.unflatten(1, (r, m)).mT, dB.unflatten(1, (r, n))))
+        dA, dB = messages[:, at:at + r * (m + n)].split((r * m, r * n), dim=1)
+        pairs.append((dA.unflatten(1, (m, r)), dB.unflatten(1, (r, n))))
         at += r * (m + n)
     return pairs
 

@@ -3,9 +3,9 @@
     python tutorial/using/trainer.py
     torchrun --nproc_per_node=2 tutorial/using/trainer.py
 
-Trainer knows the model's own parameters alone, and none of them trains. Two hooks of the optimizer do what
-it would do to them (clip, zero the gradients) and merge; a short training step gives every shard its
-own rows; a callback keeps what a checkpoint needs beside W. README.md here says what was found out about it.
+Trainer knows the model's own parameters alone, and none of them trains. One hook of the optimizer clips as
+it would do, another merges; a short training step gives every shard its own rows; a callback keeps what a
+checkpoint needs beside W. README.md here says what was found out about it.
 """
 
 import functools
@@ -44,16 +44,12 @@ class ShardedTrainer(Trainer):
 
 
 def hook(optimizer, adapters, max_grad_norm: float = 0.0) -> None:
-    """Clip before a step; after it merge, and zero the gradients: Trainer zeroes the model's own alone."""
-    def after(optimizer, *_):
-        adapters.merge_()
-        optimizer.zero_grad()
-
+    """Clip before a step, merge after it; merge_ drops the gradients, as Trainer zeroes the model's alone."""
     def before(*_):
         adapters.clip_grad_norm_(max_grad_norm or math.inf)
 
     optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
+    optimizer.register_step_post_hook(lambda *_: adapters.merge_())
 
 
 class KeepShards(TrainerCallback):
@@ -63,7 +59,8 @@ class KeepShards(TrainerCallback):
         self.adapters, self.optimizer = adapters, optimizer
 
     def file(self, args, state) -> Path:
-        return Path(args.output_dir, f"checkpoint-{state.global_step}", f"hd_pissa_{hd_pissa.process_index()}.pt")
+        name = f"hd_pissa_{hd_pissa.process_index()}.pt"
+        return Path(args.output_dir, f"checkpoint-{state.global_step}", name)
 
     def on_save(self, args, state, control, **kwargs):
         kept = {"adapters": self.adapters.state_dict(), "optimizer": self.optimizer.state_dict()}

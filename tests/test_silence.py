@@ -1,0 +1,536 @@
+"""What a user believes is trained is trained, on every process alike, or one sentence says otherwise.
+
+Oracles: plain autograd for gradients of what trains beside the adapters, W before and after for what moved,
+the sentences themselves for what is refused, and the remedy they print, which has to work.
+"""
+
+import re
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+import toy
+from spawned import spawn
+
+import hd_pissa
+
+X = torch.randn((5, 12), generator=torch.Generator().manual_seed(0))
+
+
+def small(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 10))
+
+
+def adamw(adapters, **options):
+    return torch.optim.AdamW(adapters.parameters(), 1e-2, weight_decay=0.0, **options)
+
+
+def one_step(model, adapters, optimizer, x=X, merge=True):
+    for i in range(adapters.S):
+        with adapters.shard(i):
+            model(x).square().mean().backward()
+    optimizer.step()
+    if merge:
+        adapters.merge_()
+
+
+def warned(work) -> list[str]:
+    """Texts of the warnings that come out of work()."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        work()
+    return [str(w.message) for w in said]
+
+
+def refused(work) -> str:
+    with pytest.raises(ValueError) as error:
+        work()
+    return str(error.value)
+
+
+# ---- Steps that are not merged, or not made ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}], ids=str)
+def test_a_forgotten_merge_is_refused_at_the_next_forward(options):
+    """With kernels that mark the tensors they change, and fused ones that do not; merging is the remedy."""
+    model = small()
+    adapters = hd_pissa.attach(model, 2)
+    optimizer, before = adamw(adapters, **options), model[0].weight.clone()
+    one_step(model, adapters, optimizer, merge=False)
+    text = refused(lambda: model(X))
+    assert "not merged" in text and "adapters.merge_() after every optimizer.step()" in text
+    assert torch.equal(model[0].weight, before)
+    adapters.merge_()
+    assert not torch.equal(model[0].weight, before)
+    one_step(model, adapters, optimizer)
+
+
+def test_a_step_that_is_left_out_on_purpose_is_not_a_forgotten_one():
+    model = small()
+    adapters = hd_pissa.attach(model, 2)
+    one_step(model, adapters, adamw(adapters), merge=False)
+    adapters.next_step()
+    assert not any(p.any() for p in adapters.parameters())
+    model(X)
+
+
+@pytest.mark.parametrize("where", ["hd_pissa", "hd_pissa_extra"])
+def test_backwards_without_a_merge_are_noticed(where):
+    """A Trainer without the adapters' optimizer: after some hundred backwards, once, with its reason."""
+    model = small()
+    options = {"gradients": "global"} if where == "hd_pissa_extra" else {}
+    adapters = toy.attach(model, 1, **options)
+
+    def loop(n):
+        for _ in range(n):
+            model(X).sum().backward()
+            model.zero_grad()
+
+    assert not warned(lambda: loop(400))
+    said = warned(lambda: loop(800))
+    assert said and all("without adapters.merge_()" in t and "adapters.parameters()" in t for t in said)
+    assert len(said) <= len(adapters.slots)
+    adapters.next_step()
+    assert not warned(lambda: loop(400))
+
+
+def test_another_optimizer_that_steps_in_vain_is_stopped():
+    """It holds no increments, their gradients wait: the fourth such step raises, W is as it was."""
+    model = small()
+    adapters = hd_pissa.attach(model, 2)
+    before, stray = model[0].weight.clone(), torch.optim.SGD([nn.Parameter(torch.zeros(2))], 0.1)
+
+    def loop():
+        for _ in range(10):
+            model(X).sum().backward()
+            stray.step()
+
+    text = refused(loop)
+    assert "SGD steps, but holds no increments" in text and "adapters.parameters()" in text
+    assert torch.equal(model[0].weight, before)
+    adapters.next_step()
+    ours = adamw(adapters)
+    for _ in range(10):                                 # side by side they are fine
+        one_step(model, adapters, ours)
+        stray.step()
+
+
+# ---- Layers that nobody calls ------------------------------------------------------------------------------
+
+
+class Unused(nn.Module):
+    """Two layers that train, one that no forward reaches, one whose output the loss does not see."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.never, self.aside = (nn.Linear(12, 12) for _ in range(4))
+
+    def forward(self, x):
+        x = self.b(torch.tanh(self.a(x)))
+        self.aside(x)
+        return x
+
+
+def test_layers_without_gradient_are_named_once():
+    """Per layer: both shards have gradients. The remedy that the sentence names leaves nothing to say."""
+    model = Unused()
+    adapters = hd_pissa.attach(model, 2, shards=2)
+    optimizer = adamw(adapters)
+    said = warned(lambda: one_step(model, adapters, optimizer))
+    assert len(said) == 1 and "2 of 4 adapted layers got no gradient" in said[0]
+    assert "'never'" in said[0] and "'aside'" in said[0] and "exclude=" in said[0]
+    assert not warned(lambda: one_step(model, adapters, optimizer))
+    adapters.detach_()
+    adapters = hd_pissa.attach(model, 2, shards=2, exclude=["never", "aside"])
+    assert [slot.name for slot in adapters.slots] == ["a", "b"]
+    assert adapters.skipped == {"never": "in exclude", "aside": "in exclude"}
+    assert not warned(lambda: one_step(model, adapters, adamw(adapters)))
+
+
+def test_a_layer_that_one_shard_reaches_is_no_dead_one():
+    model = Unused()
+    adapters = hd_pissa.attach(model, 2, shards=2, exclude="aside")
+    optimizer = adamw(adapters)
+    for i in range(2):
+        with adapters.shard(i):
+            (model.never(X) if i else model(X)).square().mean().backward()
+    optimizer.step()
+    assert not warned(adapters.merge_)
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def test_layers_with_a_forward_of_their_own_are_left_out():
+    """On the instance, in a subclass, read by attention: with their reason, and the output is the same."""
+    model = nn.ModuleDict({"own": nn.Linear(12, 12), "sub": Doubling(12, 12), "plain": nn.Linear(12, 12),
+                           "attention": nn.MultiheadAttention(12, 2), "last": nn.Linear(12, 12)})  # fmt: skip
+    kept = model["own"].forward
+    model["own"].forward = lambda x: kept(x) + 1
+
+    def run():
+        y = model["last"](model["sub"](model["own"](model["plain"](X))))
+        return model["attention"](y, y, y)[0]
+
+    expected = run()
+    adapters = hd_pissa.attach(model, 2)
+    assert [slot.name for slot in adapters.slots] == ["plain", "last"]
+    for name in ("own", "sub"):
+        assert "forward of its own" in adapters.skipped[name]
+    assert "never calls it" in adapters.skipped["attention.out_proj"]
+    assert torch.equal(run(), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_encoder_trains_or_says_that_it_does_not(training):
+    """torch's encoder in eval mode computes without its submodules: no layer stands still without a word."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True).train(training)
+    x = torch.randn(3, 5, 16)
+    adapters = hd_pissa.attach(model, 2)
+    before = {slot.name: slot.module.weight.clone() for slot in adapters.slots}
+    optimizer = adamw(adapters)
+    said = []
+    try:
+        said = warned(lambda: one_step(model, adapters, optimizer, x))
+    except (RuntimeError, ValueError) as e:             # no gradient at all: autograd says so itself
+        said = [str(e)]
+    still = [slot.name for slot in adapters.slots if torch.equal(before[slot.name], slot.module.weight)]
+    assert not still or said and any("grad" in text for text in said)
+
+
+# ---- What trains beside the adapters -----------------------------------------------------------------------
+
+
+def conv1d(n: int, m: int):
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(n, m)
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(12, 16), lambda: conv1d(16, 12)], ids=["linear", "conv"])
+def test_a_bias_made_trainable_gets_its_gradient(make):
+    """Against autograd through the plain layer; and it moves while W is merged."""
+    torch.manual_seed(0)
+    layer = make()
+    plain = torch.randn(16, requires_grad=True)
+    W = layer.weight.detach() if layer.weight.shape[0] == 12 else layer.weight.detach().T
+    layer.bias.data.copy_(plain)
+    adapters = hd_pissa.attach(nn.Sequential(layer), 2)
+    layer.bias.requires_grad_()
+    optimizer = torch.optim.SGD([*adapters.parameters(), layer.bias], 1e-2)
+    adapters.check(optimizer)
+    (X @ W + plain).sin().sum().backward()
+    layer(X).sin().sum().backward()
+    torch.testing.assert_close(layer.bias.grad, plain.grad)
+    start = layer.bias.detach().clone()
+    optimizer.step()
+    adapters.merge_()
+    torch.testing.assert_close(layer.bias.detach(), start - 1e-2 * plain.grad)
+
+
+def test_a_weight_made_trainable_is_refused():
+    model = small()
+    adapters = hd_pissa.attach(model, 2)
+    before = model[2].weight.detach().clone()
+    one_step(model, adapters, adamw(adapters))
+    model[2].weight.requires_grad_()
+    text = refused(lambda: one_step(model, adapters, adamw(adapters)))
+    assert "2.weight was made trainable" in text
+    model[2].weight.requires_grad_(False)
+    adapters.merge_()
+    assert not torch.equal(model[2].weight, before)
+
+
+def beside():
+    """On two processes: messages of `check` for a bias beside the adapters, another rate, another rule."""
+    second, out = hd_pissa.process_index() == 1, []
+    model = small()
+    adapters = hd_pissa.attach(model, 2)
+    mine = adapters.parameters()
+
+    def message(optimizer):
+        try:
+            adapters.check(optimizer)
+        except ValueError as e:
+            return str(e)
+
+    out.append(message(torch.optim.SGD([*mine, model[0].bias.requires_grad_()], 1e-2)))
+    out.append(message(torch.optim.SGD(mine, 1e-2 if second else 2e-2)))
+    out.append(message(torch.optim.RMSprop(mine, 1e-2) if second else torch.optim.SGD(mine, 1e-2)))
+    out.append(message(torch.optim.AdamW(mine, 1e-2, weight_decay=0.1 if second else 0.0)))
+    out.append(message(torch.optim.SGD(mine, 1e-2)))
+    return out
+
+
+def test_processes_have_the_same_optimizer_and_nothing_beside_it(tmp_path):
+    """No one adds up the gradients of others; the remedy is also=. All processes say the same."""
+    first, second = spawn(2, beside, tmp_path)
+    assert first == second
+    others, rate, rule, decay, fine = first
+    assert "1 tensors beside the increments" in others and "also=" in others
+    for text in (rate, rule):
+        assert "processes have different optimizers" in text
+    assert "0.02" in rate and "0.01" in rate and "RMSprop" in rule and "SGD" in rule
+    assert "weight_decay" in decay and fine is None
+
+
+# ---- Nothing to train with ---------------------------------------------------------------------------------
+
+
+def test_a_basis_that_was_never_loaded_is_refused():
+    """attach(decompose=None) waits for load_state_dict; with it training goes on as with the stored run."""
+    whole, later = small(), small()
+    adapters, empty = hd_pissa.attach(whole, 2), hd_pissa.attach(later, 2, decompose=None)
+    optimizer = adamw(empty)
+    text = refused(lambda: one_step(later, empty, optimizer))
+    assert "decompose=None" in text and "load_state_dict" in text
+    empty.load_state_dict(adapters.state_dict())
+    one_step(whole, adapters, adamw(adapters))
+    one_step(later, empty, adamw(empty))
+    assert torch.equal(whole[0].weight, later[0].weight) and torch.equal(whole[2].weight, later[2].weight)
+
+
+def test_w_of_too_low_rank_is_refused_and_the_printed_remedy_works():
+    """W of zeros and W of rank 3 for 4 components; with B = 0 ("lora") W may be anything."""
+    for spoil, rank in ((lambda W: W.zero_(), 0), (lambda W: W[3:].zero_(), 3)):
+        model = small()
+        spoil(model[2].weight.data)
+        text = refused(lambda model=model: hd_pissa.attach(model, 2, shards=2))
+        assert f"2.weight has rank {rank}, 4 components" in text
+        exclude = eval(re.search(r"exclude=(\[.+?\])", text)[1])
+        adapters = hd_pissa.attach(model, 2, shards=2, exclude=exclude)
+        assert [slot.name for slot in adapters.slots] == ["0"]
+        adapters.detach_()
+        adapters = hd_pissa.attach(model, 2, shards=2, init="lora")
+        before = model[2].weight.clone()
+        one_step(model, adapters, adamw(adapters))
+        assert not torch.equal(before, model[2].weight)
+
+
+# ---- What is adapted, and what is said about it ------------------------------------------------------------
+
+
+def named() -> nn.Module:
+    model = nn.Module()
+    model.layers = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(12, 12), "not_q_proj": nn.Linear(12, 12),
+                                                "gate": nn.Linear(12, 2)}) for _ in range(2))  # fmt: skip
+    model.wte = nn.Embedding(20, 12)
+    model.lm_head = nn.Linear(12, 20, bias=False)
+    return model
+
+
+def names(adapters) -> list[str]:
+    return [slot.name for slot in adapters.slots]
+
+
+def test_a_string_is_one_suffix():
+    q = ["layers.0.q_proj", "layers.1.q_proj"]
+    assert names(hd_pissa.attach(named(), 2, targets="q_proj")) == q
+    assert names(hd_pissa.attach(named(), 2, targets=["q_proj"])) == q
+    assert names(hd_pissa.attach(named(), 2, targets="0.q_proj")) == q[:1]
+    assert names(hd_pissa.attach(named(), 3, exclude="not_q_proj")) == q
+    assert names(hd_pissa.attach(named(), 2, targets="lm_head")) == ["lm_head"]      # named: the head too
+
+
+@pytest.mark.parametrize("arguments", [{"targets": ["q_proj", "qproj"]}, {"exclude": ["qproj"]},
+                                       {"targets": "qproj"}, {"targets": "_proj"}])  # fmt: skip
+def test_a_suffix_that_matches_nothing_is_an_error(arguments):
+    """With the names that there are."""
+    text = refused(lambda: hd_pissa.attach(named(), 2, **arguments))
+    assert "ends no linear layer's name" in text and "gate, lm_head, not_q_proj, q_proj" in text
+
+
+def test_small_layers_are_left_out_and_the_summary_says_so():
+    """A gate of two outputs does not refuse a model; the summary's numbers are those of the tensors."""
+    model = named()
+    adapters = hd_pissa.attach(model, 2, shards=2)
+    assert names(adapters) == [f"layers.{i}.{x}" for i in range(2) for x in ("q_proj", "not_q_proj")]
+    assert adapters.skipped == {"layers.0.gate": "fewer than K r = 4 components",
+                                "layers.1.gate": "fewer than K r = 4 components",
+                                "lm_head": "output head"}  # fmt: skip
+    adapted, every = 4 * 144, sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in adapters.parameters()) // adapters.S
+    assert str(adapters) == (
+        f"HD-PiSSA: 4 layers, {adapted} weights ({adapted / every:.1%} of the model); 2 shards of rank 2, 2 "
+        f"here, each trains {trained} numbers. Left out: 2 x fewer than K r = 4 components; 1 x output head")
+    text = refused(lambda: hd_pissa.attach(named(), 2, shards=2, targets=["gate"]))
+    assert "layers.0.gate is (2, 12)" in text and "K r = 4" in text and "it has 2" in text
+
+
+def test_experts_of_three_dimensions_are_named():
+    model = named()
+    model.experts = nn.Module()
+    model.experts.up = nn.Parameter(torch.zeros(3, 12, 12))
+    assert "experts" in hd_pissa.attach(model, 2).skipped["experts.up"]
+
+
+def test_attach_twice_also_on_a_part():
+    model = named()
+    adapters = hd_pissa.attach(model.layers[0], 2)
+    text = refused(lambda: hd_pissa.attach(model, 2))
+    assert "layers.0.q_proj has adapters" in text and "detach_()" in text
+    other = hd_pissa.attach(model.layers[1], 2)                     # another part is another model
+    adapters.detach_()
+    other.detach_()
+    hd_pissa.attach(model, 2)
+
+
+def test_a_peft_model_is_refused_and_works_once_it_is_merged():
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=20))
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert "merge_and_unload()" in refused(lambda: hd_pissa.attach(wrapped, 2))
+    assert len(hd_pissa.attach(wrapped.merge_and_unload(), 2).slots) == 7
+
+
+# ---- All processes alike -----------------------------------------------------------------------------------
+
+
+def unequal():
+    """(what was said, W of process 0 before, W after attach, W after steps, buffers) on this process."""
+    i = hd_pissa.process_index()
+    model = nn.Sequential(small(seed=7), nn.BatchNorm1d(10), nn.Linear(10, 10))     # one seed, alike so far
+    if i:
+        model[0].load_state_dict(small(seed=8).state_dict())
+        model[1].running_mean += 1
+    mine = [p.detach().clone() for p in (*model.parameters(), *model.buffers())]
+    made = []
+    said = warned(lambda: made.append(hd_pissa.attach(model, 2)))
+    adapters, = made
+    equal = [torch.equal(a, b) for a, b in zip(mine, (*model.parameters(), *model.buffers()))]
+    after = [p.tolist() for p in (*model.parameters(), *model.buffers())]
+    optimizer = adamw(adapters)
+    for t in range(2):
+        x = torch.randn((6, 12), generator=torch.Generator().manual_seed(10 * t + i))
+        one_step(model, adapters, optimizer, x)
+    again = warned(lambda: hd_pissa.attach(small(seed=3), 2))
+    return said, equal, after, [slot.module.weight.tolist() for slot in adapters.slots], again
+
+
+def test_unequal_models_get_those_of_process_0_and_it_is_said(tmp_path):
+    """As DDP does. Process 0 keeps its own bit for bit; what was equal is not counted."""
+    (said, kept, one, trained, again), (quiet, other, two, same, _) = spawn(2, unequal, tmp_path)
+    assert all(kept) and one == two and trained == same and not quiet and not again
+    assert other.count(False) == 5                      # two weights, two biases, a running mean
+    assert len(said) == 1 and f"5 of {len(other)} parameters and buffers differed" in said[0]
+
+
+class Drops(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wte, self.drop = nn.Embedding(32, 16), nn.Dropout(0.5)
+        self.fc, self.lm_head = nn.Linear(16, 16), nn.Linear(16, 32)
+
+    def forward(self, x):
+        return self.lm_head(self.drop(torch.tanh(self.fc(self.wte(x)))))
+
+
+def shuffled():
+    """Rows in the order in which this process's own shuffling loader has dealt them to `train`."""
+    model, seen = Drops(), []
+    adapters = hd_pissa.attach(model, 2, shards=2)
+    torch.manual_seed(5)                                # the user's, alike on all processes
+    loader = torch.utils.data.DataLoader([([i] * 8, 3) for i in range(8)], 4, shuffle=True, collate_fn=list)
+
+    def batches():
+        while True:
+            for batch in loader:
+                seen.append([tokens[0] for tokens, _ in batch])
+                yield batch
+
+    list(hd_pissa.train(model, adapters, batches(), lr=1e-2, max_steps=6, progress=False))
+    return seen, [tokens.tolist() for tokens in (torch.rand(2), model.fc.weight)]
+
+
+def test_train_leaves_torchs_generator_alone(tmp_path):
+    """A loader that shuffles by it deals alike on every process, and as it would without any training."""
+    alone = shuffled()
+    for rank in spawn(2, shuffled, tmp_path):
+        assert rank == alone
+    torch.manual_seed(5)
+    expected = []
+    loader = torch.utils.data.DataLoader(range(8), 4, shuffle=True)
+    while len(expected) < 6:
+        expected += [batch.tolist() for batch in loader]
+    assert alone[0][:6] == expected[:6] and len({str(rows) for rows in expected}) > 2
+
+
+# ---- The loop ----------------------------------------------------------------------------------------------
+
+
+def lm():
+    model = Drops().eval()
+    model.drop.p = 0.0
+    return model
+
+
+ROWS = [([1 + (i * j) % 30 for j in range(6)], 2) for i in range(1, 5)]
+
+
+def test_groups_keep_their_own_rates():
+    """The schedule scales each group's peak; a run that goes on does not scale it twice."""
+    model, seen = lm(), []
+    adapters = hd_pissa.attach(model, 2)
+    p = adapters.parameters()
+    optimizer = torch.optim.SGD([{"params": p[:1], "lr": 0.3}, {"params": p[1:], "lr": 0.1}], lr=1.0)
+
+    def go(start, steps):
+        for record in hd_pissa.train(model, adapters, [ROWS] * steps, lr=0.2, max_steps=6, warmup=2,
+                                     schedule="linear", optimizer=optimizer, start=start, progress=False):
+            seen.append([group["lr"] for group in optimizer.param_groups] + [record["lr"]])
+
+    go(0, 3)
+    go(3, 3)
+    factors = [1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4]
+    for rates, factor in zip(seen, factors, strict=True):
+        assert rates == pytest.approx([0.3 * factor, 0.1 * factor, 0.2 * factor])
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ({"schedule": "cosin"}, ["schedule='cosin'", "cosine, linear, constant"]),
+    ({"lr": 0.0}, ["lr=0.0", "above 0"]), ({"lr": -1e-3}, ["lr=-0.001"]), ({"lr": float("inf")}, ["lr=inf"]),
+])  # fmt: skip
+def test_the_loop_refuses_what_would_train_nothing(arguments, words):
+    model = lm()
+    adapters = hd_pissa.attach(model, 2)
+    text = refused(lambda: list(hd_pissa.train(model, adapters, [ROWS], max_steps=1, progress=False,
+                                               **{"lr": 1e-3, **arguments})))  # fmt: skip
+    assert all(word in text for word in words)
+
+
+@pytest.mark.parametrize("row", [([1, 2, 3], 3), ([1, 2, 3], 5), ([1, 2, 3], [(3, 9)]), ([1, 2, 3], [])])
+def test_a_row_without_response_is_refused(row):
+    """Cut before its response, or given none: not a loss of zero among the others' means."""
+    model = lm()
+    adapters = hd_pissa.attach(model, 2)
+    before = model.fc.weight.clone()
+    text = refused(lambda: list(hd_pissa.train(model, adapters, [[*ROWS, row]], lr=1e-3, max_steps=1,
+                                               progress=False)))  # fmt: skip
+    assert "step 1" in text and "1 of them cut before their response" in text
+    assert torch.equal(model.fc.weight, before)
+
+
+def test_loss_of_several_spans_is_that_of_their_tokens():
+    """Against cross entropy by hand over exactly these tokens."""
+    tokens, where = [3, 1, 4, 1, 5, 9, 2, 6], [(0, 2), (4, 6), (7, 20)]
+    x, y = hd_pissa.pad([(tokens, where)], "cpu")
+    logits = lm()(x)
+    by_hand = [F.cross_entropy(logits[0, t - 1], torch.tensor(tokens[t])) for t in (1, 4, 5, 7)]
+    loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
+    torch.testing.assert_close(loss, sum(by_hand))
+
+
+def test_process_groups_are_looked_for(monkeypatch):
+    """Started by torchrun without a process group, replicas would drift apart."""
+    assert not dist.is_initialized()
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "WORLD_SIZE=4, but no process group" in refused(lambda: hd_pissa.attach(small(), 2))
