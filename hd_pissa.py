@@ -28,7 +28,7 @@ Notation (the paper's letters; an nn.Linear stores W^T, a transformers Conv1D st
     r         components per shard, the argument rank=   dA, dB  their increments in one step
     m, n      input, output features; W is (m, n)        P, Q    (m, 2Kr), (2Kr, n); P Q = sum dU_i
     X, Y      (T, m), (T, n) of T tokens                 s       alpha / r, PEFT's scaling
-    U, S, Vt  (m, d), (d,), (d, n); d = min(m, n)        S       in classes: shards of this process
+    U, S, Vt  (m, d), (d,), (d, n); d = min(m, n)        adapters.S   shards of this process
 
 This file is complete; it needs torch and tqdm. hd_pissa_extra.py builds on it for large runs.
 Paper: Wang et al., "HD-PiSSA: High-Rank Distributed Orthogonal Adaptation".
@@ -152,7 +152,7 @@ class Mute(torch.autograd.Function):
         ctx.A, ctx.B, ctx.s, ctx.conv1d, ctx.mask = A, B, s, conv1d, mask
         ctx.shapes = dA.shape, dB.shape                 # (m, r), (r, n), or with k in front
         # Y = X W      (4.3), by the very call of the plain frozen layer: logits are equal bit for bit
-        Y = torch.addmm(bias, x.flatten(0, -2), weight) if conv1d else F.linear(x, weight, bias)
+        Y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight) if conv1d else F.linear(x, weight, bias)
         # (..., n); no view of a tensor that autograd does not know: in-place ops may follow
         return torch.ops.aten._unsafe_view(Y, (*x.shape[:-1], Y.shape[-1]))
 
@@ -166,7 +166,8 @@ class Mute(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 # dX = dY W^T
                 dX = dY @ (weight.T if ctx.conv1d else weight).to(dtype)    # (..., n) -> (..., m)
-            dY, X = dY.flatten(0, -2), x.flatten(0, -2).to(dtype)           # (T, n), (T, m)
+            dY = dY.reshape(-1, dY.shape[-1])                               # (T, n)
+            X = x.reshape(-1, x.shape[-1]).to(dtype)                        # (T, m)
             if ctx.needs_input_grad[2]:
                 db = dY.sum(0)                          # a bias that trains beside the adapters
             if ctx.mask is not None:
@@ -238,6 +239,10 @@ class Slot:
         if W.dtype not in self.dtypes or hasattr(W, "to_local") or W.is_inference():
             raise ValueError(f"{name}.weight is {self.kind()}: 16 bits lose small updates, sharded and inference"
                              " tensors take none; load float32 weights, or see hd_pissa_extra.attach")
+        V = adapters.slots[0].module.weight if adapters.slots else W
+        if W.device != V.device or (W.dtype == torch.float64) != (V.dtype == torch.float64):
+            raise ValueError(f"{name}.weight is {self.kind()}, that of {adapters.slots[0].name} {V.dtype} on "
+                             f"{V.device}; one process trains on one device, in float64 all of it or nothing")
         if not W.is_meta and not torch.isfinite(W).all():
             raise ValueError(f"{name}.weight holds NaN or Inf; the checkpoint is damaged, load it again")
 
@@ -261,8 +266,7 @@ class Slot:
     def before_forward(self, x: torch.Tensor) -> None:
         """Raise ValueError where a step was not merged: nothing would ever reach W."""
         if self.adapters.increments._version != self.adapters.merged:
-            raise ValueError("increments were filled and not merged, so nothing would reach W; call "
-                             "adapters.merge_() after every optimizer.step(), before the next forward")
+            raise ValueError(UNMERGED)
 
     def kind(self) -> str:
         W = self.module._parameters.get("weight")
@@ -277,25 +281,35 @@ class Slot:
 # ---- What a run may get wrong without a word -----------------------------------------------------
 
 LIVE = weakref.WeakSet()        # the adapters that are attached
+UNMERGED = ("increments were filled and not merged, so nothing would reach W; call adapters.merge_() after "
+            "every optimizer.step(), before the next forward")
 
 def before_step(optimizer, *_) -> None:
-    for adapters in list(LIVE):
-        adapters.begun = adapters.increments._version
-
-def after_step(optimizer, *_) -> None:
-    """Mark increments that a fused optimizer has changed; refuse to train on where no optimizer does."""
+    """Look at an optimizer of increments before its first step, and at whether its last was merged."""
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(LIVE):
-        backwards, before = sum(map(sum, adapters.seen)), adapters.waiting[-1:] or [0]
-        if id(adapters.slots[0].leaves[0][0]) in held:
-            adapters.waiting.clear()
+        adapters.begun = adapters.increments._version
+        if not held & adapters.ids:
+            continue
+        if optimizer not in adapters.known:
+            check_optimizer(adapters, optimizer)
+            adapters.known.add(optimizer)
+        if optimizer in adapters.stepped:
+            raise ValueError(UNMERGED)
+        adapters.stepped.append(optimizer)
+
+def after_step(optimizer, *_) -> None:
+    """Mark increments that a fused optimizer has changed; refuse to go on where no optimizer has them."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for adapters in list(LIVE):
+        if adapters.ids & {id(p) for p in params}:
             if adapters.increments._version == adapters.begun:
                 torch.autograd.graph.increment_version(adapters.increments)
-        elif backwards > before[0]:     # another step while gradients of increments wait
-            adapters.waiting.append(backwards)
-            if len(adapters.waiting) == 4:
-                raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, which have had "
-                                 "gradients for 4 such steps; build the optimizer from adapters.parameters()")
+        elif any(map(any, adapters.seen)) and not any(p.grad is not None for p in params):
+            adapters.idle += 1          # it has nothing to do, while gradients of increments wait
+            if adapters.idle >= 4:
+                raise ValueError(f"{type(optimizer).__name__} steps without a gradient, those of the increments "
+                                 "wait; build the optimizer from adapters.parameters()")
 
 register_optimizer_step_pre_hook(before_step)
 register_optimizer_step_post_hook(after_step)
@@ -304,39 +318,42 @@ def count(seen: list, j: int) -> None:
     """One more backward of layer j since the last merge."""
     seen[j] += 1
     if seen[j] == 500:
-        warnings.warn("500 backwards without adapters.merge_(): nothing has trained. Does the optimizer "
-                      "hold adapters.parameters(), does the loop merge?", stacklevel=2)
+        warnings.warn("no adapters.merge_() in 500 backwards. Does the optimizer hold adapters.parameters(), "
+                      "does the loop merge?", stacklevel=2)
 
-def check_optimizer(ours: list, optimizer) -> str:
+def check_optimizer(adapters, optimizer) -> str:
     """A description of `optimizer`; ValueError unless its step depends on gradients and state alone.
 
     Increments begin every step at zero. So two copies of it train stand-ins with equal gradients:
     one lets them move on from 1, the other resets them to zero as merge_ does. Steps must be equal.
     """
-    name, groups, ids, steps = type(optimizer).__name__, optimizer.param_groups, {id(p) for p in ours}, []
+    name, groups = type(optimizer).__name__, optimizer.param_groups
     held = {id(p): p.device for group in groups for p in group["params"]}
-    if lacks := len(ids - {*held}):
-        raise ValueError(f"{name} lacks {lacks} of the {len(ids)} increments; build it from "
-                         "adapters.parameters()")
-    if len(held) > len(ids) and world_size() > 1:
-        raise ValueError(f"{name} holds {len(held) - len(ids)} tensors beside the increments: no one adds up "
-                         "their gradients over processes, as hd_pissa_extra.attach(also=...) does")
+    mine = {id(p) for slot in adapters.slots for pair in slot.leaves for p in pair} & {*held}
+    if len(held) > len({*held} & {i for a in LIVE for i in a.ids}) and world_size() > 1:
+        raise ValueError(f"{name} holds tensors beside adapters.parameters(): no one adds up their gradients "
+                         "over processes, as hd_pissa_extra.attach(also=...) does")
+    steps = []
     for start in (1.0, 0.0):
         stand = {p: torch.full((4, 2), start, dtype=torch.float64, device=d) for p, d in held.items()}
+        probe = object.__new__(type(optimizer))
         new = {id(hooks): type(hooks)() for key, hooks in vars(optimizer).items() if "hooks" in key}
+        new |= stand | {id(optimizer.state): collections.defaultdict(dict), id(optimizer): probe}
         try:
-            probe = copy.deepcopy(optimizer, stand | new | {id(optimizer.state): collections.defaultdict(dict)})
-            for t in range(9):
+            vars(probe).update(copy.deepcopy(vars(optimizer), new))
+            for group in probe.param_groups:
+                group["lr"] = max(float(group["lr"]), 0.01)     # a warm-up may begin at 0
+            for t in range(25):
                 before = [p.clone() for p in stand.values()]
                 for p in stand.values():
                     p.grad = torch.linspace(1, 2 + t % 3, 8, device=p.device).to(p).view(4, 2)
                 type(probe).step(probe)
-                steps += [p - q for (key, p), q in zip(stand.items(), before) if key in ids]
+                steps += [p - q for (key, p), q in zip(stand.items(), before) if key in mine]
                 torch._foreach_mul_([*stand.values()], start)
         except Exception as e:
             raise ValueError(f"{name} takes no step on a copy ({e}); use AdamW, SGD, RMSprop") from e
     half, decays = len(steps) // 2, any(group.get("weight_decay") for group in groups
-                                        if ids & {id(p) for p in group["params"]})
+                                        if mine & {id(p) for p in group["params"]})
     if decays or not all(torch.allclose(a, b, 1e-6, 0) for a, b in zip(steps[:half], steps[half:])):
         raise ValueError(f"{name} {'has weight_decay, which' if decays else 'has a rule that'} reads the "
                          "parameter, but increments begin every step at zero; use AdamW with "
@@ -351,7 +368,7 @@ class Adapters:
     A row of a flat buffer is one shard, all layers side by side: one collective moves them all.
     """
 
-    Slot, whole_batch = Slot, False     # each shard learns from its own mini-batch
+    Slot, agreed, whole_batch = Slot, "", False     # each shard learns from its own mini-batch
 
     def __init__(self, model, found, skipped, config: dict, exchange: str, seed: int, device):
         self.model, self.skipped, self.config, self.seed = model, skipped, config, seed
@@ -361,7 +378,7 @@ class Adapters:
         self.S = self.K // world_size()                 # shards of this process
         self.first = process_index() * self.S           # global index of local shard 0
         self.step = self.idle = self.current = 0
-        self.phase, self.lock, self.slots, width = "empty", threading.RLock(), [], 0
+        self.phase, self.owner, self.slots, width = "empty", None, [], 0
         for name, module in found:
             self.slots.append(self.Slot(name, module, self, width))
             width += self.slots[-1].size
@@ -373,13 +390,20 @@ class Adapters:
         self.increments = torch.zeros((self.S, width), **like)
         self.merged = self.increments._version
         self.seen = [[0] * len(found) for _ in range(self.S)]   # backwards since the last merge
-        self.waiting = []               # how many, at steps of optimizers that hold no increments
+        self.known, self.stepped = weakref.WeakSet(), []        # optimizers: checked, not merged yet
         for j, slot in enumerate(self.slots):
+            A, B = slot.views(self.basis[self.own])
+            slot.factors = [(A[i:i + 1], B[i:i + 1]) for i in range(self.S)]
             for seen, dA, dB in zip(self.seen, *slot.views(self.increments)):
                 # detach: a leaf of its own on the buffer's memory. Its hook must not hold `self`.
                 slot.leaves.append((dA.detach().requires_grad_(), dB.detach().requires_grad_()))
                 slot.leaves[-1][1].register_post_accumulate_grad_hook(lambda _, s=seen, j=j: count(s, j))
+        self.ids = {id(p) for p in self.parameters()}
         LIVE.add(self)
+
+    def __reduce__(self):
+        """Copied or pickled with a model that holds them, adapters stay behind as None."""
+        return type(None), ()
 
     def keep(self) -> slice:
         """Shards whose A_i, B_i stay here: folding factors needs all of them, a dense dU the own."""
@@ -406,9 +430,9 @@ class Adapters:
     def select(self, i: int) -> None:
         """Let the forwards from here on train local shard i."""
         # Tensors are swapped, not an index: under torch.compile one graph then serves every shard.
-        self.current, own = i, self.own.start + i
+        self.current = i
         for slot in self.slots:
-            (slot.A, slot.B), (slot.dA, slot.dB) = slot.views(self.basis[own:own + 1]), slot.leaves[i]
+            (slot.A, slot.B), (slot.dA, slot.dB) = slot.factors[i], slot.leaves[i]
 
     @contextlib.contextmanager
     def shard(self, i: int):
@@ -416,15 +440,16 @@ class Adapters:
         if not 0 <= i < self.S:
             raise ValueError(f"shard({i}): this process holds shards 0..{self.S - 1} ({self.K} shards "
                              f"over {world_size()} processes)")
-        if not self.lock.acquire(blocking=False):
+        me, before, outer = threading.get_ident(), self.current, self.owner
+        if outer not in (None, me):
             raise ValueError("shard() is in use by another thread; train shards one after another")
-        before = self.current
+        self.owner = me
         self.select(i)
         try:
             yield
         finally:
             self.select(before)
-            self.lock.release()
+            self.owner = outer
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
@@ -443,7 +468,13 @@ class Adapters:
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ValueError, on every process, for an optimizer that cannot train increments."""
-        said = everywhere(lambda: check_optimizer(self.parameters(), optimizer))
+        def look():
+            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+            if lacks := len(self.ids - held):
+                raise ValueError(f"{type(optimizer).__name__} lacks {lacks} of {len(self.ids)} tensors; build it "
+                                 "from adapters.parameters()")
+            return check_optimizer(self, optimizer)
+        said = everywhere(look)
         if len({*said}) > 1:
             raise ValueError(f"processes have different optimizers: {' and '.join(sorted({*said}))}")
 
@@ -459,13 +490,18 @@ class Adapters:
         Shards are summed in the same order everywhere, so replicas of W stay equal bit for bit.
         """
         with torch.autocast(self.device.type, enabled=False):
-            self.refuse()
-            self.exchange_and_fold()
-        self.next_step()
+            if not self.refuse():
+                self.exchange_and_fold()
+                self.next_step()
 
-    def refuse(self) -> None:
-        """Raise ValueError, on every process alike, where a merge would not do what is meant."""
-        faults = "; ".join(f"{s.name}.weight {fault}" for s in self.slots if (fault := s.fault()))
+    def refuse(self) -> bool:
+        """Raise ValueError, on every process alike, where a merge would not do what is meant.
+
+        True where no optimizer has stepped: gradients then wait, for accumulation by a library, say.
+        """
+        named = dict(self.model.named_modules())
+        faults = "; ".join(f"{s.name}.weight {fault}" for s in self.slots if (
+            fault := s.fault() if named.get(s.name) is s.module else "is of a layer that was replaced"))
         there = [[n > 0 or any(p.grad is not None for p in slot.leaves[i])
                   for n, slot in zip(row, self.slots)] for i, row in enumerate(self.seen)]  # (S, layers)
         low, high = self.increments.aminmax(dim=1)
@@ -475,29 +511,35 @@ class Adapters:
         trained, faulty, size = gather_shards(table).T.tolist()
         if any(faulty):
             raise ValueError("merge_: " + max(everywhere(lambda: faults)))
-        if self.phase == "empty":
-            raise ValueError("merge_: attach(decompose=None) left A_i = B_i = 0; call load_state_dict")
+        if self.phase in ("empty", "detached"):
+            raise ValueError(f"merge_: the adapters are {self.phase}: call load_state_dict after "
+                             "attach(decompose=None), nothing after detach_()")
         if without := [i for i, pair in enumerate(zip(trained, size)) if not any(pair)]:
             raise ValueError(f"merge_: shards {without} of {self.K} got no gradient since the last merge. "
                              f"Every step trains each shard of a process:\n    for s in range({self.S}):\n"
                              "        with adapters.shard(s):\n            loss_of_mini_batch(s).backward()")
         if bad := [i for i, value in enumerate(size) if not math.isfinite(value)]:
             raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched. "
-                             "Lower the learning rate or clip the gradients")
+                             "Lower the learning rate or clip; adapters.next_step() leaves this step out")
         # A GradScaler that leaves a step out leaves gradients that are not finite: that is not idle.
         idle = not any(size) and 0 < float(self.clip_grad_norm_(math.inf)) < math.inf
+        waits = idle and self.increments._version == self.merged
         self.idle = self.idle + 1 if idle else 0
         if self.idle >= 2:
             raise ValueError("merge_: all increments are zero in two successive merges although there "
-                             "are gradients; call optimizer.step() before merge_(), build the optimizer "
-                             "from adapters.parameters(), and use a learning rate above 0")
+                             "are gradients; merge only where optimizer.step() ran (accelerate: if "
+                             "accelerator.sync_gradients), build the optimizer from adapters.parameters(), "
+                             "and use a learning rate above 0")
         if self.phase == "filled":      # at the first merge: layers that no backward has reached
             reached = gather_shards(torch.tensor(there, device=self.device)).any(dim=0).tolist()
             dead = [slot.name for slot, yes in zip(self.slots, reached) if not yes]
             if dead and process_index() == 0:
                 warnings.warn(f"{len(dead)} of {len(reached)} adapted layers got no gradient, {dead[:4]}: "
                               "the model does not call them; leave them out with exclude=", stacklevel=3)
+            if world_size() > 1:
+                send_model(self.model, self.device)     # somebody may have loaded weights on one process
             self.phase = "running"
+        return waits
 
     def exchange_and_fold(self) -> None:
         factors = self.exchange == "all_gather"
@@ -525,7 +567,7 @@ class Adapters:
         self.merged, self.step = self.increments._version, self.step + 1
         for p in self.parameters():
             p.grad = None               # a loop that zeroes the model alone would add to them
-        self.waiting.clear()
+        self.stepped.clear()
         for row in self.seen:
             row[:] = [0] * len(row)
 
@@ -544,7 +586,7 @@ class Adapters:
         """Take A_i, B_i and the step of `state`; ValueError if another run or model has written it."""
         own, there = self.tensors(), state.get("config", {})
         wrong = [f"{k} is {v} here, {there.get(k)} there" for k, v in self.config.items() if there.get(k) != v]
-        wrong += [k for k in own if k not in state or state[k].shape != own[k].shape]
+        wrong += [k for k in ("step", *own) if k not in state or k != "step" and state[k].shape != own[k].shape]
         if wrong := next(filter(None, everywhere(lambda: ", ".join(wrong[:3]))), None):
             raise ValueError(f"adapter state of another run or model ({wrong}); attach as that run did")
         for name, tensor in own.items():
@@ -560,10 +602,13 @@ class Adapters:
 
     def detach_(self) -> None:
         """Make the modules plain again. W keeps what was merged and stays frozen."""
+        if self.increments._version != self.merged:
+            raise ValueError(f"{UNMERGED}; adapters.next_step() leaves the step out")
         LIVE.discard(self)
-        for slot in self.slots:
+        for slot in self.slots if self.phase != "detached" else ():
             slot.module.__class__ = slot.plain_class
             del slot.module.hd_pissa
+        self.phase = "detached"
 
 # ---- Attaching -----------------------------------------------------------------------------------
 
@@ -595,7 +640,7 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
     least               components that a layer must have; "all-linear" leaves out those with fewer
     """
     targets, exclude = ([t] if isinstance(t, str) else [*t] for t in (targets, exclude))
-    every, found, skipped, used = targets == ["all-linear"], [], {}, {"all-linear"}
+    every, found, skipped, used = "all-linear" in targets, [], {}, {"all-linear"}
     named = dict(model.named_modules())
     linear = [name for name, module in named.items() if isinstance(module, nn.Linear)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -619,8 +664,8 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
             "a weight or a forward of its own kind": W is None or "forward" in vars(module)
             or not conv1d and kind.forward is not nn.Linear.forward,
             "no shape yet: run one forward before attach": not shaped, "tied weight": uses[id(W)] > 1,
-            "output head": every and module is head,
-            f"fewer than K r = {least} components": every and shaped and min(W.shape) < least}
+            "output head": module is head and not hits,
+            f"fewer than K r = {least} components": not hits and shaped and min(W.shape) < least}
         if reason := next((reason for reason, holds in reasons.items() if holds), None):
             skipped[name] = reason
         else:
@@ -721,8 +766,9 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
         least = rank * (1 if init == "top" else config["shards"])
         found, skipped = find_layers(model, targets, exclude, least)
         made.append(make(model, found, skipped, config, exchange, seed, found[0][1].weight.device))
-        shapes = [(name, (*p.shape,), p.dtype) for name, p in model.named_parameters()]
-        return repr((config, exchange, seed, [name for name, _ in found], shapes))
+        shapes = [(name, (*p.shape,), p.dtype) for named in (model.named_parameters(), model.named_buffers())
+                  for name, p in named]
+        return repr((config, exchange, seed, made[0].agreed, [name for name, _ in found], shapes))
     said = everywhere(build)
     for i, text in enumerate(said):
         if text != said[0]:
@@ -771,7 +817,7 @@ def lr_factor(step: int, max_steps: int, warmup: float, schedule: str) -> float:
 def spans(row) -> list[tuple[int, int]]:
     """Where a row (tokens, prompt length or [(start, stop), ...], ...) has loss; [] if that was cut off."""
     tokens, where = row[:2]
-    where = [(where, len(tokens))] if isinstance(where, int) else where
+    where = [(where, len(tokens))] if hasattr(where, "__index__") else where
     return [(max(a, 1), min(b, len(tokens))) for a, b in where if max(a, 1) < min(b, len(tokens))]
 
 def pad(rows, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -809,9 +855,9 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
 
     A shard minimises the mean over its own response tokens; with `whole_batch`, that of the step batch.
     """
-    if not 0 < lr < math.inf or schedule not in SCHEDULES:
-        raise ValueError(f"lr={lr}, schedule={schedule!r}: lr must be above 0 (the paper: 2e-5), schedule "
-                         f"one of {', '.join(SCHEDULES)}")
+    if not 0 < lr < math.inf or schedule not in SCHEDULES or not max_grad_norm >= 0:
+        raise ValueError(f"lr={lr}, schedule={schedule!r}, max_grad_norm={max_grad_norm}: lr must be above 0 (the "
+                         f"paper: 2e-5), schedule one of {', '.join(SCHEDULES)}, max_grad_norm 0 (off) or more")
     optimizer = optimizer or torch.optim.AdamW(adapters.parameters(), lr, weight_decay=0.0, foreach=True)
     adapters.check(optimizer)
     peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]

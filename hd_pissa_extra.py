@@ -13,6 +13,7 @@ hd_pissa.py knows nothing of this file. Notation as there.
 import math
 import os
 import shutil
+import warnings
 import weakref
 
 import torch
@@ -135,7 +136,11 @@ class Slot(hd_pissa.Slot):
             self.low = self.low[rows].to(W.device, copy=True)           # FSDP2 has sharded W since
             self.note()
         elif self.low is not None and self.noted != (W.data_ptr(), W._version):
-            self.low.zero_()            # somebody has loaded or swapped W: that one trains from here on
+            if self.low.any():
+                warnings.warn(f"{self.name}.weight was loaded or swapped after attach: it trains from here on, "
+                              "without the 16 bits that were kept of the one before. To load both, load the "
+                              "model first and the adapters' state after it", stacklevel=2)
+            self.low.zero_()
             self.note()
         return W, rows
 
@@ -342,8 +347,8 @@ class Adapters(hd_pissa.Adapters):
         if init == "random":
             config.update(seed=seed)    # it is the basis
         self.dropout, self.whole_batch, self.resend = dropout, gradients == "global", basis == "resend"
-        self.init, self.rounding, self.also = init, rounding, also
-        self.also_summed = self.collected = False
+        self.init, self.rounding, self.also, self.collected = init, rounding, also, False
+        self.agreed = repr((basis, bucket_mb, rounding, [*also]))       # by all processes
         super().__init__(model, found, skipped, config, exchange, seed, device)
         self.mean_over = self.K         # stays when a checkpoint's components are dealt to other K
         self.applied, self.folded = torch.ones(()), torch.zeros(())
@@ -385,24 +390,21 @@ class Adapters(hd_pissa.Adapters):
         yield from self.also.items()
 
     def sum_also(self) -> None:
-        """Make the gradients of `also` those of the whole step batch, once a step.
+        """Make the gradients of `also` those of the whole step batch.
 
         In local mode every shard's loss is a mean over its own tokens, and this is the mean over the K
         shards: exact where they have equally many tokens. In global mode it is the sum.
         """
-        grads = [p.grad for p in self.also.values()]
-        if self.also_summed:
-            if any(g is not None and g._version != v for g, v in zip(grads, self.also_summed)):
-                raise ValueError("a backward after the gradients of this step were summed over the processes; "
-                                 "run all micro-batches first")
-            return
-        for p in self.also.values():
+        live = dict(self.model.named_parameters(remove_duplicate=False))
+        for name, p in self.also.items():
+            if live.get(name) is not p:
+                raise ValueError(f"{name} of also= was replaced after attach (fully_shard, assign=True), so it "
+                                 "would not train; load it in place, or leave it out of fully_shard")
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             if world_size() > 1:
                 dist.all_reduce(p.grad)
             if not self.whole_batch:
                 p.grad.div_(self.K)
-        self.also_summed = [p.grad._version for p in self.also.values()]
 
     # -- dropout on the adapter's input
 
@@ -434,7 +436,7 @@ class Adapters(hd_pissa.Adapters):
             slot.caught = [zero.expand(shape).detach().requires_grad_() for shape in shapes]
             for leaf, mine in zip(slot.caught, zip(*slot.leaves)):
                 leaf.register_hook(_before_catching(weakref.ref(leaf), mine))
-                leaf.register_post_accumulate_grad_hook(_after_catching(mine, own))
+                leaf.register_post_accumulate_grad_hook(_after_catching(weakref.ref(self), mine, own))
             for row in self.seen:
                 slot.caught[1].register_post_accumulate_grad_hook(lambda _, row=row, j=j: hd_pissa.count(row, j))
 
@@ -445,13 +447,12 @@ class Adapters(hd_pissa.Adapters):
         optimizer.step(), clip_grad_norm_ and merge_ do so. Call it yourself before you read or change
         gradients of several processes in another way (GradScaler.unscale_, say).
         """
-        self.sum_also()
-        if world_size() == 1 or not self.whole_batch:
-            return                      # the increments' gradients are the caught ones already
-        if self.collected:
+        summed = world_size() > 1 and self.whole_batch      # else increments have the caught ones
+        if self.collected or not (summed or self.also):
             return                      # once a step on every process, whatever it has caught: none waits
         self.collected = True
-        for slots in self.buckets:
+        self.sum_also()
+        for slots in self.buckets if summed else ():
             parts = []                                                  # (K, m r) and (K, r n) of each layer
             for slot in slots:
                 for leaf, mine in zip(slot.caught, zip(*slot.leaves)):
@@ -478,15 +479,15 @@ class Adapters(hd_pissa.Adapters):
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0)
             for grad in (p.grad for p in self.parameters() if p.grad is not None):
                 grad.mul_(scale.to(grad))
-            self.also_summed = [p.grad._version for p in self.also.values()]
         return norm
 
     # -- the merge
 
-    def refuse(self) -> None:
+    def refuse(self) -> bool:
         # Weights that an evaluation has gathered whole are copies: they would get the update.
         reshard(self.model)
-        super().refuse()
+        self.collect_()                 # where this process has left the optimizer's step out
+        return super().refuse()
 
     def exchange_and_fold(self) -> None:
         """As the core does, a bucket of layers at a time."""
@@ -531,7 +532,7 @@ class Adapters(hd_pissa.Adapters):
     def next_step(self) -> None:
         super().next_step()
         self.applied, self.folded = self.folded, torch.zeros(())       # 0 of a step that is left out
-        self.also_summed = self.collected = False
+        self.collected = False
         self.backwards.clear()
         for slot in self.slots if self.whole_batch else ():
             for leaf in slot.caught:
@@ -565,27 +566,35 @@ class Adapters(hd_pissa.Adapters):
 def _before_catching(ref, mine):
     def hook(grad):
         leaf = ref()
-        if leaf.grad is not None and (mine[0].grad is None or leaf.grad._version != leaf.caught_version
-                                      and world_size() > 1):
+        if leaf.grad is None:
+            return
+        changed = world_size() > 1 and leaf.grad._version != leaf.caught_version
+        if mine[0].grad is None or changed and not any(p.grad.any() for p in mine):
             leaf.grad = None            # zeroed by the user, after a backward that failed, say
             for p in mine:
                 p.grad = None
+        elif changed:
+            raise ValueError("gradients were changed before they were summed over the processes; call "
+                             "adapters.collect_() first")
     return hook
 
-def _after_catching(mine, own):
+def _after_catching(ref, mine, own):
     def hook(leaf):
+        _refuse_collected(ref)
         for p, part in zip(mine, leaf.grad[own]):
-            if p.grad is not None and p.grad._base is not leaf.grad:
-                raise ValueError("a backward after the gradients of this step were summed over the processes; "
-                                 "run all micro-batches first")
             p.grad = part
         leaf.caught_version = leaf.grad._version
     return hook
 
+def _refuse_collected(ref):
+    if (adapters := ref()) is not None and adapters.collected:
+        raise ValueError("the gradients of this step were summed already; call adapters.merge_() first, or "
+                         "adapters.next_step() to leave the step out")
+
 def _before_step(optimizer, *_):
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(hd_pissa.LIVE):
-        if isinstance(adapters, Adapters) and id(adapters.slots[0].leaves[0][0]) in held:
+        if isinstance(adapters, Adapters) and held & adapters.ids:
             adapters.collect_()
 
 register_optimizer_step_pre_hook(_before_step)
@@ -608,12 +617,14 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
     device      of the adapters and the decomposition: "cuda" for W on the CPU until FSDP2 moves it; None: W's
     bucket_mb   MiB of gathered factors per collective
     accumulate  keep the sums of all merged dA_i, dB_i, as large as the increments, for `export_lora`
-    also        names (or their ends) of modules or parameters that train whole beside the adapters: a new
+    also        names, or parts of names between dots, of modules or parameters that train whole beside the adapters: a new
                 head, embeddings, norms. They are among adapters.parameters(), the same on every process
 
     Call it before fully_shard. Raises ValueError, on every process alike, for what cannot be trained.
     """
-    beside = also_parameters(model, [also] if isinstance(also, str) else also)
+    kept = []
+    hd_pissa.everywhere(lambda: kept.append(also_parameters(model, [also] if isinstance(also, str) else also)))
+    beside, = kept
     own = {id(p) for p in beside.values()}
     whole = [name for name, x in model.named_modules() if isinstance(x, nn.Linear) and id(x.weight) in own]
     exclude = [*([exclude] if isinstance(exclude, str) else exclude), *whole]
@@ -632,8 +643,9 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
     seeded = init == "random"
     adapters = hd_pissa.attach(model, rank, init="hd_pissa" if seeded else init, make=make,
                                decompose=None if seeded else decompose, exclude=exclude, **core)
+    ref = weakref.ref(adapters)
     for p in beside.values():
-        p.requires_grad_(True)
+        p.requires_grad_(True).register_post_accumulate_grad_hook(lambda _: _refuse_collected(ref))
     for slot in adapters.slots:
         if dtype == torch.bfloat16 and slot.module.weight.dtype == torch.float32:
             slot.halve_()
@@ -641,14 +653,18 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
 
 def also_parameters(model: nn.Module, also) -> dict[str, nn.Parameter]:
     """{name: parameter} of the modules and parameters that `also` names; ValueError for one that is not there."""
-    chosen = {}
+    named, chosen = dict(model.named_parameters(remove_duplicate=False)), set()
     for part in also:
-        hits = {name: p for name, p in model.named_parameters() if f".{part}." in f".{name}."}
+        hits = {name for name in named if f".{part}." in f".{name}."}
         if not hits:
-            raise ValueError(f"also={part!r} names no module or parameter; there are "
-                             f"{', '.join(dict.fromkeys(n.rsplit('.', 1)[0] for n, _ in model.named_parameters()))}")
+            there = dict.fromkeys(name.rpartition(".")[0] for name in named)
+            raise ValueError(f"also={part!r} names no module or parameter; there are {', '.join(there)}")
         chosen |= hits
-    return {name: p for name, p in model.named_parameters() if name in chosen}
+    unique = {id(p): (name, p) for name, p in reversed(named.items()) if name in chosen}
+    for name, p in unique.values():
+        if p.element_size() < 4:
+            raise ValueError(f"{name} of also= is {p.dtype}, where small updates are lost; cast it to float32")
+    return dict(reversed(unique.values()))
 
 def check_arguments(dropout=0.0, gradients="local", basis="cached", dtype=None, rounding="exact") -> None:
     """Raise ValueError for arguments of `attach` here that no model could be trained with."""

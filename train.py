@@ -126,7 +126,7 @@ class OneLineErrors(argparse.ArgumentParser):
         fail(message)
 
 
-def parse(argv) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
+def parse(argv) -> argparse.Namespace:
     """The flags of the command line, checked as far as that needs neither model nor data."""
     p = OneLineErrors(prog="train.py", usage="train.py [--FLAG VALUE ...]",
                       description=__doc__.split("\n")[0],
@@ -173,7 +173,7 @@ def parse(argv) -> tuple[argparse.Namespace, argparse.ArgumentParser]:
         parts = [part.strip() for part in getattr(args, name).split(",") if part.strip()]
         setattr(args, name, "all-linear" if parts == ["all-linear"] else parts)
     args.out = f"out/{args.method}" if args.out is None else args.out
-    return args, p
+    return args
 
 
 # ---- Model: nanoGPT's shape, pre-norm, learned positions, tied head, no biases -------------------
@@ -437,7 +437,7 @@ def main(argv=None) -> dict:
     for stream in (sys.stdout, sys.stderr):     # what a terminal cannot show ends no run
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    args, _ = parse(sys.argv[1:] if argv is None else argv)
+    args = parse(sys.argv[1:] if argv is None else argv)
     try:
         return run(args)
     except Stopped as e:
