@@ -1,8 +1,8 @@
 """Optimizers by what they do: their step must depend on gradients and their own state, not on the parameter.
 
 Increments begin every step at zero. Oracle: the same optimizer on plain parameters with the same gradients,
-of which two go on, from zero and from one, and one is set to zero after every step. `check` has to accept those
-whose steps are equal, and refuse the others with their reason.
+of which two go on, from zero and from one, and one is set to zero after every step. `check` has to accept
+those whose steps are equal, and refuse the others with their reason.
 """
 
 import copy
