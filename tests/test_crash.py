@@ -198,6 +198,29 @@ def test_twenty_kills_change_no_bit(tmp_path):
     assert left == {f"step_{seen['steps'] - 1}", f"step_{seen['steps']}"}
 
 
+@pytest.mark.parametrize("processes", [0, 2])
+def test_kills_from_the_first_second_to_the_last(processes, tmp_path):
+    """kill -9 of all at moments spread over a whole short run: while it loads, decomposes, evaluates, saves.
+
+    Then the same command ends with the same bits, and once more it has nothing to do.
+    """
+    out, flags = tmp_path / "killed", ["--max_steps", 4, "--save_every", 1, "--eval_rows", 200]
+    began = time.monotonic()
+    finish(tmp_path / "whole", *flags, processes=processes)
+    whole, ended = time.monotonic() - began, 0
+    for part in range(8):
+        with started(out, *flags, processes=processes) as (process, *_):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait((part + 0.5) / 8 * whole)
+            ended += process.poll() == 0
+            kill(process.pid, *workers_of(process.pid).values())
+    finish(out, *flags, processes=processes)
+    assert not differences(tmp_path / "whole", out)
+    assert "is the end of this run" in finish(out, *flags, processes=processes)[0]
+    assert ended < 8, "no kill has met a run"
+    assert {path.name for path in out.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
 def test_torchrun_restarts_killed_workers(tmp_path):
     """--max-restarts=2: two workers are killed, one after the other, and the job ends well by itself."""
     out, flags = tmp_path / "killed", ["--max_steps", 40]

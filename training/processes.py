@@ -225,7 +225,7 @@ def together():
                 elif time.monotonic() - last[r][1] > _patience:
                     raise Lost(f"process {r} has shown no sign of life for --timeout {_patience:g} s; "
                                "end it, the same command continues from the last checkpoint")
-            time.sleep(min(BEAT, 0.05))
+            time.sleep(0.01)
 
 
 def everywhere(work):
