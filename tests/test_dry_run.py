@@ -30,7 +30,8 @@ def test_memory_and_traffic_by_hand(tmp_path, capsys):
     memory = list(said["memory"].values())
     assert memory[0] == 4 * everything and memory[1] == 0
     assert memory[2] == 4 * 4 * factors  # 4 bytes, 4 shards
-    assert memory[3:6] == [4 * 4 * factors, 4 * 4 * factors, 2 * 4 * 4 * factors]  # increments, gradients, moments
+    # increments, gradients, moments
+    assert memory[3:6] == [4 * 4 * factors, 4 * 4 * factors, 2 * 4 * 4 * factors]
     assert said["traffic"] == {"all_gather": 0, "all_reduce": 0}  # one process
     assert said["steps"] == 7
     assert not (tmp_path / "out").exists()
@@ -133,7 +134,8 @@ def test_numbers_are_those_that_tensors_hold(options):
         with adapters.shard(s):
             model(torch.ones(3, 24)).sum().backward()
     optimizer.step()
-    storages = {p.grad.untyped_storage()._cdata: p.grad.untyped_storage().nbytes() // 4 for p in adapters.parameters()}
+    storages = {p.grad.untyped_storage()._cdata: p.grad.untyped_storage().nbytes() // 4
+                for p in adapters.parameters()}  # fmt: skip
     moments = sum(t.numel() for state in optimizer.state.values() for t in state.values() if t.dim())
     expected = dry_run.hd_pissa_numbers(2 * 2 * (24 + 40), 4, 1, **options)
     assert adapters.basis.numel() == expected["factors"]

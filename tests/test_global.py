@@ -178,3 +178,87 @@ def test_a_failed_backward_leaves_nothing_behind():
 
     for a, b in zip(steps(fail=False), steps(fail=True)):
         assert torch.equal(a, b)
+
+
+# ---- Whatever the order in which gradients come ------------------------------------------------------------
+
+
+class Dies(torch.autograd.Function):
+    """The identity, whose backward ends in an error while `on`."""
+
+    on = False
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dY):
+        if Dies.on:
+            raise MemoryError("planted")
+        return dY
+
+
+class Backwards(nn.Module):
+    """Registered in the opposite order of their use, with a place in the middle where a backward may end."""
+
+    def __init__(self):
+        super().__init__()
+        g = torch.Generator().manual_seed(0)
+        self.last, self.middle, self.first = (nn.Linear(12, 12).double() for _ in range(3))
+        for p in self.parameters():
+            nn.init.normal_(p, std=0.3, generator=g)
+
+    def forward(self, x, reentrant=False):
+        h = torch.tanh(self.first(x))
+        h = checkpoint(self.middle, h, use_reentrant=True) if reentrant else self.middle(h)
+        return self.last(Dies.apply(torch.tanh(h)))
+
+
+def orders(gradients="global", fail=False, reentrant=False, micro=1):
+    """Weights of the three layers after three steps of four rows of each of two shards."""
+    model = Backwards()
+    attach = hd_pissa_extra.attach
+    if gradients == "one shard":        # the oracle: rank K r on the whole batch, nothing caught or dealt out
+        adapters = attach(model, 4, shards=1)
+    else:
+        adapters = attach(model, 2, shards=2, gradients=gradients, aggregate="sum")
+    optimizer, g = torch.optim.SGD(adapters.parameters(), 0.1, momentum=0.9), torch.Generator().manual_seed(1)
+    whole = gradients == "one shard"
+    mine = range(2) if whole else range(adapters.first, adapters.first + adapters.S)
+    for t in range(3):
+        x = torch.randn((2, 4, 12), generator=g, dtype=torch.float64)
+        if fail and t == 1:
+            Dies.on = True
+            try:
+                (3 * model(x[0])).square().sum().backward()
+            except MemoryError:
+                optimizer.zero_grad()
+            finally:
+                Dies.on = False
+        for i in mine:
+            for rows in x[i].chunk(micro):
+                y = model(rows.requires_grad_(), reentrant)
+                (y.square().sum() / 96).backward()
+        optimizer.step()
+        adapters.merge_()
+        optimizer.zero_grad()
+    return [layer.weight.tolist() for layer in (model.first, model.middle, model.last)]
+
+
+CASES_OF_ORDER = {"reverse order": {}, "a failed backward, zero_grad, and on": dict(fail=True),
+                  "reentrant checkpointing": dict(reentrant=True), "micro-batches": dict(micro=4),
+                  "all": dict(fail=True, reentrant=True, micro=2)}  # fmt: skip
+
+
+def all_orders():
+    return [orders(**case) for case in CASES_OF_ORDER.values()]
+
+
+def test_the_order_of_gradients_does_not_matter(tmp_path):
+    """On one process and on two, against one shard of rank K r, which catches and sends nothing."""
+    expected = orders("one shard")
+    for results in [all_orders(), *spawn(2, all_orders, tmp_path)]:
+        for weights in results:
+            for a, b in zip(weights, expected, strict=True):
+                close(a, torch.tensor(b, dtype=torch.float64))

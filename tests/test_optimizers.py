@@ -1,8 +1,8 @@
 """Optimizers by what they do: their step must depend on gradients and their own state, not on the parameter.
 
 Increments begin every step at zero. Oracle: the same optimizer on plain parameters with the same gradients,
-of which two go on, from zero and from one, and one is set to zero after every step. `check` has to accept those
-whose steps are equal, and refuse the others with their reason.
+of which two go on, from zero and from one, and one is set to zero after every step. `check` has to accept
+those whose steps are equal, and refuse the others with their reason.
 """
 
 import copy
@@ -205,7 +205,7 @@ def test_increments_that_no_optimizer_holds(lacking):
     stray = nn.Parameter(torch.zeros(2))
     said = verdict(adapters, torch.optim.SGD([*adapters.parameters()[lacking], stray], 1e-2))
     count = 4 - len(adapters.parameters()[lacking])
-    assert f"lacks {count} of the 4 increments" in said and "adapters.parameters()" in said
+    assert f"lacks {count} of 4 tensors" in said and "adapters.parameters()" in said
 
 
 def test_check_leaves_everything_as_it_is():

@@ -103,6 +103,68 @@ def test_sharded_run_equals_replicated_run_bit_for_bit(world, tmp_path):
             assert sum(r[1][1][layer] for r in results) == len(replicated[layer])
 
 
+# ---- Other layouts than one mesh of all processes that cuts dim 0 ------------------------------------------
+
+
+def laid_out(mesh, sizes, **options):
+    """Full weights after four steps of every shard on its own rows, W cut over `mesh`; rows held here."""
+    model = build(sizes)
+    adapters = hd_pissa_extra.attach(model, 1, shards=4, **options)
+    if mesh is not None:
+        fully_shard(model, mesh=mesh)
+    steps(model, adapters, sizes)
+    weights = adapters_weights(adapters)
+    rows = [(p.to_local() if mesh is not None else p).shape[0] for p in weights]
+    return [(p.full_tensor() if mesh is not None else p).tolist() for p in weights], rows
+
+
+def cut_otherwise():
+    """The refusal of a weight whose columns are cut, and whether W is as it was."""
+    from torch.distributed.tensor import Shard
+    model = build(SIZES["even"])
+    adapters = hd_pissa_extra.attach(model, 1, shards=4)
+    mesh = init_device_mesh("cpu", (4,))
+    fully_shard(model, mesh=mesh, shard_placement_fn=lambda p: Shard(1) if p.ndim == 2 else None)
+    before = [p.to_local().clone() for p in adapters_weights(adapters)]
+    optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-2, weight_decay=0.0)
+    model(torch.ones(6, 32)).square().mean().backward()
+    optimizer.step()
+    try:
+        adapters.merge_()
+    except ValueError as e:
+        kept = [torch.equal(a, p.to_local()) for a, p in zip(before, adapters_weights(adapters))]
+        return str(e), all(kept)
+
+
+def layouts():
+    hybrid = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    out = []
+    for options in ({}, {"exchange": "all_reduce"}):
+        out.append([laid_out(mesh, SIZES["odd"], **options) for mesh in (None, hybrid, hybrid["shard"])])
+    return out, cut_otherwise()
+
+
+def test_hybrid_sharding_and_a_part_of_the_processes_are_right_and_cut_columns_refused(tmp_path):
+    """HSDP (2 x 2), and two pairs that hold W each: the replicated weights, bit for bit by all_gather.
+
+    A weight whose columns are cut is refused by every process before anything is added.
+    """
+    ranks = spawn(4, layouts, tmp_path)
+    for case in range(2):
+        replicated = ranks[0][0][case][0][0]
+        for results, _ in ranks:
+            for full, rows in results[case][1:]:
+                assert all(n <= -(-len(W) // 2) for n, W in zip(rows, replicated)), "W is not cut"
+                if case == 0:
+                    assert full == replicated
+                for a, b in zip(full, replicated):
+                    torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-5, atol=1e-6)
+    assert len({said for _, (said, _) in ranks}) == 1 and all(kept for _, (_, kept) in ranks)
+    said = ranks[0][1][0]
+    assert all(part in said for part in ("0.weight cannot be merged", "only dim 0 may be cut",
+                                         "shard_placement_fn"))  # fmt: skip
+
+
 def attach_late():
     model = build(SIZES["even"])
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
