@@ -308,8 +308,8 @@ def after_step(optimizer, *_) -> None:
         elif any(map(any, adapters.seen)) and not any(p.grad is not None for p in params):
             adapters.idle += 1          # it has nothing to do, while gradients of increments wait
             if adapters.idle >= 4:
-                raise ValueError(f"{type(optimizer).__name__} steps without a gradient, those of the increments "
-                                 "wait; build the optimizer from adapters.parameters()")
+                raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose gradients wait; "
+                                 "build the optimizer from adapters.parameters()")
 
 register_optimizer_step_pre_hook(before_step)
 register_optimizer_step_post_hook(after_step)
@@ -318,8 +318,8 @@ def count(seen: list, j: int) -> None:
     """One more backward of layer j since the last merge."""
     seen[j] += 1
     if seen[j] == 500:
-        warnings.warn("no adapters.merge_() in 500 backwards. Does the optimizer hold adapters.parameters(), "
-                      "does the loop merge?", stacklevel=2)
+        warnings.warn("500 backwards without adapters.merge_(): does the optimizer hold "
+                      "adapters.parameters(), does the loop merge?", stacklevel=2)
 
 def check_optimizer(adapters, optimizer) -> str:
     """A description of `optimizer`; ValueError unless its step depends on gradients and state alone.
@@ -330,8 +330,9 @@ def check_optimizer(adapters, optimizer) -> str:
     name, groups = type(optimizer).__name__, optimizer.param_groups
     held = {id(p): p.device for group in groups for p in group["params"]}
     mine = {id(p) for slot in adapters.slots for pair in slot.leaves for p in pair} & {*held}
-    if len(held) > len({*held} & {i for a in LIVE for i in a.ids}) and world_size() > 1:
-        raise ValueError(f"{name} holds tensors beside adapters.parameters(): no one adds up their gradients "
+    others = len({*held} - {i for live in LIVE for i in live.ids})
+    if others and world_size() > 1:
+        raise ValueError(f"{name} holds {others} tensors beside the increments: no one adds up their gradients "
                          "over processes, as hd_pissa_extra.attach(also=...) does")
     steps = []
     for start in (1.0, 0.0):
@@ -471,8 +472,8 @@ class Adapters:
         def look():
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             if lacks := len(self.ids - held):
-                raise ValueError(f"{type(optimizer).__name__} lacks {lacks} of {len(self.ids)} tensors; build it "
-                                 "from adapters.parameters()")
+                raise ValueError(f"{type(optimizer).__name__} lacks {lacks} of the {len(self.ids)} increments; "
+                                 "build it from adapters.parameters()")
             return check_optimizer(self, optimizer)
         said = everywhere(look)
         if len({*said}) > 1:
@@ -767,7 +768,7 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
         found, skipped = find_layers(model, targets, exclude, least)
         made.append(make(model, found, skipped, config, exchange, seed, found[0][1].weight.device))
         shapes = [(name, (*p.shape,), p.dtype) for named in (model.named_parameters(), model.named_buffers())
-                  for name, p in named]
+                  for name, p in named if not nn.parameter.is_lazy(p)]
         return repr((config, exchange, seed, made[0].agreed, [name for name, _ in found], shapes))
     said = everywhere(build)
     for i, text in enumerate(said):
@@ -781,7 +782,8 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
     if decompose is not None:
         with torch.autocast(adapters.device.type, enabled=False):
             deal(adapters, init, decompose, progress)
-    model.requires_grad_(False)
+    for p in model.parameters():
+        p.requires_grad = False         # lazy ones too, which requires_grad_ refuses
     for slot in adapters.slots:
         plain, slot.module.hd_pissa = slot.plain_class, slot
         muted = type(f"Muted{plain.__name__}", (Muted, plain), {})

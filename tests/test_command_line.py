@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,18 @@ def test_devices(gpus, local, device, expected, monkeypatch, capsys):
             processes.start_processes(device, 1, 60.0)
     said = "so they use CPUs" in capsys.readouterr().out
     assert said == (device == "auto" and 0 < gpus < local)
+
+
+def test_a_busy_port_is_named(monkeypatch):
+    """A port that something else listens at: where, and what to give instead."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        environ = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": port}  # fmt: skip
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match=f"cannot meet at 127.0.0.1:{port}.*--master_port"):
+            processes.start_processes("cpu", 1, 5.0)
 
 
 def torchrun(program, *argv):

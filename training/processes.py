@@ -70,7 +70,13 @@ def join_processes(backend: str, timeout: float) -> None:
     """
     wait = datetime.timedelta(seconds=timeout)
     global _store, _patience
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
+    try:
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=wait))
+    except dist.DistError as e:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ValueError(f"the processes cannot meet at {where} ({' '.join(str(e).split())[:200]}); another "
+                         "run may use that port: give torchrun --standalone, or another --master_port, "
+                         "and on every machine the same") from e
     alike = os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if alike else "any"
     dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank,
@@ -218,7 +224,7 @@ def together():
                 elif time.monotonic() - last[r][1] > _patience:
                     raise Lost(f"process {r} has shown no sign of life for --timeout {_patience:g} s; "
                                "end it, the same command continues from the last checkpoint")
-            time.sleep(min(BEAT, 0.05))
+            time.sleep(0.01)
 
 
 def everywhere(work):

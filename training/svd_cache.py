@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ def cached_components(folder: str):
         path = Path(folder, f"{key}_{W.shape[0]}x{W.shape[1]}_{str(W.dtype)[6:]}.pt")
         if path.exists():
             try:
+                if not path.is_file():              # torch.load would wait at a pipe
+                    raise ValueError("no file")
                 U, S, Vt = torch.load(path, map_location=W.device, weights_only=True)
                 fits = (W.to(U) @ Vt.T - U * S).norm(dim=0).max() <= 1e-4 * S[0]
             except Exception as e:      # whatever a damaged file makes torch.load raise
@@ -31,7 +34,8 @@ def cached_components(folder: str):
             if S.shape[0] >= k:
                 return U[:, :k], S[:k], Vt[:k]
         found = hd_pissa_extra.components(W, k, name)
-        temporary = path.with_suffix(f".{os.getpid()}")
+        # Several processes, and machines that share a disk, may write the same file at a time.
+        temporary = path.with_suffix(f".{socket.gethostname()}.{os.getpid()}")
         torch.save([t.contiguous() for t in found], temporary)
         os.replace(temporary, path)
         return found
