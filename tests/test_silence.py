@@ -121,6 +121,21 @@ def test_another_optimizer_that_steps_in_vain_is_stopped():
         stray.step()
 
 
+@pytest.mark.parametrize("hook", [False, True])
+def test_another_model_that_waits_is_none_of_its_business(hook):
+    """One has had a backward and no step yet; the other trains, merged by hand or by its optimizer's hook."""
+    waiting, model = small(), small()
+    kept, adapters = hd_pissa.attach(waiting, 2), hd_pissa.attach(model, 2)
+    waiting(X).square().mean().backward()
+    optimizer, before = adamw(adapters), model[0].weight.clone()
+    if hook:
+        optimizer.register_step_post_hook(lambda *_: adapters.merge_())
+    for _ in range(6):
+        one_step(model, adapters, optimizer, merge=not hook)
+    assert adapters.step == 6 and not torch.equal(model[0].weight, before)
+    one_step(waiting, kept, adamw(kept))
+
+
 # ---- Layers that nobody calls ------------------------------------------------------------------------------
 
 
