@@ -216,3 +216,26 @@ def test_misuse_is_refused_in_one_line(tmp_path, capsys):
             real.main(arguments)
         assert text in capsys.readouterr().err
     assert list(itertools.islice(real.missing(["lora"], {}), 1))[0]["lr"] == 2e-3
+
+
+def test_table_and_verdicts_are_those_of_the_lines(tmp_path, capsys):
+    from tutorial.experiments import real_table
+    assert set(real_table.NAMES) == set(real.ARMS)
+    path, best = tmp_path / "runs.jsonl", {"published": 2, "lora": 1}
+    tests = {"published": (1.04, 1.05, 1.06), "lora": (1.01, 1.01, 1.01)}
+    for arm, i in best.items():
+        for k in (i - 1, i, i + 1):
+            real.append(path, record(real.complete(arm, k, 0), 1.0 + abs(k - i)))
+        for seed, test in zip((1, 2, 3), tests[arm]):
+            real.append(path, record(real.complete(arm, i, seed), 1.5) | {"test": test})
+        real.append(path, record(real.complete(arm, i + 1, 1), 0.1) | {"test": 0.1})     # of another rate
+    arms = real_table.load(path)
+    assert arms["lora"].tests == {1: 1.01, 2: 1.01, 3: 1.01} and arms["published"].lr == 4e-3
+    found = real_table.compare(arms["published"], arms["lora"])
+    assert found.gap == pytest.approx(0.04) and found.word == "decided"
+    real_table.main(["--runs", str(path)])
+    said = capsys.readouterr().out
+    assert "| HD-PiSSA as published | 0.004 | 1.000 | 1.050 ± 0.010 | 3 |" in said
+    assert "| HD-PiSSA as published | LoRA r=2 | +0.040 | 6.9 | 4.3 |" in said
+    assert "| whole batch, SVD basis | HD-PiSSA as published | - |" in said
+    assert "full" not in said.split("\n\n")[0]
