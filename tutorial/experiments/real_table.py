@@ -17,7 +17,8 @@ from tutorial.experiments.verdict import verdict  # noqa: E402
 
 NAMES = {"published": "HD-PiSSA as published", "lora": "LoRA r=2", "whole": "whole batch, SVD basis",
          "lora r=16": "LoRA r=16", "dct": "whole batch, basis from a seed",
-         "random": "whole batch, random basis", "full": "full fine-tuning", "hira": "HiRA r=2", "pissa r=16": "PiSSA r=16",
+         "random": "whole batch, random basis", "full": "full fine-tuning", "hira": "HiRA r=2",
+         "pissa r=16": "PiSSA r=16",
          "dct embedding": "whole batch, basis from a seed, with embedding",
          "lora r=16 embedding": "LoRA r=16, with embedding"}
 
