@@ -8,9 +8,13 @@ import copy
 import itertools
 import json
 import math
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
+from conftest import ROOT
 
 import hd_pissa
 import train
@@ -183,7 +187,8 @@ def test_every_arm_runs_and_a_run_that_is_there_is_not_made_again(tmp_path, monk
     (tmp_path / "config.json").write_text("{}")
     out = tmp_path / "runs.jsonl"
     arms = [arm for arm in real.ARMS if not (arm == "hira" and not has_hira())]
-    command = ["--model", str(tmp_path), "--out", str(out), "--quick", "--arms", *arms]
+    command = ["--model", str(tmp_path), "--out", str(out), "--quick", "--same_process", "--arms",
+               *arms]
     done = real.main(command)
     assert len(done) == 2 * len(arms) == len(out.read_text().splitlines())
     for one in done.values():
@@ -202,6 +207,21 @@ def test_every_arm_runs_and_a_run_that_is_there_is_not_made_again(tmp_path, monk
     lines = out.read_text()
     assert real.main(command).keys() == done.keys() and out.read_text() == lines
     capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_the_real_model_runs_in_processes_of_their_own(smollm2, tmp_path):
+    out = tmp_path / "runs.jsonl"
+    command = [sys.executable, ROOT / "tutorial/experiments/real.py", "--model", smollm2, "--out", out,
+               "--quick"]
+    subprocess.run([*command, "--arms", "dct"], check=True)
+    done = run.read(out)
+    assert len(done) == 2 and all(2 < record["validation"] < 5 for record in done.values())
+    process = subprocess.Popen([*command, "--arms", "full"], stderr=subprocess.PIPE, text=True)
+    time.sleep(15)
+    process.terminate()
+    assert "the same command continues" in process.communicate(timeout=30)[1] and process.returncode == 1
+    assert run.read(out) == done or len(run.read(out)) > 2
 
 
 def has_hira() -> bool:

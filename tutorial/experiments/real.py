@@ -18,10 +18,13 @@ import functools
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
+import signal
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -300,11 +303,25 @@ def append(path: Path, record: dict) -> None:
         os.fsync(f.fileno())
 
 
+def apart(c: dict, folder: str, quick: bool) -> dict:
+    """`one` in a process of its own, which ends with this one."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), run.start_worker) as pool:
+        result = pool.submit(one, c, folder, quick)
+        try:
+            return result.result()
+        except KeyboardInterrupt:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise SystemExit("stopped; the run under way is dropped, the same command continues") from None
+
+
 def main(argv=None) -> dict:
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--model", required=True, help="Hugging Face folder of SmolLM2-135M-Instruct")
     p.add_argument("--out", type=Path, default=RESULTS, help="file of results, one JSON line a run")
     p.add_argument("--arms", nargs="*", default=list(ARMS), help=f"of {', '.join(ARMS)}; none: all")
+    p.add_argument("--same_process", action="store_true",
+                   help="make the runs in this process; otherwise each has its own, and so its memory ends")
     p.add_argument("--quick", action="store_true", help="two steps of 16 rows, one rate, seeds 0 and 1")
     p.add_argument("--list", action="store_true", help="print what can be run next and stop")
     args = p.parse_args(argv)
@@ -317,8 +334,10 @@ def main(argv=None) -> dict:
         for c in missing(args.arms, done, args.quick):
             print(json.dumps(c))
         return done
+    if not args.same_process:
+        signal.signal(signal.SIGTERM, run.stop)
     while need := missing(args.arms, done, args.quick):
-        record = one(need[0], args.model, args.quick)
+        record = (one if args.same_process else apart)(need[0], args.model, args.quick)
         append(args.out, record)
         done[run.key(record["config"])] = record
         print(time.strftime("%H:%M:%S"), record["validation"], record["test"], record.get("seconds"),
