@@ -54,17 +54,17 @@ WHOLE = {"method": "hd_pissa", "r": 2, "gradients": "global", "aggregate": "sum"
 # In the order in which they are swept.
 ARMS = {
     "published": ({"method": "hd_pissa", "r": 2, "gradients": "local", "aggregate": "mean",
-                   "basis": "svd"}, 2),
-    "lora": ({"method": "lora", "r": 2}, 1),
-    "whole": (WHOLE | {"basis": "svd"}, 0),
-    "lora r=16": ({"method": "lora", "r": 16}, 1),
-    "dct": (WHOLE | {"basis": "dct"}, 1),
-    "random": (WHOLE | {"basis": "random"}, 1),
+                   "basis": "svd"}, 4),
+    "lora": ({"method": "lora", "r": 2}, 3),
+    "whole": (WHOLE | {"basis": "svd"}, 2),
+    "lora r=16": ({"method": "lora", "r": 16}, 2),
+    "dct": (WHOLE | {"basis": "dct"}, 2),
+    "random": (WHOLE | {"basis": "random"}, 2),
     "full": ({"method": "full"}, -3),
-    "hira": ({"method": "hira", "r": 2}, 3),
-    "pissa r=16": ({"method": "pissa", "r": 16}, 0),
-    "dct embedding": (WHOLE | {"basis": "dct", "also": EMBEDDING}, 1),
-    "lora r=16 embedding": ({"method": "lora", "r": 16, "also": EMBEDDING}, 1),
+    "hira": ({"method": "hira", "r": 2}, 4),
+    "pissa r=16": ({"method": "pissa", "r": 16}, 1),
+    "dct embedding": (WHOLE | {"basis": "dct", "also": EMBEDDING}, 2),
+    "lora r=16 embedding": ({"method": "lora", "r": 16, "also": EMBEDDING}, 2),
 }
 # In the order in which seeds 1 to 3 are run: the pairs of PROTOCOL.md, one after the other.
 PAIRS = (("published", "lora"), ("whole", "published"), ("dct", "lora r=16"), ("dct", "whole"),
