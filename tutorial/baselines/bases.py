@@ -8,6 +8,7 @@ import math
 
 import torch
 
+import hd_pissa
 import hd_pissa_extra
 
 
