@@ -117,8 +117,7 @@ ABOVE_ZERO = ("rank", "shards", "batch_size", "micro_batch_size", "eval_rows", "
 ZERO_OR_MORE = ("warmup", "max_grad_norm", "seed", "bucket_mb", "save_every", "save_minutes",
                 "check_every", "eval_every", "heartbeat", "skip_nonfinite")
 MOST = {"lr": 1e3, "threads": 1024, "epochs": 1e6}                      # else 1e9
-HD_PISSA = ("init", "aggregate", "exchange", "basis", "gradients", "svd_cache", "shard_weights",
-            "rounding", "also")
+HD_PISSA = "init aggregate exchange basis gradients svd_cache shard_weights rounding also".split()
 
 
 class OneLineErrors(argparse.ArgumentParser):
@@ -412,8 +411,7 @@ def run_in_folder(args, out: Path, device) -> dict:
         if logits is not None:
             if not torch.equal(first_logits(model, held, device), logits):
                 raise RuntimeError("step-0 logits differ from the base model's: not Y = X W")
-            loss = before["all"]["loss"]
-            say(f"step-0 loss {loss:.6f}: logits equal the base model's bit for bit")
+            say(f"step-0 loss {before['all']['loss']:.6f}: logits equal the base model's bit for bit")
 
     say(f"{args.method}: {args.max_steps} steps of {args.batch_size} rows, peak lr {args.lr:g}"
         + (f" (for aggregate={args.aggregate})" if args.method == "hd_pissa" else ""))
