@@ -117,8 +117,7 @@ ABOVE_ZERO = ("rank", "shards", "batch_size", "micro_batch_size", "eval_rows", "
 ZERO_OR_MORE = ("warmup", "max_grad_norm", "seed", "bucket_mb", "save_every", "save_minutes",
                 "check_every", "eval_every", "heartbeat", "skip_nonfinite")
 MOST = {"lr": 1e3, "threads": 1024, "epochs": 1e6}                      # else 1e9
-HD_PISSA = ("init", "aggregate", "exchange", "basis", "gradients", "svd_cache", "shard_weights",
-            "rounding", "also")
+HD_PISSA = "init aggregate exchange basis gradients svd_cache shard_weights rounding also".split()
 
 
 class OneLineErrors(argparse.ArgumentParser):
@@ -175,9 +174,7 @@ def parse(argv) -> argparse.Namespace:
     args.out = f"out/{args.method}" if args.out is None else args.out
     return args
 
-
 # ---- Model: nanoGPT's shape, pre-norm, learned positions, tied head, no biases -------------------
-
 
 class Block(nn.Module):
     def __init__(self, width: int, heads: int):
@@ -269,9 +266,7 @@ def attach(args, model, device, resumed: bool):
         hd_pissa_extra.shard_over_processes(model, device)
     return adapters
 
-
 # ---- Data ----------------------------------------------------------------------------------------
-
 
 def read_data(args, tokenizer, context: int):
     """(rows to train on, held-out rows, their hash); --max_steps is settled by their number."""
@@ -287,9 +282,7 @@ def read_data(args, tokenizer, context: int):
         args.max_steps = epochs or STEPS
     return rows, held, rows_hash
 
-
 # ---- Loop ----------------------------------------------------------------------------------------
-
 
 def fit(args, config, model, adapters, optimizer, rows, start, extra, device, examine) -> None:
     """Train from step `start`: log lines, checkpoints; a signal ends it when a step has ended."""
@@ -327,9 +320,7 @@ def fit(args, config, model, adapters, optimizer, rows, start, extra, device, ex
                 raise Stopped(stopped, f"after step {step}, which is saved; the same command "
                               "continues")
 
-
 # ---- Result --------------------------------------------------------------------------------------
-
 
 def finish(args, model, tokenizer, adapters, held, watched, extra, device, examine) -> dict:
     """Take the adapters off, evaluate the plain model, write it all, and then print it."""
@@ -370,9 +361,7 @@ def save(out: Path, model, tokenizer, result: dict) -> None:
 
     everywhere(write)
 
-
 # ---- The run, stage by stage ---------------------------------------------------------------------
-
 
 def run(args) -> dict:
     threads = processes.cpu_threads(args.threads, models.is_small(args.model))
@@ -400,7 +389,9 @@ def run_in_folder(args, out: Path, device) -> dict:
     if result := checkpoint.finished(args.resume, out, resumed, config):
         return result
     least = args.rank * (args.shards if args.method == "hd_pissa" and args.init != "top" else 1)
-    layers = hd_pissa.find_layers(model, args.targets, args.also, least)[0]
+    layers, beside = hd_pissa.find_layers(model, args.targets, least=least)[0], everywhere(
+        lambda: hd_pissa_extra.also_parameters(model, args.also))
+    layers = [(name, module) for name, module in layers if name + ".weight" not in beside]
     folder.check_room(out, *checkpoint.bytes_of(args, model, layers), args.keep)
 
     names = [name for name, _ in layers]
@@ -420,8 +411,7 @@ def run_in_folder(args, out: Path, device) -> dict:
         if logits is not None:
             if not torch.equal(first_logits(model, held, device), logits):
                 raise RuntimeError("step-0 logits differ from the base model's: not Y = X W")
-            loss = before["all"]["loss"]
-            say(f"step-0 loss {loss:.6f}: logits equal the base model's bit for bit")
+            say(f"step-0 loss {before['all']['loss']:.6f}: logits equal the base model's bit for bit")
 
     say(f"{args.method}: {args.max_steps} steps of {args.batch_size} rows, peak lr {args.lr:g}"
         + (f" (for aggregate={args.aggregate})" if args.method == "hd_pissa" else ""))

@@ -25,7 +25,7 @@ from conftest import ROOT
 
 import hd_pissa
 import hd_pissa_extra
-from tutorial.baselines import bases, intermediate, mora, plain
+from tutorial.baselines import bases, intermediate, loraplus, mora, plain, projected
 from tutorial.experiments import arms, job, mute, page, run, speed, table
 
 RESULTS = ROOT / "tutorial" / "results"
@@ -68,6 +68,109 @@ def test_peft_lora_trains_the_numbers_of_rank_r():
     model, _ = two_layers(torch.float32)
     adapters = plain.with_peft(model, "lora", 2, 1)
     assert sum(p.numel() for p in adapters.parameters()) == 2 * (24 + 40) + 2 * (40 + 20)
+
+
+@pytest.mark.parametrize("alpha, rslora, scale", [(None, False, 1.0), (6, False, 1.5), (6, True, 3.0)])
+def test_peft_lora_is_scaled_by_alpha(alpha, rslora, scale):
+    pytest.importorskip("peft")
+    model, x = two_layers(torch.float32)
+    W = model[0].weight.detach().clone()
+    adapters = plain.with_peft(model, "lora", 4, 1, alpha=alpha, rslora=rslora)
+    for p in adapters.parameters():
+        p.data.normal_(generator=torch.Generator().manual_seed(len(p)))
+    (A, B), (kind, other) = adapters.parameters()[:2], [name for name, _ in adapters.named_parameters()][:2]
+    assert "lora_A" in kind and "lora_B" in other
+    adapters.detach_()
+    torch.testing.assert_close(model[0].weight, W + scale * B @ A)
+
+
+def adam_direction(history, betas=(0.9, 0.999), eps=1e-8):
+    """Adam's direction after the gradients in `history`, as sums over all of them."""
+    t = len(history)
+    m, v = (sum((1 - b) * b ** (t - 1 - k) * g ** power for k, g in enumerate(history)) / (1 - b ** t)
+            for b, power in zip(betas, (1, 2)))
+    return m / (v.sqrt() + eps)
+
+
+def made_up_gradients(shape, steps: int):
+    g = torch.Generator().manual_seed(7)
+    return [torch.randn(shape, generator=g, dtype=torch.float64) * (1 + k) for k in range(steps)]
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_galore_steps_in_the_leading_directions_of_a_recent_gradient(shape):
+    lr, r, gap = 0.1, 3, 2
+    W = torch.nn.Parameter(torch.ones(shape, dtype=torch.float64))
+    optimizer = projected.GaLore([W], lr, r, gap=gap)
+    expected, history = torch.ones((12, 20), dtype=torch.float64), []
+    k = 2 * r * (12 + 20) // (2 * 20 + 12)
+    for t, G in enumerate(made_up_gradients((12, 20), 5)):
+        W.grad = G if shape == (12, 20) else G.T.contiguous()
+        optimizer.step()
+        if t % gap == 0:
+            fresh = torch.linalg.eigh(G @ G.T).eigenvectors[:, -k:].flip(1)     # (d, k)
+            # the moments stay when P changes, so the free signs of its columns must be those of the SVD
+            P = fresh * (fresh * optimizer.state[W]["P"]).sum(0).sign()
+        history.append(P.T @ G)
+        expected -= lr * P @ adam_direction(history)
+        torch.testing.assert_close(W.detach() if shape == (12, 20) else W.detach().T, expected)
+    held = sum(value.numel() for value in optimizer.state[W].values() if isinstance(value, torch.Tensor))
+    assert k == 3 and held == 2 * k * 20 + 12 * k <= 2 * r * (12 + 20)
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_apollo_scales_every_column_of_the_gradient(shape):
+    lr, r, gap, seed = 0.1, 3, 2, 5
+    W = torch.nn.Parameter(torch.ones(shape, dtype=torch.float64))
+    optimizer = projected.Apollo([W], lr, r, gap=gap, seed=seed)
+    expected, history, before, limited = torch.ones((12, 20), dtype=torch.float64), [], None, 0
+    k = 2 * r * (12 + 20) // (2 * 20)
+    for t, G in enumerate(made_up_gradients((12, 20), 5)):
+        W.grad = G if shape == (12, 20) else G.T.contiguous()
+        optimizer.step()
+        draw = torch.Generator().manual_seed(hd_pissa.seed_of("apollo", seed, 0, t // gap))
+        P = torch.randn((k, 12), generator=draw).double() / math.sqrt(k)
+        history.append(P @ G)
+        direction = adam_direction(history)
+        step = torch.stack([G[:, j] * math.sqrt(sum(x * x for x in direction[:, j].tolist()))
+                            / (math.sqrt(sum(x * x for x in history[-1][:, j].tolist())) + 1e-8)
+                            for j in range(20)], dim=1)
+        if before is not None and step.norm() > 1.01 * before:
+            step, limited = step * 1.01 * before / step.norm(), limited + 1
+        before = step.norm()
+        expected -= lr * step
+        torch.testing.assert_close(W.detach() if shape == (12, 20) else W.detach().T, expected,
+                                   rtol=1e-6, atol=1e-7)
+    held = sum(v.numel() for v in optimizer.state[W].values() if isinstance(v, torch.Tensor) and v.dim())
+    assert k == 4 and held == 2 * k * 20 <= 2 * r * (12 + 20) and 0 < limited < 4
+
+
+def test_projected_optimizers_refuse_vectors():
+    with pytest.raises(ValueError, match="give biases and norms another optimizer"):
+        projected.GaLore([torch.nn.Parameter(torch.zeros(3))], 0.1, 2)
+
+
+def test_lora_plus_steps_b_further_by_its_ratio():
+    lr, ratio = 0.01, 16
+    shapes = {"x.lora_A.default.weight": (2, 6), "x.lora_B.default.weight": (5, 2)}
+    named = {name: nn.Parameter(torch.zeros(shape).double()) for name, shape in shapes.items()}
+    optimizer = loraplus.adamw(named.items(), lr, ratio)
+    history = {name: [] for name in named}
+    expected = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+    for rate in (lr, lr / 2, lr / 4):
+        for group in optimizer.param_groups:        # as hd_pissa.train does
+            group["lr"] = rate
+        for name, p in named.items():
+            p.grad = made_up_gradients(p.shape, 3)[len(history[name])]
+            history[name].append(p.grad)
+        optimizer.step()
+        for name in named:
+            expected[name] -= rate * (ratio if "lora_B" in name else 1) * adam_direction(history[name])
+        assert [group["lr"] for group in optimizer.param_groups] == [rate, rate]
+    for name, p in named.items():
+        torch.testing.assert_close(p.detach(), expected[name])
+    with pytest.raises(ValueError, match="both factors"):
+        loraplus.adamw([("a", named["x.lora_A.default.weight"])], lr, ratio)
 
 
 def test_mora_rotation_is_complex_multiplication():
@@ -211,6 +314,24 @@ def test_a_sweep_goes_on_until_its_best_is_inside_and_then_repeats_it(optimum):
     assert [(lr, seed) for lr, seed in order if seed] == [(nearest, 1), (nearest, 2)]
 
 
+def test_deciding_arms_get_more_seeds_at_the_rate_that_seed_0_chose():
+    done, _, best = sweep("hd", lambda lr, seed: abs(math.log(lr / 4e-3)))
+    need, again = run.missing("hd, more seeds", done, quick=False)
+    assert again == best and [(c["lr"], c["seed"]) for c in need] == [(4e-3, s) for s in (3, 4, 5, 6)]
+    assert run.missing("hd, more seeds", {}, quick=False) == run.missing("hd", {}, quick=False)
+
+
+def test_keys_of_recorded_runs_are_those_of_today():
+    """A default that changed would orphan them: every line belongs to an arm or to a run without a sweep."""
+    def rest(config):
+        return json.dumps({k: v for k, v in config.items() if k not in ("lr", "seed")}, sort_keys=True)
+
+    configs = [config for config, *_ in arms.ARMS.values()] + sum(arms.FIXED.values(), [])
+    known = {rest(arms.complete({"lr": 1.0} | config)) for config in configs}
+    there = [record["config"] for record in run.read(RESULTS / "runs.jsonl").values()]
+    assert len(there) > 500 and [config for config in there if rest(config) not in known] == []
+
+
 def test_rates_that_diverge_bound_a_sweep():
     _, order, best = sweep("hd", lambda lr, seed: math.inf if lr > 0.02 else 1 / lr)
     assert arms.grid(best) == 0.016 and max(lr for lr, _ in order) > 0.016
@@ -225,16 +346,21 @@ def test_a_result_is_kept_and_a_line_cut_by_a_kill_is_not(tmp_path):
 def test_unknown_settings_are_refused():
     with pytest.raises(ValueError, match="aggregate"):
         arms.complete({"method": "lora", "lr": 1e-3, "aggregate": "sum"})
+    with pytest.raises(ValueError, match="alpha"):
+        arms.complete({"method": "full", "lr": 1e-3, "alpha": 16})
+    with pytest.raises(ValueError, match="leave one of them out"):
+        arms.complete({"method": "lora", "lr": 1e-3, "ratio": 16, "also": "wte"})
 
 
-FAST = ["methods", "ablations", "more methods"]
+FAST = ["methods", "ablations", "more methods", "missing methods", "projected gradients", "basis by seed"]
 
 
 def check_quick(out, names):
     wanted = set()              # long and short arms are the same two steps here
     for arm in {a for e in names for a in arms.EXPERIMENTS[e]}:
-        config = arms.FIXED[arm][0] if arm in arms.FIXED else arms.ARMS[arm][0] | {
-            "lr": arms.grid(arms.ARMS[arm][1])}
+        base = arms.MORE.get(arm, arm)
+        config = arms.FIXED[arm][0] if arm in arms.FIXED else arms.ARMS[base][0] | {
+            "lr": arms.grid(arms.ARMS[base][1])}
         rows = {"batch": max(QUICK["batch"], config.get("K", 0))}       # one a shard at least
         wanted.add(run.key(arms.complete(config | QUICK | rows)))
     records = run.read(out / "runs.jsonl")

@@ -50,8 +50,12 @@ def linear(model: nn.Module, K: int, seed: int = 0, also: str | None = None) -> 
     return Plain(model, trained, K, seed)
 
 
-def with_peft(model: nn.Module, method: str, r: int, K: int, seed: int = 0) -> Plain:
-    """PEFT's "lora", "pissa", "dora" or "hira" of rank r on every linear layer but the head, scale 1."""
+def with_peft(model: nn.Module, method: str, r: int, K: int, seed: int = 0, alpha: float | None = None,
+              rslora: bool = False) -> Plain:
+    """PEFT's "lora", "pissa", "dora" or "hira" of rank r on every linear layer but the head.
+
+    It is scaled by alpha / r, or with `rslora` by alpha / sqrt(r) (arXiv 2312.03732). alpha None: r.
+    """
     try:
         from peft import HiraConfig, LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -62,8 +66,8 @@ def with_peft(model: nn.Module, method: str, r: int, K: int, seed: int = 0) -> P
     if method == "hira":
         config = HiraConfig(r=r, target_modules=names)
     else:
-        config = LoraConfig(r=r, lora_alpha=r, lora_dropout=0.0, target_modules=names,
-                            use_dora=method == "dora",
+        config = LoraConfig(r=r, lora_alpha=r if alpha is None else alpha, lora_dropout=0.0,
+                            target_modules=names, use_dora=method == "dora", use_rslora=rslora,
                             init_lora_weights="pissa" if method == "pissa" else True)
     inject_adapter_in_model(config, model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -9,16 +9,22 @@ GLOBAL = dict(gradients="global", aggregate="sum")
 # What is trained beside the linear layers, by a part of the parameters' names; left out of a run's key if
 # nothing is. Full fine-tuning of the linear layers takes any, adapters the tied embedding and output head.
 ALSO = {"linear": ("ln_", "wpe", "wte"), "hd_pissa": ("wte",), "lora": ("wte",), "pissa": ("wte",)}
+# Other settings that are left out of a run's key unless they are given, and the methods that know them:
+# PEFT's lora_alpha and use_rslora, and how much further than A the B of LoRA+ steps.
+OPTIONAL = {"alpha": ("lora",), "rslora": ("lora",), "ratio": ("lora",)}
 
 
 def complete(config: dict) -> dict:
     """`config` with every default written out: the key of a run."""
     known = COMMON | (SHARDED if config["method"] == "hd_pissa" else
                       {"K": 8} if config["method"] == "intermediate" else {})
-    if unknown := set(config) - set(known) - {"also"}:
+    optional = {name for name, methods in OPTIONAL.items() if config["method"] in methods}
+    if unknown := set(config) - set(known) - optional - {"also"}:
         raise ValueError(f"{unknown} mean nothing to method {config['method']!r}; it knows {sorted(known)}")
     if "also" in config and config["also"] not in (there := ALSO.get(config["method"], ())):
         raise ValueError(f"also={config['also']!r} with method {config['method']!r}: it takes one of {there}")
+    if "ratio" in config and "also" in config:
+        raise ValueError("ratio with also: LoRA+ says nothing of an embedding here; leave one of them out")
     needs = GLOBAL | {"optimizer": "adamw"}
     if config.get("also") and config["method"] == "hd_pissa" and needs.items() - (known | config).items():
         raise ValueError(f"also={config['also']!r} needs {needs}: an embedding's shards see all rows")
@@ -51,6 +57,18 @@ ARMS = {
     "dora": ({"method": "dora", "r": 2}, 5),
     "hira": ({"method": "hira", "r": 2}, 6),
     "mora": ({"method": "mora", "r": 2}, 3),
+    "dora r=16": ({"method": "dora", "r": 16}, 4),
+    "hira r=16": ({"method": "hira", "r": 16}, 5),
+    "lora plus": ({"method": "lora", "r": 2, "ratio": 16}, 2),
+    "lora plus r=16": ({"method": "lora", "r": 16, "ratio": 16}, 1),
+    "lora alpha=16": ({"method": "lora", "r": 2, "alpha": 16}, 3),
+    "rslora r=16": ({"method": "lora", "r": 16, "alpha": 16, "rslora": True}, 3),
+    "galore": ({"method": "galore", "r": 2}, 4),
+    "galore r=16": ({"method": "galore", "r": 16}, 3),
+    "apollo": ({"method": "apollo", "r": 2}, 4),
+    "apollo r=16": ({"method": "apollo", "r": 16}, 3),
+    "global drawn": (hd(basis="drawn", **GLOBAL), 3),
+    "global dct": (hd(basis="dct", **GLOBAL), 3),
     "hd lora init": (hd(init="lora"), 5),
     "hd top": (hd(init="top"), 5),
     "intermediate": ({"method": "intermediate", "r": 2}, 5),
@@ -78,11 +96,18 @@ ARMS = {
         ("global random", hd(basis="random", **GLOBAL), 3),
         ("full", {"method": "full"}, 2), ("linear", {"method": "linear"}, 1),
         ("pissa r=16", {"method": "pissa", "r": 16}, 3), ("lora r=16", {"method": "lora", "r": 16}, 3))},
+    **{f"{name}, long": (config | {"steps": LONG}, guess, 3) for name, config, guess in (
+        ("dora", {"method": "dora", "r": 2}, 4), ("dora r=16", {"method": "dora", "r": 16}, 3),
+        ("hira", {"method": "hira", "r": 2}, 7), ("hira r=16", {"method": "hira", "r": 16}, 5),
+        ("lora plus", {"method": "lora", "r": 2, "ratio": 16}, 1),
+        ("lora plus r=16", {"method": "lora", "r": 16, "ratio": 16}, 0),
+        ("galore", {"method": "galore", "r": 2}, 3), ("apollo", {"method": "apollo", "r": 2}, 3),
+        ("global drawn", hd(basis="drawn", **GLOBAL), 3), ("global dct", hd(basis="dct", **GLOBAL), 3))},
     **{f"{name} embedding{suffix}": (config | {"also": "wte", "steps": steps}, guess, points)
        for suffix, steps, points in (("", SHORT, 5), (", long", LONG, 3)) for name, config, guess in (
         ("lora", {"method": "lora", "r": 2}, 4), ("pissa r=16", {"method": "pissa", "r": 16}, 3),
         ("lora r=16", {"method": "lora", "r": 16}, 3), ("hd global", hd(**GLOBAL), 3),
-        ("global random", hd(basis="random", **GLOBAL), 3),
+        ("global random", hd(basis="random", **GLOBAL), 3), ("global dct", hd(basis="dct", **GLOBAL), 3),
         ("random Kr=128", hd(K=1, r=128, basis="random", **GLOBAL), 1))},
     **{f"{name}, large batch": (config | {"batch": 256, "steps": 60}, guess) for name, config, guess in (
         ("hd", hd(), 5), ("lora", {"method": "lora", "r": 2}, 4), ("pissa", {"method": "pissa", "r": 2}, 4),
@@ -99,6 +124,13 @@ FIXED = {
     "tail": [hd(lr=lr, steps=steps, batch=16, schedule="constant", dtype=dtype, rows=32)
              for lr in (2e-5, 2e-4, 2e-3, 2e-2) for steps in (25, 100) for dtype in ("float32", "float64")],
 }
+
+# Arms of the pairs that decide, which get four seeds more: without seed 0, that chose the rate, they are six.
+MORE = {f"{arm}, more seeds": arm for arm in (
+    "hd", "lora", "hd global", "global drawn", "global dct", "lora r=16", "hira", "full",
+    "global dct embedding", "lora r=16 embedding", "global dct embedding, long",
+    "lora r=16 embedding, long", "full, long")}
+MORE_SEEDS = (3, 4, 5, 6)
 
 # Experiments in order of importance.
 EXPERIMENTS = {
@@ -131,4 +163,13 @@ EXPERIMENTS = {
     "LoRA of rank Kr": ["lora r=16, long", "lora r=16 embedding", "lora r=16 embedding, long"],
     "embedding, more": ["hd global embedding", "random Kr=128 embedding, long", "hd global embedding, long",
                         "random Kr=128 embedding"],
+    "missing methods": ["hira r=16", "dora r=16", "lora plus", "lora plus r=16", "lora alpha=16",
+                        "rslora r=16"],
+    "projected gradients": ["galore", "apollo", "galore r=16", "apollo r=16"],
+    "basis by seed": ["global drawn", "global dct", "global dct embedding"],
+    "missing methods, long": ["hira, long", "hira r=16, long", "dora, long", "dora r=16, long",
+                              "lora plus, long", "lora plus r=16, long"],
+    "projected gradients, long": ["galore, long", "apollo, long"],
+    "basis by seed, long": ["global drawn, long", "global dct, long", "global dct embedding, long"],
+    "more seeds": list(MORE),
 }

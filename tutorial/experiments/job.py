@@ -26,14 +26,15 @@ import hd_pissa_extra  # noqa: E402
 import train  # noqa: E402
 from data.rows import encode, hold_out, read_rows, step_batches  # noqa: E402
 from training.evaluate import evaluate  # noqa: E402
-from tutorial.baselines import bases, embedding, intermediate, mora, plain  # noqa: E402
+from tutorial.baselines import bases, embedding, intermediate, loraplus, mora, plain, projected  # noqa: E402
 from tutorial.experiments.arms import complete  # noqa: E402
 
 SOURCES = ("hd_pissa.py", "hd_pissa_extra.py", "train.py", "training/baselines.py", "training/evaluate.py",
            "data/rows.py", "data/base.pt", "data/multi_domain.jsonl", "data/tokenizer.tiktoken")
 RUNNER = ("tutorial/experiments/job.py", "tutorial/baselines/plain.py", "tutorial/baselines/mora.py",
           "tutorial/baselines/intermediate.py", "tutorial/baselines/bases.py",
-          "tutorial/baselines/embedding.py")
+          "tutorial/baselines/embedding.py", "tutorial/baselines/loraplus.py",
+          "tutorial/baselines/projected.py")
 
 EVALUATIONS = 5         # on the way, the last one at the end
 
@@ -74,7 +75,8 @@ def attach(model, c: dict):
     if method == "hd_pissa":
         decompose = {"svd": hd_pissa_extra.components, "orthonormal": bases.orthonormal,
                      "interleaved": bases.interleaved(c["K"]),
-                     "random": hd_pissa_extra.random_components}[c["basis"]]
+                     "random": hd_pissa_extra.random_components, "drawn": bases.drawn(c["seed"]),
+                     "dct": bases.dct(c["seed"])}[c["basis"]]
         adapters = hd_pissa_extra.attach(model, r, shards=c["K"], init=c["init"], aggregate=c["aggregate"],
                                          gradients=c["gradients"], seed=c["seed"], decompose=decompose)
         beside = [embedding.Shards(p, c["K"], r, decompose, name) for name, p in also]
@@ -82,15 +84,21 @@ def attach(model, c: dict):
         adapters = plain.full(model, 8, c["seed"])
     elif method == "linear":
         adapters = plain.linear(model, 8, c["seed"], c.get("also"))
+    elif method in ("galore", "apollo"):
+        adapters = plain.linear(model, 8, c["seed"])
+        kind = projected.GaLore if method == "galore" else projected.Apollo
+        return adapters, kind(adapters.parameters(), c["lr"], r, seed=c["seed"])
     elif method == "mora":
         adapters = mora.attach(model, r, 8, c["seed"])
     elif method == "intermediate":
         adapters = intermediate.Intermediate(model, r, c["K"], c["seed"])
     else:
-        adapters = plain.with_peft(model, method, r, 8, c["seed"])
+        adapters = plain.with_peft(model, method, r, 8, c["seed"], c.get("alpha"), c.get("rslora", False))
         beside = [embedding.LowRank(p, r, method, name, c["seed"]) for name, p in also]
     if c.get("optimizer") == "muon":
         return adapters, bases.Muon(adapters.parameters(), c["lr"])
+    if "ratio" in c:
+        return adapters, loraplus.adamw(adapters.named_parameters(), c["lr"], c["ratio"])
     parameters = adapters.parameters() + [p for one in beside for p in one.parameters()]
     optimizer = torch.optim.AdamW(parameters, c["lr"], weight_decay=0.0, foreach=True)
     for one in beside:

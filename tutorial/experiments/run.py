@@ -6,7 +6,8 @@
     python tutorial/experiments/run.py --quick --out DIR   # every experiment at toy size
 
 Every arm is swept: learning rates on one grid of factor 2, from two below the guess to two above, seed 0, and
-on until the best one has a worse neighbour on either side; then seeds 1 and 2 at the best. A run is one line
+on until the best one has a worse neighbour on either side; then seeds 1 and 2 at the best, and four more for
+the arms of the pairs that decide (`more seeds`). A run is one line
 in runs.jsonl, its key is the full configuration, and a run that is there is not made again: the command can
 be stopped at any time (SIGTERM, ctrl-c) and continues.
 """
@@ -26,7 +27,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
 
-from tutorial.experiments.arms import ARMS, EXPERIMENTS, FIXED, SEEDS, complete, grid  # noqa: E402
+from tutorial.experiments.arms import (  # noqa: E402
+    ARMS,
+    EXPERIMENTS,
+    FIXED,
+    MORE,
+    MORE_SEEDS,
+    SEEDS,
+    complete,
+    grid,
+)
 
 RESULTS = ROOT / "tutorial" / "results"
 
@@ -61,7 +71,7 @@ def missing(name: str, done: dict, quick: bool) -> tuple[list[dict], int | None]
     if name in FIXED:
         runs = [complete(small(config)) for config in FIXED[name]]
         return [c for c in (runs[:1] if quick else runs) if key(c) not in done], None
-    base, guess, *points = ARMS[name]
+    base, guess, *points = ARMS[MORE.get(name, name)]
     config = lambda i, seed: complete(small(base) | {"lr": grid(i), "seed": seed})      # noqa: E731
     if quick:
         return [c for c in [config(guess, 0)] if key(c) not in done], guess
@@ -76,7 +86,8 @@ def missing(name: str, done: dict, quick: bool) -> tuple[list[dict], int | None]
         if tried[0] < best < tried[-1]:
             break
         tried = range(min(tried[0], best - 1), max(tried[-1], best + 1) + 1)
-    return [c for c in (config(best, seed) for seed in SEEDS) if key(c) not in done], best
+    seeds = SEEDS + (MORE_SEEDS if name in MORE else ())
+    return [c for c in (config(best, seed) for seed in seeds) if key(c) not in done], best
 
 
 def start_worker():
