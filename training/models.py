@@ -48,6 +48,21 @@ def snapshot(name: str, weights: bool) -> str:
     return where
 
 
+@torch.no_grad()
+def refuse_two_sided(model, what: str) -> None:
+    """Raise ValueError for a model whose logits depend on tokens that come later: an encoder, say.
+
+    Trained to give the next token it would see it, and learn nothing.
+    """
+    x = torch.arange(5, 17)[None] % model.get_input_embeddings().weight.shape[0]
+    other = x.clone()
+    other[0, -1] = 0
+    before, after = (model.eval()(tokens).logits[:, :-1] for tokens in (x, other))
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-4):
+        raise ValueError(f"{what} sees later tokens (its earlier logits change with the last token): it is no "
+                         "causal language model; give a decoder, or its config is_decoder=True")
+
+
 def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
     """(float32 model, its tokenizer, context length) of a local folder or a hub id.
 
@@ -95,6 +110,8 @@ def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
                                  f"config.json says, {wrong[0]} the first")
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    if weights:
+        refuse_two_sided(model, what)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer.hf) > rows:
         raise ValueError(f"{what}: its tokenizer has {len(tokenizer.hf)} tokens, the model {rows} "
