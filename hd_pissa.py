@@ -237,8 +237,9 @@ class Slot:
         self.leaves, self.was = [], self.kind()                     # (dA, dB) of each local shard
         W = module.weight
         if W.dtype not in self.dtypes or hasattr(W, "to_local") or W.is_inference():
-            raise ValueError(f"{name}.weight is {self.kind()}: 16 bits lose small updates, sharded and inference"
-                             " tensors take none; load float32 weights, or see hd_pissa_extra.attach")
+            raise ValueError(f"{name}.weight is {self.kind()}: 16 bits lose small updates, inference tensors take "
+                             "none; load float32 weights (bfloat16: hd_pissa_extra.attach), outside of "
+                             "inference_mode, and call attach before fully_shard")
         V = adapters.slots[0].module.weight if adapters.slots else W
         if W.device != V.device or (W.dtype == torch.float64) != (V.dtype == torch.float64):
             raise ValueError(f"{name}.weight is {self.kind()}, that of {adapters.slots[0].name} {V.dtype} on "
@@ -286,10 +287,15 @@ UNMERGED = ("increments were filled and not merged, so nothing would reach W; ca
 
 def before_step(optimizer, *_) -> None:
     """Look at an optimizer of increments before its first step, and at whether its last was merged."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    held, vain = {id(p) for p in params}, not any(p.grad is not None for p in params)
     for adapters in list(LIVE):
         adapters.begun = adapters.increments._version
         if not held & adapters.ids:
+            adapters.idle += vain and any(map(any, adapters.seen))
+            if adapters.idle >= 4:      # it has nothing to do, while gradients of increments wait
+                raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose gradients "
+                                 "wait; build the optimizer from adapters.parameters()")
             continue
         if optimizer not in adapters.known:
             check_optimizer(adapters, optimizer)
@@ -299,17 +305,11 @@ def before_step(optimizer, *_) -> None:
         adapters.stepped.append(optimizer)
 
 def after_step(optimizer, *_) -> None:
-    """Mark increments that a fused optimizer has changed; refuse to go on where no optimizer has them."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    """Mark increments as changed: fused optimizers do not do so themselves."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(LIVE):
-        if adapters.ids & {id(p) for p in params}:
-            if adapters.increments._version == adapters.begun:
-                torch.autograd.graph.increment_version(adapters.increments)
-        elif any(map(any, adapters.seen)) and not any(p.grad is not None for p in params):
-            adapters.idle += 1          # it has nothing to do, while gradients of increments wait
-            if adapters.idle >= 4:
-                raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose gradients wait; "
-                                 "build the optimizer from adapters.parameters()")
+        if held & adapters.ids and adapters.increments._version == adapters.begun:
+            torch.autograd.graph.increment_version(adapters.increments)
 
 register_optimizer_step_pre_hook(before_step)
 register_optimizer_step_post_hook(after_step)
