@@ -237,9 +237,9 @@ class Slot:
         self.leaves, self.was = [], self.kind()                     # (dA, dB) of each local shard
         W = module.weight
         if W.dtype not in self.dtypes or hasattr(W, "to_local") or W.is_inference():
-            raise ValueError(f"{name}.weight is {self.kind()}: 16 bits lose small updates, inference tensors take "
-                             "none; load float32 weights (bfloat16: hd_pissa_extra.attach), outside of "
-                             "inference_mode, and call attach before fully_shard")
+            raise ValueError(f"{name}.weight is {self.kind()}: 16 bits lose small updates, sharded and "
+                             "inference tensors take none; load float32 weights (bfloat16: "
+                             "hd_pissa_extra.attach), call attach before fully_shard")
         V = adapters.slots[0].module.weight if adapters.slots else W
         if W.device != V.device or (W.dtype == torch.float64) != (V.dtype == torch.float64):
             raise ValueError(f"{name}.weight is {self.kind()}, that of {adapters.slots[0].name} {V.dtype} on "
@@ -292,10 +292,12 @@ def before_step(optimizer, *_) -> None:
     for adapters in list(LIVE):
         adapters.begun = adapters.increments._version
         if not held & adapters.ids:
-            adapters.idle += vain and any(map(any, adapters.seen))
-            if adapters.idle >= 4:      # it has nothing to do, while gradients of increments wait
-                raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose gradients "
-                                 "wait; build the optimizer from adapters.parameters()")
+            backwards = sum(map(sum, adapters.seen))
+            if vain and backwards > adapters.waiting:   # it has nothing to do, and more gradients wait
+                adapters.waiting, adapters.idle = backwards, adapters.idle + 1
+                if adapters.idle >= 4:
+                    raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose "
+                                     "gradients wait; build the optimizer from adapters.parameters()")
             continue
         if optimizer not in adapters.known:
             check_optimizer(adapters, optimizer)
@@ -332,8 +334,8 @@ def check_optimizer(adapters, optimizer) -> str:
     mine = {id(p) for slot in adapters.slots for pair in slot.leaves for p in pair} & {*held}
     others = len({*held} - {i for live in LIVE for i in live.ids})
     if others and world_size() > 1:
-        raise ValueError(f"{name} holds {others} tensors beside the increments: no one adds up their gradients "
-                         "over processes, as hd_pissa_extra.attach(also=...) does")
+        raise ValueError(f"{name} holds {others} tensors beside the increments: no one adds up their "
+                         "gradients over processes, as hd_pissa_extra.attach(also=...) does")
     steps = []
     for start in (1.0, 0.0):
         stand = {p: torch.full((4, 2), start, dtype=torch.float64, device=d) for p, d in held.items()}
@@ -391,7 +393,7 @@ class Adapters:
         self.increments = torch.zeros((self.S, width), **like)
         self.merged = self.increments._version
         self.seen = [[0] * len(found) for _ in range(self.S)]   # backwards since the last merge
-        self.known, self.stepped = weakref.WeakSet(), []        # optimizers: checked, not merged yet
+        self.known, self.stepped, self.waiting = weakref.WeakSet(), [], 0   # see before_step
         for j, slot in enumerate(self.slots):
             A, B = slot.views(self.basis[self.own])
             slot.factors = [(A[i:i + 1], B[i:i + 1]) for i in range(self.S)]
@@ -472,8 +474,8 @@ class Adapters:
         def look():
             held = {id(p) for group in optimizer.param_groups for p in group["params"]}
             if lacks := len(self.ids - held):
-                raise ValueError(f"{type(optimizer).__name__} lacks {lacks} of the {len(self.ids)} increments; "
-                                 "build it from adapters.parameters()")
+                raise ValueError(f"{type(optimizer).__name__} lacks {lacks} of the {len(self.ids)} "
+                                 "increments; build it from adapters.parameters()")
             return check_optimizer(self, optimizer)
         said = everywhere(look)
         if len({*said}) > 1:
@@ -569,6 +571,7 @@ class Adapters:
         for p in self.parameters():
             p.grad = None               # a loop that zeroes the model alone would add to them
         self.stepped.clear()
+        self.waiting = 0
         for row in self.seen:
             row[:] = [0] * len(row)
 
@@ -586,8 +589,10 @@ class Adapters:
     def load_state_dict(self, state: dict) -> None:
         """Take A_i, B_i and the step of `state`; ValueError if another run or model has written it."""
         own, there = self.tensors(), state.get("config", {})
-        wrong = [f"{k} is {v} here, {there.get(k)} there" for k, v in self.config.items() if there.get(k) != v]
-        wrong += [k for k in ("step", *own) if k not in state or k != "step" and state[k].shape != own[k].shape]
+        wrong = [f"{k} is {v} here, {there.get(k)} there" for k, v in self.config.items()
+                 if there.get(k) != v]
+        wrong += [k for k in ("step", *own) if k not in state
+                  or k != "step" and state[k].shape != own[k].shape]
         if wrong := next(filter(None, everywhere(lambda: ", ".join(wrong[:3]))), None):
             raise ValueError(f"adapter state of another run or model ({wrong}); attach as that run did")
         for name, tensor in own.items():
@@ -676,8 +681,9 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
                          f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}")
     for name, module in found:
         if min(module.weight.shape) < least:
-            raise ValueError(f"{name} is {(*module.weight.shape,)}: K r = {least} components are needed, it has "
-                             f"{min(module.weight.shape)}; lower rank or shards, or use exclude=[{name!r}]")
+            raise ValueError(f"{name} is {(*module.weight.shape,)}: K r = {least} components are needed, it "
+                             f"has {min(module.weight.shape)}; lower rank or shards, or use "
+                             f"exclude=[{name!r}]")
     if not found:
         left_out = ", ".join(f"{name} ({why})" for name, why in list(skipped.items())[:8]) or "none"
         small = [min(named[name].weight.shape) for name, why in skipped.items() if "fewer" in why]
@@ -699,7 +705,8 @@ def checksum(tensor: torch.Tensor, start: int = 0) -> int:
 
 def send_model(model: nn.Module, device: torch.device) -> None:
     """Give all processes process 0's parameters and buffers, as DDP does, where checksums differ."""
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if not (t.is_meta or hasattr(t, "to_local"))]
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if not (
+        t.is_meta or hasattr(t, "to_local") or nn.parameter.is_lazy(t))]
     sums = gather_shards(torch.tensor([[checksum(t) for t in tensors]], device=device))     # (processes, n)
     other = [t for t, differs in zip(tensors, (sums != sums[0]).any(dim=0).tolist()) if differs]
     for t in other:
@@ -858,8 +865,9 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
     A shard minimises the mean over its own response tokens; with `whole_batch`, that of the step batch.
     """
     if not 0 < lr < math.inf or schedule not in SCHEDULES or not max_grad_norm >= 0:
-        raise ValueError(f"lr={lr}, schedule={schedule!r}, max_grad_norm={max_grad_norm}: lr must be above 0 (the "
-                         f"paper: 2e-5), schedule one of {', '.join(SCHEDULES)}, max_grad_norm 0 (off) or more")
+        raise ValueError(f"lr={lr}, schedule={schedule!r}, max_grad_norm={max_grad_norm}: lr must be above 0 "
+                         f"(the paper: 2e-5), schedule one of {', '.join(SCHEDULES)}, max_grad_norm 0 (off) "
+                         "or more")
     optimizer = optimizer or torch.optim.AdamW(adapters.parameters(), lr, weight_decay=0.0, foreach=True)
     adapters.check(optimizer)
     peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
@@ -872,8 +880,9 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
         mini = [batch[i * size:(i + 1) * size] for i in range(K)]
         counts = [sum(b - a for row in rows for a, b in spans(row)) for rows in mini]
         if size * K != len(batch) or not all(spans(row) for row in batch):
-            raise ValueError(f"step {step}: {len(batch)} rows for {K} shards, {sum(not spans(r) for r in batch)} of "
-                             "them cut before their response; every shard needs as many, and whole ones")
+            cut = sum(not spans(row) for row in batch)
+            raise ValueError(f"step {step}: {len(batch)} rows for {K} shards, {cut} of them cut before their "
+                             "response; every shard needs as many, and whole ones")
 
         # Local backward: each shard of this process on its own mini-batch.
         losses = torch.zeros(S, dtype=torch.float64, device=device)

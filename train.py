@@ -74,8 +74,7 @@ FLAGS = (
     ("execute_generated_code", bool, False, "run what is generated for rows answered by tests"),
     "more: method",
     ("targets", str, "all-linear", "all-linear, or comma-separated suffixes of module names"),
-    ("init", ("hd_pissa", "top", "lora", "random"), "hd_pissa", "factors of the shards (appendix C)"
-     "; random: orthonormal, from the seed, never kept (not in the paper)"),
+    ("init", ("hd_pissa", "top", "lora", "random"), "hd_pissa", "appendix C; random: from a seed"),
     ("also", str, "", "modules trained whole beside the adapters: comma-separated names"),
     ("alpha", float, None, "the adapter is scaled by alpha / rank; None = off (scale 1)"),
     ("dropout", float, 0.0, "probability on the adapter's input, 0 = off"),
@@ -248,7 +247,8 @@ def load_model(name: str, seed: int, weights: bool = True, tokenizer: str | None
 def attach(args, model, device, resumed: bool):
     """The adapters of --method; from here on the model has its final dtype and place."""
     if args.method == "hd_pissa":
-        decompose = cached_components(args.svd_cache) if args.svd_cache else hd_pissa_extra.components
+        decompose = hd_pissa_extra.components
+        decompose = cached_components(args.svd_cache) if args.svd_cache else decompose
         adapters = hd_pissa_extra.attach(
             model, args.rank, shards=args.shards, targets=args.targets, also=args.also,
             alpha=args.alpha, init=args.init, dropout=args.dropout, rounding=args.rounding,
@@ -336,7 +336,8 @@ def finish(args, model, tokenizer, adapters, held, watched, extra, device, exami
     result = {"before": extra["before"], "after": after, "effective_rank": ranks, "eval": exams}
     if args.export_lora:
         result["lora_error"] = models.export(args, adapters, extra["base"], out, load_model)
-    everywhere(lambda: hd_pissa.process_index() or folder.write(out / "spectra.json", json.dumps(spectra)))
+    first = hd_pissa.process_index() == 0
+    everywhere(lambda: first and folder.write(out / "spectra.json", json.dumps(spectra)))
     save(out, model, tokenizer, result)
     report.report_losses(extra["before"], after)
     report.report_rank(args, ranks)
@@ -382,26 +383,24 @@ def run_in_folder(args, out: Path, device) -> dict:
     model = model.double() if args.dtype == "float64" else model
     model = model if args.shard_weights else model.to(device)
     rows, held, rows_hash = read_data(args, tokenizer, context)
-
-    config = vars(args) | {"processes": hd_pissa.world_size(), "torch": torch.__version__}
-    config["rows"] = rows_hash
+    config = vars(args) | {"processes": hd_pissa.world_size(), "torch": torch.__version__,
+                           "rows": rows_hash}
     resumed = checkpoint.look(args.resume, out, config)                 # (path, manifest) or None
     if result := checkpoint.finished(args.resume, out, resumed, config):
         return result
     least = args.rank * (args.shards if args.method == "hd_pissa" and args.init != "top" else 1)
-    layers, beside = hd_pissa.find_layers(model, args.targets, least=least)[0], everywhere(
-        lambda: hd_pissa_extra.also_parameters(model, args.also))
-    layers = [(name, module) for name, module in layers if name + ".weight" not in beside]
+    beside = everywhere(lambda: hd_pissa_extra.also_parameters(model, args.also))
+    layers = [(name, module) for name, module in hd_pissa.find_layers(
+        model, args.targets, least=least)[0] if name + ".weight" not in beside]
     folder.check_room(out, *checkpoint.bytes_of(args, model, layers), args.keep)
 
-    names = [name for name, _ in layers]
-    start_of = {name: model.get_parameter(name + ".weight").detach() for name in names}
-    watched = {name: start_of[name].to(device, copy=True) for name in report.sampled(names)}
+    start_of = {name: module.weight.detach() for name, module in layers}
+    watched = {name: start_of[name].to(device, copy=True) for name in report.sampled([*start_of])}
     sums = {name: hd_pissa.checksum(W) for name, W in start_of.items() if args.export_lora}
     comparable = args.method == "hd_pissa" and args.dtype != "bfloat16" and not args.shard_weights
     logits = first_logits(model, held, device) if comparable and not resumed else None
     adapters = attach(args, model, device, bool(resumed))
-    report.report_layers(args, adapters, names)
+    report.report_layers(args, adapters, [*start_of])
     optimizer = torch.optim.AdamW(adapters.parameters(), args.lr, weight_decay=0.0, foreach=True)
     if resumed:
         start, extra = checkpoint.go_on(*resumed, model, adapters, optimizer, config, device)
@@ -411,7 +410,8 @@ def run_in_folder(args, out: Path, device) -> dict:
         if logits is not None:
             if not torch.equal(first_logits(model, held, device), logits):
                 raise RuntimeError("step-0 logits differ from the base model's: not Y = X W")
-            say(f"step-0 loss {before['all']['loss']:.6f}: logits equal the base model's bit for bit")
+            loss = before["all"]["loss"]
+            say(f"step-0 loss {loss:.6f}: logits equal the base model's bit for bit")
 
     say(f"{args.method}: {args.max_steps} steps of {args.batch_size} rows, peak lr {args.lr:g}"
         + (f" (for aggregate={args.aggregate})" if args.method == "hd_pissa" else ""))

@@ -119,8 +119,8 @@ def test_tied_weights_are_skipped_with_a_reason():
     (lambda p: torch.optim.Adafactor(p), ["Adafactor", "reads the parameter", "AdamW"]),
     (lambda p: torch.optim.LBFGS(p), ["LBFGS"]),
     (lambda p: torch.optim.ASGD(p), ["ASGD"]),
-    (lambda p: torch.optim.Adam(p[1:]), ["lacks 1 of 8", "adapters.parameters()"]),
-    (lambda p: torch.optim.Adam([nn.Parameter(torch.zeros(1))]), ["lacks 8 of 8"]),
+    (lambda p: torch.optim.Adam(p[1:]), ["lacks 1 of the 8", "adapters.parameters()"]),
+    (lambda p: torch.optim.Adam([nn.Parameter(torch.zeros(1))]), ["lacks 8 of the 8"]),
 ])  # fmt: skip
 def test_check_refuses_optimizers(make, words):
     """Weight decay, rules that read the parameter, missing increments; other groups are none of ours."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import hd_pissa
+import hd_pissa_extra
 import train
 from training import checkpoint, folder, report, report_html
 
@@ -30,7 +31,7 @@ VALUES = [None, True, -1, 0, 1, 2**70, 1e308, float("inf"), float("nan"), "", "x
 
 def model_and_all():
     model = train.GPT(60, block_size=16, layers=1, width=32)
-    adapters = hd_pissa.attach(model, 2, shards=2)
+    adapters = hd_pissa_extra.attach(model, 2, shards=2)
     optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0, foreach=True)
     return model, adapters, optimizer
 

@@ -205,7 +205,7 @@ def test_increments_that_no_optimizer_holds(lacking):
     stray = nn.Parameter(torch.zeros(2))
     said = verdict(adapters, torch.optim.SGD([*adapters.parameters()[lacking], stray], 1e-2))
     count = 4 - len(adapters.parameters()[lacking])
-    assert f"lacks {count} of 4 tensors" in said and "adapters.parameters()" in said
+    assert f"lacks {count} of the 4 increments" in said and "adapters.parameters()" in said
 
 
 def test_check_leaves_everything_as_it_is():

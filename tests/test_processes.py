@@ -16,7 +16,7 @@ import hd_pissa
 import train
 from data.rows import read_rows
 from training import baselines
-from training.processes import together
+from training.processes import everywhere
 
 CONFIGS = [
     dict(exchange=e, aggregate=a) for e, a in itertools.product(("all_gather", "all_reduce"), ("mean", "sum"))
@@ -120,7 +120,7 @@ def told():
         return "fine"
 
     texts = hd_pissa.everywhere(lambda: "\u0394A " * hd_pissa.process_index()), hd_pissa.everywhere(str)
-    return *texts, together(lambda: hd_pissa.process_index()), message_of(lambda: hd_pissa.everywhere(own))
+    return *texts, everywhere(lambda: hd_pissa.process_index()), message_of(lambda: hd_pissa.everywhere(own))
 
 
 def test_everywhere(tmp_path):
@@ -162,7 +162,7 @@ def refusals():
         if second and fault == "nan increment":
             adapters.parameters()[0].data[0, 0] = float("nan")
         out.append((message_of(adapters.merge_), bool(torch.equal(model[0].weight.T, weights[0]))))
-    out.append((message_of(lambda: together(lambda: read_rows("missing.jsonl") if second else None)), True))
+    out.append((message_of(lambda: everywhere(lambda: read_rows("missing.jsonl") if second else None)), True))
     out.append((message_of(lambda: hd_pissa.attach(toy.module(weights, bias), 2, shards=3)), True))
     other = dict(alpha=2.0 if second else 4.0)
     out.append((message_of(lambda: hd_pissa.attach(toy.module(weights, bias), 2, **other)), True))
@@ -210,6 +210,7 @@ def received():
         for i in range(adapters.S):
             with adapters.shard(i):
                 model(data[0][0][0]).square().mean().backward()
+        adapters.increments.fill_(1e-3)
         counts[name] = received_bytes(adapters.merge_)
     return counts
 
@@ -217,10 +218,10 @@ def received():
 def test_bytes_received(tmp_path):
     """K r (m + n) increments cached, twice that resent, 2 m n dense; and what the check of a merge sends.
 
-    That is 8 x 3 float32, and here 8 float64 of the norm, as no increment has moved, and at the first merge
-    one byte a shard and layer.
+    That is 8 x 3 float32, and at the first merge one byte a shard and layer, and a checksum of 8 bytes of
+    each of the 3 parameters and process.
     """
-    (a, b, c), agreed = toy.SIZES, (8 * 3 * 4 + 8 * 8 + 8 * 2) // 2
+    (a, b, c), agreed = toy.SIZES, (8 * 3 * 4 + 8 * 2 + 2 * 3 * 8) // 2
     factors, dense = 8 * (a + b + b + c) * 4 // 2, (a * b + b * c) * 4
     for counts in spawn(2, received, tmp_path):
         assert counts == {"cached": factors + agreed, "resend": 2 * factors + agreed, "dense": dense + agreed}
