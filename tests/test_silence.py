@@ -93,8 +93,7 @@ def test_backwards_without_a_merge_are_noticed(where):
 
     assert not warned(lambda: loop(400))
     said = warned(lambda: loop(800))
-    assert said and all("no adapters.merge_() in 500 backwards" in text for text in said)
-    assert all("adapters.parameters()" in text for text in said)
+    assert said and all("without adapters.merge_()" in t and "adapters.parameters()" in t for t in said)
     assert len(said) <= len(adapters.slots)
     adapters.next_step()
     assert not warned(lambda: loop(400))
@@ -112,7 +111,7 @@ def test_another_optimizer_that_steps_in_vain_is_stopped():
             stray.step()
 
     text = refused(loop)
-    assert "SGD steps without a gradient" in text and "adapters.parameters()" in text
+    assert "SGD steps, but holds no increments" in text and "adapters.parameters()" in text
     assert torch.equal(model[0].weight, before)
     adapters.next_step()
     ours = adamw(adapters)
@@ -290,7 +289,7 @@ def test_processes_have_the_same_optimizer_and_nothing_beside_it(tmp_path):
     first, second = spawn(2, beside, tmp_path)
     assert first == second
     others, rate, rule, decay, fine = first
-    assert "SGD holds tensors beside adapters.parameters()" in others and "also=" in others
+    assert "1 tensors beside the increments" in others and "also=" in others
     for text in (rate, rule):
         assert "processes have different optimizers" in text
     assert "0.02" in rate and "0.01" in rate and "RMSprop" in rule and "SGD" in rule
