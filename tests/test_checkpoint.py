@@ -253,3 +253,11 @@ def test_a_flipped_bit_stops_the_run_and_the_last_checkpoint_is_good(tmp_path):
     main(["--check_every", "2"], tmp_path / "cut")
     main([], tmp_path / "whole")
     assert equal(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
+
+
+def test_a_smaller_micro_batch_is_the_same_run_another_batch_is_not():
+    """After running out of memory one goes on with fewer rows a forward; rows a step make another run."""
+    config = {"micro_batch_size": 32, "batch_size": 64, "lr": 0.02}
+    checkpoint.same_run(config, config | {"micro_batch_size": 4}, "it")
+    with pytest.raises(ValueError, match="--batch_size is 32 here, 64 there"):
+        checkpoint.same_run(config, config | {"batch_size": 32}, "it")

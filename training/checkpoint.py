@@ -31,11 +31,11 @@ FORMAT = 2
 NAMES = r"tensors_\d+\.bin|manifest\.json"            # of the files in a checkpoint
 DTYPES = {str(d)[6:]: d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool,
                                   torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)}
-# What may differ when a run goes on; the last two lose bit equality. Anything else is another run.
+# What may differ when a run goes on; the last three lose bit equality. Anything else is another run.
 MAY_CHANGE = {"out", "resume", "save_every", "save_minutes", "keep", "check_every", "skip_nonfinite",
               "heartbeat", "timeout", "bucket_mb", "basis", "svd_cache", "shard_weights", "dry_run", "torch",
               "processes", "eval", "eval_every", "eval_tokens", "execute_generated_code", "threads",
-              "device", "exchange"}  # fmt: skip
+              "device", "exchange", "micro_batch_size"}  # fmt: skip
 
 
 # ---- Checksums: one flipped bit in one replica changes them ------------------------------------------------
@@ -370,7 +370,8 @@ def promised(own: list[Path], config: dict) -> bool:
 def go_on(path: Path, manifest: dict, model, adapters, optimizer, config: dict, device) -> tuple[int, dict]:
     """Load the checkpoint; (its step, what the run knew from its start), and say what has changed since."""
     start = load(path, manifest, model, adapters, optimizer, config, device)
-    was = {key: manifest["config"].get(key) for key in ("exchange", "device", "shards", "processes")}
+    was = {key: manifest["config"].get(key) for key in ("exchange", "device", "shards", "processes",
+                                                            "micro_batch_size")}
     say(f"going on after step {start} of {path}" + "".join(
         f"; {key} was {value}, is {config[key]}" for key, value in was.items() if value != config[key]))
     return start, {key: manifest["extra"][key] for key in ("before", "base")}
