@@ -137,9 +137,9 @@ class Slot(hd_pissa.Slot):
             self.note()
         elif self.low is not None and self.noted != (W.data_ptr(), W._version):
             if self.low.any():
-                warnings.warn(f"{self.name}.weight was loaded or swapped after attach: it trains from here on, "
-                              "without the 16 bits that were kept of the one before. To load both, load the "
-                              "model first and the adapters' state after it", stacklevel=2)
+                warnings.warn(f"{self.name}.weight was loaded or swapped after attach: it trains from here "
+                              "on, without the 16 bits that were kept of the one before. To load both, "
+                              "load the model first and the adapters' state after it", stacklevel=2)
             self.low.zero_()
             self.note()
         return W, rows
@@ -177,8 +177,8 @@ class Slot(hd_pissa.Slot):
 
     def add_sum_(self, dU, share) -> torch.Tensor:
         W, rows = self.read()
-        sharded, world = hasattr(self.module.weight, "to_local"), world_size()
-        if sharded and self.module.weight.device_mesh.size() == world and self.module.weight.device_mesh.ndim == 1:
+        mesh, world = getattr(self.module.weight, "device_mesh", None), world_size()
+        if mesh is not None and mesh.size() == world and mesh.ndim == 1:
             dU = reduce_shards(F.pad(dU, (0, 0, 0, -len(dU) % world)))[:len(W)]
         elif world > 1:
             dist.all_reduce(dU)         # of hybrid sharding or a part of the processes: the own rows of all
@@ -189,7 +189,8 @@ class Slot(hd_pissa.Slot):
 
     def before_forward(self, x) -> None:
         super().before_forward(x)
-        if self.module.weight.dtype == torch.bfloat16 != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        halved = self.module.weight.dtype == torch.bfloat16
+        if halved and x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{self.name} is bfloat16, its input {x.dtype}; cast the rest of the model too "
                              "(its parameters, not its buffers), or run it under torch.autocast")
 
@@ -302,8 +303,9 @@ class Seeded:
 
     def make(self, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
         slot, at, k = self.slot, self.first * self.slot.r, self.k * self.slot.r
-        A, B = (seeded_columns(size, at, k, hd_pissa.seed_of("basis", self.seed, slot.name, side), device, dtype)
-                for side, size in (("A", slot.m), ("B", slot.n)))
+        seeds = [hd_pissa.seed_of("basis", self.seed, slot.name, side) for side in "AB"]
+        A, B = (seeded_columns(size, at, k, seed, device, dtype)
+                for size, seed in zip((slot.m, slot.n), seeds))
         root = slot.s ** -0.5           # s A_i B_i are slices of one orthogonal matrix, as S = 1 would give
         return root * A.unflatten(0, (self.k, slot.r)).mT, root * B.unflatten(0, (self.k, slot.r))
 
@@ -341,8 +343,8 @@ class Adapters(hd_pissa.Adapters):
 
     Slot = Slot
 
-    def __init__(self, model, found, skipped, config, exchange, seed, device, *, init, also, dropout, gradients,
-                 basis, rounding, bucket_mb, accumulate):
+    def __init__(self, model, found, skipped, config, exchange, seed, device, *, init, also, dropout,
+                 gradients, basis, rounding, bucket_mb, accumulate):
         config.update(init=init, dropout=dropout, gradients=gradients)
         if init == "random":
             config.update(seed=seed)    # it is the basis
@@ -398,8 +400,8 @@ class Adapters(hd_pissa.Adapters):
         live = dict(self.model.named_parameters(remove_duplicate=False))
         for name, p in self.also.items():
             if live.get(name) is not p:
-                raise ValueError(f"{name} of also= was replaced after attach (fully_shard, assign=True), so it "
-                                 "would not train; load it in place, or leave it out of fully_shard")
+                raise ValueError(f"{name} of also= was replaced after attach (fully_shard, assign=True), so "
+                                 "it would not train; load it in place, or leave it out of fully_shard")
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             if world_size() > 1:
                 dist.all_reduce(p.grad)
@@ -438,7 +440,8 @@ class Adapters(hd_pissa.Adapters):
                 leaf.register_hook(_before_catching(weakref.ref(leaf), mine))
                 leaf.register_post_accumulate_grad_hook(_after_catching(weakref.ref(self), mine, own))
             for row in self.seen:
-                slot.caught[1].register_post_accumulate_grad_hook(lambda _, row=row, j=j: hd_pissa.count(row, j))
+                slot.caught[1].register_post_accumulate_grad_hook(
+                    lambda _, row=row, j=j: hd_pissa.count(row, j))
 
     @torch.no_grad()
     def collect_(self) -> None:
@@ -458,8 +461,8 @@ class Adapters(hd_pissa.Adapters):
                 for leaf, mine in zip(slot.caught, zip(*slot.leaves)):
                     g = leaf.grad if mine[0].grad is not None else None
                     if g is not None and g._version != leaf.caught_version:
-                        raise ValueError(f"gradients of {slot.name} were changed before they were summed over "
-                                         "the processes; call adapters.collect_() first")
+                        raise ValueError(f"gradients of {slot.name} were changed before they were summed "
+                                         "over the processes; call adapters.collect_() first")
                     parts.append((leaf if g is None else g).flatten(1))
                     leaf.grad = None
             own = reduce_shards(torch.cat(parts, dim=1))                # (S, columns)
@@ -617,13 +620,15 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
     device      of the adapters and the decomposition: "cuda" for W on the CPU until FSDP2 moves it; None: W's
     bucket_mb   MiB of gathered factors per collective
     accumulate  keep the sums of all merged dA_i, dB_i, as large as the increments, for `export_lora`
-    also        names, or parts of names between dots, of modules or parameters that train whole beside the adapters: a new
-                head, embeddings, norms. They are among adapters.parameters(), the same on every process
+    also        names, or parts of names between dots, of modules or parameters that train whole
+                beside the adapters: a new head, embeddings, norms. They are among
+                adapters.parameters(), and the same on every process
 
     Call it before fully_shard. Raises ValueError, on every process alike, for what cannot be trained.
     """
     kept = []
-    hd_pissa.everywhere(lambda: kept.append(also_parameters(model, [also] if isinstance(also, str) else also)))
+    also = [also] if isinstance(also, str) else also
+    hd_pissa.everywhere(lambda: kept.append(also_parameters(model, also)))
     beside, = kept
     own = {id(p) for p in beside.values()}
     whole = [name for name, x in model.named_modules() if isinstance(x, nn.Linear) and id(x.weight) in own]
@@ -634,11 +639,11 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
         for name, module in found if dtype is not None else ():
             W = module.weight
             if dtype != W.dtype and (W.dtype, dtype) != (torch.float32, torch.bfloat16):
-                raise ValueError(f"dtype={dtype} for {name}.weight of {W.dtype}: only float32 weights can be turned, "
-                                 "into torch.bfloat16; use dtype=None")
+                raise ValueError(f"dtype={dtype} for {name}.weight of {W.dtype}: only float32 weights can be "
+                                 "turned, into torch.bfloat16; use dtype=None")
         return Adapters(model, found, skipped, config, exchange, seed, torch.device(device or place),
-                        init=init, also=beside, dropout=dropout, gradients=gradients, basis=basis, rounding=rounding,
-                        bucket_mb=bucket_mb, accumulate=accumulate)
+                        init=init, also=beside, dropout=dropout, gradients=gradients, basis=basis,
+                        rounding=rounding, bucket_mb=bucket_mb, accumulate=accumulate)
 
     seeded = init == "random"
     adapters = hd_pissa.attach(model, rank, init="hd_pissa" if seeded else init, make=make,
@@ -652,7 +657,7 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
     return adapters
 
 def also_parameters(model: nn.Module, also) -> dict[str, nn.Parameter]:
-    """{name: parameter} of the modules and parameters that `also` names; ValueError for one that is not there."""
+    """{name: parameter} of what `also` names; ValueError for a name that is not there."""
     named, chosen = dict(model.named_parameters(remove_duplicate=False)), set()
     for part in also:
         hits = {name for name in named if f".{part}." in f".{name}."}
@@ -663,7 +668,8 @@ def also_parameters(model: nn.Module, also) -> dict[str, nn.Parameter]:
     unique = {id(p): (name, p) for name, p in reversed(named.items()) if name in chosen}
     for name, p in unique.values():
         if p.element_size() < 4:
-            raise ValueError(f"{name} of also= is {p.dtype}, where small updates are lost; cast it to float32")
+            raise ValueError(f"{name} of also= is {p.dtype}, where small updates are lost; cast it to "
+                             "float32")
     return dict(reversed(unique.values()))
 
 def check_arguments(dropout=0.0, gradients="local", basis="cached", dtype=None, rounding="exact") -> None:

@@ -565,7 +565,8 @@ def test_smollm2(real_dir, smollm2, tmp_path, monkeypatch):
 def test_a_two_sided_model_is_refused_and_a_decoder_is_not():
     """An encoder's earlier logits change with a later token; the sentence says so and names the remedy."""
     transformers = pytest.importorskip("transformers")
-    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=40)
+    sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                 vocab_size=40)
     torch.manual_seed(0)
     encoder = transformers.RobertaForCausalLM(transformers.RobertaConfig(**sizes, is_decoder=False))
     decoder = transformers.RobertaForCausalLM(transformers.RobertaConfig(**sizes, is_decoder=True))

@@ -144,8 +144,8 @@ def save(folder_: Path, step: int, model, adapters, optimizer, config: dict, ext
 
     def visible():
         if not temporary.is_dir():
-            raise OSError(f"{temporary} is not there on process {hd_pissa.process_index()}; --out must lie on a "
-                          "file system that all machines share")
+            raise OSError(f"{temporary} is not there on process {hd_pissa.process_index()}; --out must lie "
+                          "on a file system that all machines share")
 
     def finish():
         if hd_pissa.process_index() == 0:

@@ -132,10 +132,12 @@ def dry_run(args, load_model, default_steps: int) -> dict:
                   max(activations, exchange)}
     there = (processes - 1) / processes
     traffic = {"all_gather": own["received"] * width,
-               "all_reduce": 2 * there * adapted * width + (args.gradients == "global") * there * K * factors * width}
+               "all_reduce": 2 * there * adapted * width
+               + (args.gradients == "global") * there * K * factors * width}
     start = time.perf_counter()
     torch.linalg.eigh(torch.eye(512) + torch.ones(512, 512) / 512)
-    init = args.init not in ("random", "lora") and sum((min(s) / 512) ** 3 for s in shapes) * (time.perf_counter() - start) * 2 / processes
+    init = 2 * (time.perf_counter() - start) * sum((min(s) / 512) ** 3 for s in shapes) / processes
+    init = 0.0 if args.init in ("random", "lora") else init
 
     per_epoch = len(sizes) // args.batch_size
     steps = args.max_steps or (max(1, round(args.epochs * per_epoch)) if args.epochs else default_steps)
@@ -146,7 +148,8 @@ def dry_run(args, load_model, default_steps: int) -> dict:
                  "memory of each process")
     for name, size in (memory | {"sum": sum(memory.values())}).items():
         say(f"  {name:70} {size / 2**20:12.1f} MiB")
-    say(f"beside LoRA with AdamW on {K} devices: A and B, increments, gradients, moments a device; received a step")
+    say(f"beside LoRA with AdamW on {K} devices: A and B, increments, gradients, moments a device; received "
+        "a step")
     rows = {f"this run on {processes} processes": own}
     rows |= {f"LoRA of rank {times * r}" + (f", ZeRO-{zero}" if zero else ""): lora(factors, K, times, zero)
              for times, zero in ((1, 0), (K, 0), (K, 1), (K, 2), (K, 3))}

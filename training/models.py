@@ -59,8 +59,8 @@ def refuse_two_sided(model, what: str) -> None:
     other[0, -1] = 0
     before, after = (model.eval()(tokens).logits[:, :-1] for tokens in (x, other))
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-4, equal_nan=True):
-        raise ValueError(f"{what} sees later tokens (its earlier logits change with the last token): it is no "
-                         "causal language model; give a decoder, or its config is_decoder=True")
+        raise ValueError(f"{what} sees later tokens (its earlier logits change with the last token): it is "
+                         "no causal language model; give a decoder, or its config is_decoder=True")
 
 
 def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):

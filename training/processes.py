@@ -116,8 +116,8 @@ def heartbeat(seconds: float, timeout: float):
             now = time.monotonic()
             if now - max(last[0], said) >= seconds:
                 said = now
-                print(f"process {hd_pissa.process_index()}: {now - last[0]:.0f} s since step {last[1]} ended; "
-                      f"a collective gives up after --timeout {timeout:g} s", file=sys.stderr,
+                print(f"process {hd_pissa.process_index()}: {now - last[0]:.0f} s since step {last[1]} "
+                      f"ended; a collective gives up after --timeout {timeout:g} s", file=sys.stderr,
                       flush=True)
 
     thread = threading.Thread(target=watch, daemon=True)

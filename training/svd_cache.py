@@ -11,7 +11,7 @@ import hd_pissa_extra
 
 
 def cached_components(folder: str):
-    """`hd_pissa_extra.components` that keeps what it computed, by the weight's bits, and slices what it finds.
+    """`hd_pissa_extra.components` that keeps what it computed, by the weight's bits, and slices it.
 
     A file with k components serves every K r <= k. It is believed only if its components fit the weight,
     ||W V - U S|| small for each. ValueError, naming the file, for a damaged one or one of another weight.

@@ -43,7 +43,8 @@ from tutorial.baselines import bases, embedding, plain  # noqa: E402
 from tutorial.experiments import job, run  # noqa: E402
 
 RESULTS = ROOT / "tutorial" / "results" / "real_runs.jsonl"
-SOURCES = job.SOURCES[:4] + ("training/models.py", "tutorial/baselines/plain.py", "tutorial/baselines/bases.py",
+SOURCES = job.SOURCES[:4] + ("training/models.py", "tutorial/baselines/plain.py",
+                             "tutorial/baselines/bases.py",
                              "tutorial/baselines/embedding.py", "tutorial/experiments/real.py")
 SWEEP, SEEDS, BLOCK = 0, (1, 2, 3), 128
 VALIDATION, TEST, POINTS = 200, 400, 3
