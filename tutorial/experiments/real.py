@@ -338,12 +338,15 @@ def main(argv=None) -> dict:
         return done
     if not args.same_process:
         signal.signal(signal.SIGTERM, run.stop)
-    while need := missing(args.arms, done, args.quick):
-        record = (one if args.same_process else apart)(need[0], args.model, args.quick)
-        append(args.out, record)
-        done[run.key(record["config"])] = record
-        print(time.strftime("%H:%M:%S"), record["validation"], record["test"], record.get("seconds"),
-              *(f"{k}={v}" for k, v in record["config"].items() if k not in COMMON), flush=True)
+    try:
+        while need := missing(args.arms, done, args.quick):
+            record = (one if args.same_process else apart)(need[0], args.model, args.quick)
+            append(args.out, record)
+            done[run.key(record["config"])] = record
+            print(time.strftime("%H:%M:%S"), record["validation"], record["test"], record.get("seconds"),
+                  *(f"{k}={v}" for k, v in record["config"].items() if k not in COMMON), flush=True)
+    except KeyboardInterrupt:           # SIGTERM too
+        sys.exit("stopped; the run under way is dropped, the same command continues")
     return done
 
 
