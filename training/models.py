@@ -1,6 +1,5 @@
 """Models on disk: Hugging Face folders, the hub, files of the small GPT; checked when read, written whole."""
 
-import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 
 import hd_pissa
 import hd_pissa_extra
+from data.formats import one_line
 from data.tokenizer import HFTokenizer
 from training import folder
 from training.processes import everywhere, say
@@ -17,16 +17,6 @@ from training.processes import everywhere, say
 def is_small(name: str) -> bool:
     """Is --model the small GPT, new or from a file, and not a Hugging Face name?"""
     return name == "scratch" or name.endswith(".pt")
-
-
-@contextlib.contextmanager
-def one_line(what: str, remedy: str):
-    """Errors in the block as ValueError(what: their first sentence; remedy)."""
-    try:
-        yield
-    except Exception as e:      # a damaged folder makes transformers raise anything, KeyError included
-        text = " ".join(str(e).split()) or repr(e)
-        raise ValueError(f"{what}: {text.split('. ')[0][:300].rstrip('.')}; {remedy}") from e
 
 
 def snapshot(name: str, weights: bool) -> str:
