@@ -231,8 +231,8 @@ class Slot:
         if (W.dtype not in self.dtypes or hasattr(W, "to_local") or W.is_inference()
                 or W.device != V.device or (W.dtype == torch.float64) != (V.dtype == torch.float64)):
             raise ValueError(f"{name}.weight is {self.was}, the first {V.dtype} on {V.device}: load float32 "
-                             "weights on one device (bfloat16: hd_pissa_extra), no inference tensors, and "
-                             "attach before fully_shard")
+                             "weights on one device (bfloat16: hd_pissa_extra.attach), no inference nor sharded "
+                             "tensors: attach before fully_shard")
         if not W.is_meta and not torch.isfinite(W).all():
             raise ValueError(f"{name}.weight holds NaN or Inf; the file is damaged, load it again")
 
@@ -257,8 +257,12 @@ class Slot:
         if self.adapters.increments._version != self.adapters.merged:
             raise ValueError(UNMERGED)
 
+    @property
+    def W(self) -> torch.Tensor | None:
+        return self.module._parameters.get("weight")
+
     def kind(self) -> str:
-        W = self.module._parameters.get("weight")
+        W = self.W
         return "no parameter" if W is None else f"{type(W).__name__} {W.dtype} {W.device} {(*W.shape,)}"
 
     def fault(self) -> str:
@@ -475,8 +479,10 @@ class Adapters:
     def refuse(self) -> bool:
         """Raise where a merge would not do what is meant. True if gradients wait and none has stepped."""
         named = dict(self.model.named_modules())
+        uses = collections.Counter(id(p) for x in named.values() for p in x._parameters.values())
         faults = "; ".join(f"{s.name}.weight {fault}" for s in self.slots if (
-            fault := s.fault() if named.get(s.name) is s.module else "is of a layer that was replaced"))
+            fault := "is of a layer that was replaced" if named.get(s.name) is not s.module else
+            s.fault() or ("is another module's too; tie before attach" if uses[id(s.W)] > 1 else "")))
         there = torch.tensor([[n > 0 or any(p.grad is not None for p in slot.leaves[i])
                                for n, slot in zip(row, self.slots)] for i, row in enumerate(self.seen)],
                              device="cpu").to(self.device)                      # (S, layers)
@@ -545,8 +551,9 @@ class Adapters:
                 for kind, rows in zip("AB", slot.views(self.own)) for i, factor in enumerate(rows)}
 
     def state_dict(self) -> dict:
-        """`tensors`, the configuration and the number of merges. W is the model's own."""
-        return {"config": dict(self.config), "step": self.step, **self.tensors()}
+        """A copy of `tensors`, the configuration and the number of merges. W is the model's own."""
+        return {"config": dict(self.config), "step": self.step,
+                **{name: tensor.clone() for name, tensor in self.tensors().items()}}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:

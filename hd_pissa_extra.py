@@ -136,18 +136,27 @@ class Slot(hd_pissa.Slot):
             self.low = self.low[rows].to(W.device, copy=True)           # FSDP2 has sharded W since
             self.note()
         elif self.low is not None and self.noted != (W.data_ptr(), W._version):
-            if self.low.any():
-                warnings.warn(f"{self.name}.weight was loaded or swapped after attach: it trains from here "
-                              "on, without the 16 bits that were kept of the one before. To load both, "
-                              "load the model first and the adapters' state after it", stacklevel=2)
-            self.low.zero_()
-            self.note()
+            self.drop_low()
         return W, rows
+
+    def drop_low(self) -> None:
+        """The high halves are another weight's than the low ones."""
+        if self.low.any():
+            warnings.warn(f"{self.name}.weight was loaded or swapped after attach: it trains from here "
+                          "on, without the 16 bits that were kept of the one before. To load both, "
+                          "load the model first and the adapters' state after it", stacklevel=2)
+        self.low.zero_()
+        self.note()
 
     def note(self) -> None:
         """The low halves belong to the weight as it is now."""
         W, _ = own_rows(self.module.weight)
-        self.noted = W.data_ptr(), W._version
+        self.noted, self.sampled = (W.data_ptr(), W._version), self.sample()
+
+    def sample(self) -> torch.Tensor:
+        """Some 64 numbers of W: `weight.data.copy_` changes them, and tells no version counter."""
+        W, _ = own_rows(self.module.weight.detach())
+        return W.flatten()[::max(1, W.numel() // 64)].clone()
 
     def read(self) -> tuple[torch.Tensor, slice]:
         """W to its last bit, in float32 if it is halved, of the rows on this process, and which."""
@@ -488,8 +497,20 @@ class Adapters(hd_pissa.Adapters):
     def refuse(self) -> bool:
         # Weights that an evaluation has gathered whole are copies: they would get the update.
         reshard(self.model)
+        self.halved()
         self.collect_()                 # where this process has left the optimizer's step out
         return super().refuse()
+
+    def halved(self) -> list[Slot]:
+        """Slots with low halves, which are those of W as it is now."""
+        slots = [slot for slot in self.slots if slot.low is not None]
+        for slot in slots:
+            slot.local()
+        same = [(slot.sampled == slot.sample()).all() for slot in slots]
+        for slot, yes in zip(slots, torch.stack(same).tolist() if same else ()):    # waits once
+            if not yes:
+                slot.drop_low()
+        return slots
 
     def exchange_and_fold(self) -> None:
         """As the core does, a bucket of layers at a time."""
@@ -540,7 +561,7 @@ class Adapters(hd_pissa.Adapters):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Also the low halves of this process's rows, and the sums of its shards' increments."""
-        own = {slot.name + ".low": slot.local() and slot.low for slot in self.slots if slot.low is not None}
+        own = {slot.name + ".low": slot.low for slot in self.halved()}
         for slot in self.slots if self.sums is not None else ():
             for kind, factors in zip(("dA.sum", "dB.sum"), slot.views(self.sums)):
                 own |= {f"{slot.name}.shard{self.first + i}.{kind}": f for i, f in enumerate(factors)}
