@@ -231,8 +231,8 @@ class Slot:
         if (W.dtype not in self.dtypes or hasattr(W, "to_local") or W.is_inference()
                 or W.device != V.device or (W.dtype == torch.float64) != (V.dtype == torch.float64)):
             raise ValueError(f"{name}.weight is {self.was}, the first {V.dtype} on {V.device}: load float32 "
-                             "weights on one device (bfloat16: hd_pissa_extra.attach), no inference nor sharded "
-                             "tensors: attach before fully_shard")
+                             "weights on one device (bfloat16: hd_pissa_extra.attach), no inference nor "
+                             "sharded tensors: attach before fully_shard")
         if not W.is_meta and not torch.isfinite(W).all():
             raise ValueError(f"{name}.weight holds NaN or Inf; the file is damaged, load it again")
 
