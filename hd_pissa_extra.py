@@ -448,7 +448,7 @@ class Adapters(hd_pissa.Adapters):
             slot.caught = [zero.expand(shape).detach().requires_grad_() for shape in shapes]
             for leaf, mine in zip(slot.caught, zip(*slot.leaves)):
                 if self.send == "backward":
-                    tag = float(hd_pissa.seed_of(slot.name) % 2**20)
+                    tag = float(hd_pissa.seed_of(slot.name) % 2**16)
                     leaf.register_post_accumulate_grad_hook(_send(weakref.ref(self), mine, tag))
                     continue
                 leaf.register_hook(_before_catching(weakref.ref(leaf), mine))
@@ -620,7 +620,7 @@ def _after_catching(ref, mine, own):
     return hook
 
 def _send(ref, mine, tag):
-    """Sum (K, ...) over the processes, the own shards' stay. The tag tells whether all sent the same layer."""
+    """Sum (K, ...) over the processes; the own shards' stay. The tag tells whether all sent one layer's."""
     def hook(leaf):
         _refuse_collected(ref)
         rows, leaf.grad = leaf.grad.flatten(1), None
@@ -644,9 +644,9 @@ def _before_step(optimizer, *_):
 register_optimizer_step_pre_hook(_before_step)
 
 def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: float = 0.0,
-           gradients: str = "local", send: str = "step", basis: str = "cached", dtype: torch.dtype | None = None,
-           rounding: str = "exact", device=None, bucket_mb: int = 256, accumulate: bool = False,
-           also=(), exclude=(), decompose=components, **core) -> Adapters:
+           gradients: str = "local", send: str = "step", basis: str = "cached",
+           dtype: torch.dtype | None = None, rounding: str = "exact", device=None, bucket_mb: int = 256,
+           accumulate: bool = False, also=(), exclude=(), decompose=components, **core) -> Adapters:
     """`hd_pissa.attach`, whose arguments it takes, with more of them.
 
     init        also "random": A_i, B_i are slices of random orthonormal matrices, made again from the seed

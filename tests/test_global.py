@@ -272,7 +272,7 @@ def test_the_order_of_gradients_does_not_matter(tmp_path):
 
 
 def sent():
-    """Numbers that this process held at once for gradients, and received, in a step of three micro-batches."""
+    """Numbers that this process held for gradients at once, and received, in three micro-batches."""
     out = {}
     for send in ("step", "backward"):
         model = toy.module(*toy.problem()[:2])
