@@ -1,9 +1,9 @@
-"""Memory that a process holds, and bytes that it receives in a step, against the formula of `train.py --dry_run`.
+"""Memory that a process holds, and bytes it receives in a step, against the formula of `train.py --dry_run`.
 
     python tests/bench/memory.py                   # 1 and 8 processes, some minutes; writes memory.json
 
-Each row trains 24 linear layers of 1024 x 1024 for two steps of two micro-batches, K = 8, r = 64, in processes
-of their own. What is held: the resident set at its largest moment, after the optimizer's step, less what the
+Each row trains 24 linear layers of 1024 x 1024 for two steps of two micro-batches, K = 8, r = 64, in a process
+of its own. What is held: the resident set at its largest moment, after the optimizer's step, less what the
 process had before the model was made. Then increments, moments and gradients are alive together.
 """
 
@@ -47,7 +47,8 @@ ROWS = {     # name: bits of W beside float32's 4 bytes, options of attach or th
     "whole batch, basis from a seed": SEED,
     "whole batch, basis from a seed, sent by every backward": dict(SEED, send="backward"),
     "the same, W in bfloat16 halves": dict(SEED, send="backward", dtype="bfloat16"),
-    "the same, W in bfloat16 at two bytes": dict(SEED, send="backward", dtype="bfloat16", rounding="stochastic"),
+    "the same, W in bfloat16 at two bytes": dict(SEED, send="backward", dtype="bfloat16",
+                                                 rounding="stochastic"),
 }
 
 
