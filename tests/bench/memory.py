@@ -2,7 +2,7 @@
 
     python tests/bench/memory.py                   # 1 and 8 processes, some minutes; writes memory.json
 
-Each row trains 24 linear layers of 1024 x 1024 for two steps of two micro-batches, K = 8, r = 64, in a process
+Each row trains 24 linear layers of 1024 x 1024, two steps of two micro-batches, K = 8, r = 64, in a process
 of its own. What is held: the resident set at its largest moment, after the optimizer's step, less what the
 process had before the model was made. Then increments, moments and gradients are alive together.
 """
