@@ -624,13 +624,15 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
     if head is None and linear and HEADS & {linear[-1].split(".")[0], linear[-1].split(".")[-1]}:
         head = named[linear[-1]]        # it ends the model
     uses = collections.Counter(id(p) for x in named.values() for p in x._parameters.values())
+    weights = sum(p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p))
     attention = {id(x.out_proj) for x in named.values() if isinstance(x, nn.MultiheadAttention)}
     for name, module in named.items():
         kind, W = type(module), module._parameters.get("weight")
         conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
         if not conv1d and not isinstance(module, nn.Linear):
-            skipped |= {f"{name}.{key}": "a 3-D parameter (experts), no linear layer" for key, p in
-                        module._parameters.items() if p is not None and p.dim() == 3 and key != "weight"}
+            skipped |= {f"{name}.{key}": f"a 3-D parameter (experts), {p.numel() / weights:.1%} of the model"
+                        for key, p in module._parameters.items()
+                        if p is not None and p.dim() == 3 and key != "weight"}
             continue
         hits, outs = ({t for t in ts if f".{name}".endswith(f".{t}")} for ts in (targets, exclude))
         used |= hits | outs
