@@ -10,6 +10,7 @@
 hd_pissa.py knows nothing of this file. Notation as there.
 """
 
+import functools
 import math
 import os
 import shutil
@@ -107,6 +108,11 @@ def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     """The float32 weight of its halves, inverse of `split`."""
     return ((high.contiguous().view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
 
+@functools.cache
+def one_kernel(function):
+    """`function` of elementwise integers compiled for a GPU: the same bits, a third of the traffic."""
+    return torch.compile(function, dynamic=True)
+
 class Slot(hd_pissa.Slot):
     """A layer whose W may be bfloat16, with its exact rest in `low`, or sharded by FSDP2 after attach."""
 
@@ -162,14 +168,14 @@ class Slot(hd_pissa.Slot):
         """W to its last bit, in float32 if it is halved, of the rows on this process, and which."""
         W, rows = self.local()
         if self.low is not None:
-            return join(W, self.low), rows
+            return (one_kernel(join) if W.is_cuda else join)(W, self.low), rows
         return (W.float() if W.dtype == torch.bfloat16 else W), rows
 
     def write(self, W: torch.Tensor) -> None:
         """Put back what `read` gave."""
         local, rows = own_rows(self.module.weight)
         if self.low is not None:
-            high, self.low = split(W)
+            high, self.low = (one_kernel(split) if W.is_cuda else split)(W)
             local.copy_(high)
             self.note()
         elif local.dtype == torch.bfloat16:

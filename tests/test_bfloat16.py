@@ -1,5 +1,6 @@
 """bfloat16 weights: (high, low) is the float32 weight that the same updates give, bit for bit."""
 
+import shutil
 import struct
 
 import pytest
@@ -36,6 +37,18 @@ def test_split_and_join_are_inverse_and_round_half_up(kind):
         (pattern,) = struct.unpack("<I", struct.pack("<f", value))
         assert got & 0xFFFF == (pattern + 0x8000) >> 16
     assert ((high.float() - W).abs() <= W.abs() * 2**-8 + 2**-134).all()
+
+
+@pytest.mark.slow
+def test_one_kernel_gives_the_same_bits():
+    """As on a GPU, where the halves are joined and split by compiled code; subnormals are not flushed."""
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs g++ here")
+    W = torch.cat([*EDGES.values()])
+    for plain in (hd_pissa_extra.split, lambda W: hd_pissa_extra.join(*hd_pissa_extra.split(W))):
+        expected, got = plain(W), hd_pissa_extra.one_kernel(plain)(W)
+        for a, b in zip(*((t,) if isinstance(t, torch.Tensor) else t for t in (expected, got))):
+            assert a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def problem():
