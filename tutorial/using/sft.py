@@ -17,8 +17,9 @@ from trl import SFTConfig, SFTTrainer
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
-import hd_pissa  # noqa: E402
 from trainer import HDPissaMixin, compare, small_model  # noqa: E402
+
+import hd_pissa  # noqa: E402
 
 
 class HDPissaSFTTrainer(HDPissaMixin, SFTTrainer):
@@ -29,7 +30,8 @@ def small_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """Characters as tokens: nothing is downloaded here."""
     characters = ["<end>", *"0123456789+=? abcdefghijklmnopqrstuvwxyz"]
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(characters)}, []))
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>",
+                                                pad_token="<end>")
 
 
 def small_rows(n: int = 128) -> datasets.Dataset:

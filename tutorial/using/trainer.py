@@ -3,7 +3,7 @@
     python tutorial/using/trainer.py
     torchrun --nproc_per_node=2 tutorial/using/trainer.py
 
-`HDPissaMixin` stands in front of Trainer or of a class that is made from it, such as TRL's SFTTrainer (sft.py).
+`HDPissaMixin` stands in front of Trainer or of a class made from it, such as TRL's SFTTrainer (sft.py).
 README.md here says what it changes and why.
 """
 
@@ -19,8 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
 
-import hd_pissa  # noqa: E402
 from shards import bind, deal  # noqa: E402
+
+import hd_pissa  # noqa: E402
 
 
 def collate_dealt(collate, S: int, rows: list) -> list:
@@ -37,9 +38,9 @@ class HDPissaMixin:
         kind = str(accelerator.distributed_type).rpartition(".")[2]
         if self.model is not adapters.model or self.args.n_gpu > 1 or self.args.fp16 or (
                 kind not in ("NO", "MULTI_CPU", "MULTI_GPU")):
-            raise ValueError(f"fp16={self.args.fp16}, {self.args.n_gpu} GPUs a process, {kind}: adapters train "
-                             "the model that attach got, with bf16 or float32, one GPU a process (torchrun), "
-                             "without FSDP, DeepSpeed or peft_config")
+            raise ValueError(f"fp16={self.args.fp16}, {self.args.n_gpu} GPUs a process, {kind}: HD-PiSSA "
+                             "needs the model that attach got, bf16 or float32, one GPU a process "
+                             "(torchrun), and no FSDP, DeepSpeed or peft_config")
         self.args.average_tokens_across_devices = False         # a shard learns from its own tokens
         accelerator.dataloader_config.dispatch_batches = False  # a batch is dealt where it is used
         # As for evaluation, so without DDP, which refuses a model of which nothing trains.
