@@ -102,7 +102,7 @@ def main(out: str | None = None) -> None:
     if out:
         model.save_pretrained(out, is_main_process=accelerator.is_main_process)
     accelerator.end_training()
-    assert equal and same
+    assert equal and same and norms[-1] < norms[0]
 
 
 if __name__ == "__main__":

@@ -113,7 +113,8 @@ def main(out: str | None = None) -> None:
         module, trainer = fit(folder)
         HDPissaModule.training_step = step
         plain = bare_loop(seen, module.adapters.S)
-        equal = all(torch.equal(a, b) for a, b in zip(module.model.parameters(), plain.parameters()))
+        # Lightning has moved its model to the CPU
+        equal = all(torch.equal(a, b) for a, b in zip(module.model.parameters(), plain.cpu().parameters()))
         # An epoch, a checkpoint, and one more by another module. (In the middle of an epoch Lightning begins
         # with its first rows again, and says so, unless the loader has a state_dict of its own.)
         path = trainer.strategy.broadcast(f"{folder}/half.ckpt")
@@ -129,7 +130,7 @@ def main(out: str | None = None) -> None:
                   f"CHECK the weights are those of a bare loop over the same rows, bit for bit: {equal}\n"
                   f"CHECK 6 steps, a checkpoint and 6 more give the weights of 12, bit for bit: {same}")
         trainer.strategy.barrier()
-    assert equal and same
+    assert equal and same and float(trainer.callback_metrics["loss"]) < 4.12       # it begins at 4.14
 
 
 if __name__ == "__main__":
