@@ -355,14 +355,11 @@ def test_an_optimizer_of_ones_own_is_bound_too(using, tmp_path):
 
 @pytest.mark.parametrize("settings, message", [
     (dict(weight_decay=0.1), "weight_decay"),
-    (dict(optim="adafactor", optim_args="scale_parameter=True,relative_step=False"), "Adafactor"),
-    (dict(per_device_train_batch_size=3), "3 rows for the 4 shards"),
-    (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}),
-     "grad")])  # fmt: skip
+    (dict(per_device_train_batch_size=3), "3 rows for the 4 shards")])
 def test_what_cannot_work_is_refused(using, tmp_path, settings, message):
     """Before W has moved."""
     trainer, _ = using.make(tmp_path, **settings)
-    with pytest.raises((ValueError, RuntimeError), match=message):
+    with pytest.raises(ValueError, match=message):
         trainer.train()
     assert same(trainer.model, using.small_model())
 
@@ -442,11 +439,14 @@ def test_checkpoints_are_plain_and_resume_exactly(using, tmp_path, monkeypatch):
             trainer.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_and_evaluation(using, tmp_path):
     """The same weights bit for bit; evaluate() takes batches as they are and sees W."""
     plain = run(using, tmp_path)[0]
-    trainer = run(using, tmp_path, gradient_checkpointing=True)[0]
-    assert same(trainer.model, plain.model)
+    for reentrant in (True, False):
+        trainer = run(using, tmp_path, gradient_checkpointing=True,
+                      gradient_checkpointing_kwargs={"use_reentrant": reentrant})[0]  # fmt: skip
+        assert same(trainer.model, plain.model)
     rows = using.small_data(15)
     batch = trainer.data_collator(rows)
     with torch.no_grad():
@@ -455,6 +455,7 @@ def test_gradient_checkpointing_and_evaluation(using, tmp_path):
     assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(loss, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_autocast(using, tmp_path):
     """bf16=True: matmuls in bfloat16, weights and increments float32; near the float32 run."""
     base, plain = using.small_model(), run(using, tmp_path)[0].model
@@ -489,8 +490,8 @@ def test_packed_rows_of_the_collator(using, tmp_path):
     near(trainer.model, written_out(model, seen, rates, loss=documents(model))[0], using.small_model())
 
 
-@pytest.mark.parametrize("settings", [{}, dict(gradient_accumulation_steps=2), dict(max_grad_norm=1e-3)],
-                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("settings", [
+    {}, dict(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_grad_norm=1e-3)], ids=str)
 def test_sft_with_packing(sft, using, tmp_path, settings):
     """Default packing, checkpointing on as TRL has it: the weights of the documents run one by one."""
     trainer, seen = run(sft, tmp_path, **settings)
@@ -502,6 +503,7 @@ def test_sft_with_packing(sft, using, tmp_path, settings):
     assert logged(trainer, "grad_norm") == pytest.approx(norms, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_sft_resumes(sft, tmp_path):
     saving = dict(save_strategy="steps", save_steps=4)
     whole = run(sft, tmp_path, steps=8, **saving)[0]
@@ -544,17 +546,24 @@ def test_lightning_clips_in_its_closure(lightning, tmp_path, monkeypatch, clip, 
     assert not same(found, lightning.bare_loop(seen, 4, accumulate, math.inf)) or clip == 1.0
 
 
+@pytest.mark.slow
 def test_lightning_with_checkpointing_and_bfloat16(lightning, tmp_path, monkeypatch):
     plain = fit(lightning, tmp_path, monkeypatch)[0]
     small_model, base = lightning.small_model, lightning.small_model()
 
-    def checkpointed():
+    def checkpointed(reentrant=False):
         model = small_model()
-        model.gradient_checkpointing_enable()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
         return model.train()
 
     monkeypatch.setattr(lightning, "small_model", checkpointed)
     assert same(fit(lightning, tmp_path, monkeypatch)[0], plain)
+    # its backward runs outside of adapters.shard: what is recomputed there would be shard 0's
+    monkeypatch.setattr(lightning, "small_model", lambda: checkpointed(reentrant=True))
+    with pytest.raises(ValueError, match=r"shards \[1, 2, 3\] of 4 got no gradient"):
+        lightning.fit(tmp_path)
+    monkeypatch.setattr(lightning, "small_model", checkpointed)
     rounded = fit(lightning, tmp_path, monkeypatch, precision="bf16-mixed")[0]
     assert {p.dtype for p in rounded.parameters()} == {torch.float32}
     assert 0 < apart(rounded, plain) < apart(plain, base)
@@ -583,6 +592,7 @@ def test_what_lightning_refuses(lightning, tmp_path, monkeypatch):
 # ---- Accelerate --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_accelerate_with_bfloat16(tmp_path):
     """Matmuls in bfloat16; and fp16, whose scaler may leave out one process's step, is refused."""
     module = program("with_accelerate")
@@ -665,3 +675,43 @@ def test_trainer_on_two_processes(using, tmp_path):
     trainer.train(resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-4"))
     trainer.save_model(str(tmp_path / "one"))
     assert equal_files(tmp_path / "one", tmp_path / "two")
+
+
+# ---- The table of families ---------------------------------------------------------------------------------
+
+
+def bench():
+    pytest.importorskip("transformers", "5"), pytest.importorskip("peft")
+    spec = importlib.util.spec_from_file_location("bench_families", ROOT / "tests" / "bench" / "families.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_families_is_current():
+    """It stands in README.md as measured, and says of 30 families and more that nothing differs."""
+    module = bench()
+    result = json.loads((module.HERE / "families.json").read_text())
+    page = module.PAGE.read_text()
+    assert module.table(result) in page and module.filled(page, result) == page
+    good = [row for row in result["rows"] if "error" not in row]
+    assert [row["family"] for row in result["rows"]] == list(module.FAMILIES) and len(good) >= 30
+    assert all(row["step0"] and row["saved"] and row["loss"][-1] < row["loss"][0] for row in good)
+    assert {row["family"] for row in good if row["moved"] < row["layers"]} <= {"Mamba", "FalconMamba"}
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "ViT", pytest.param("T5", marks=pytest.mark.slow),
+                                    pytest.param("DeBERTa-v2", marks=pytest.mark.slow)])  # fmt: skip
+def test_families_are_measured(family, monkeypatch):
+    """What the table says, again; and a forward that is off, or layers that do not move, show."""
+    module = bench()
+    row = module.measure(family)
+    kept = {r["family"]: r for r in json.loads((module.HERE / "families.json").read_text())["rows"]}[family]
+    assert row["loss"] == pytest.approx(kept["loss"], rel=1e-3)
+    assert {k: v for k, v in row.items() if k != "loss"} == {k: v for k, v in kept.items() if k != "loss"}
+    forward = hd_pissa.Mute.forward
+    monkeypatch.setattr(hd_pissa.Mute, "forward", staticmethod(lambda *a: forward(*a) * (1 + 1e-6)))
+    monkeypatch.setattr(hd_pissa.Adapters, "fold", lambda *args: None)
+    monkeypatch.setattr(module, "share_of_peft", lambda family: 0.0)
+    row = module.measure(family)
+    assert not row["step0"] and row["moved"] == 0
