@@ -108,7 +108,8 @@ def test_programs_on_two_processes(name, tmp_path, capfd):
         assert equal_files(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", ["bare_loop", "trainer", *(pytest.param(name, marks=pytest.mark.slow) for name in
+                                  ("nanogpt", "sft", "with_lightning", "with_accelerate"))])  # fmt: skip
 def test_the_checks_can_fail(name, monkeypatch):
     """A merge that adds nothing, or something else once, does not pass for a finding."""
     module = program(name)
@@ -235,6 +236,7 @@ def elastic(path):
     assert len(optimizer.state) == len(adapters.parameters())       # none of other shards
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_may_change(tmp_path):
     """2 steps of one process with four shards, 2 of two processes, the last of one: as 5, to rounding."""
     from spawned import spawn
