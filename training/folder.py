@@ -12,14 +12,17 @@ import math
 import os
 import re
 import shutil
+import socket
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 import hd_pissa
 from training.processes import everywhere, say
 
 FIXED = ("result.json", "spectra.json", "report.html", "eval.jsonl", "model.pt")
+CHECKPOINT = r"tensors_\d+\.bin|manifest\.json"       # names of the files in a checkpoint
 
 
 # ---- Whole files -----------------------------------------------------------------------------------
@@ -238,7 +241,7 @@ def settle(out: Path, name: str) -> dict[str, int]:
 
 
 def forget(out: Path) -> None:
-    """Delete what the run before has left as results."""
+    """Delete what the run before has left: results and checkpoints."""
     for name in FIXED:
         remove(out / name)
     for name in listed(out):
@@ -246,16 +249,19 @@ def forget(out: Path) -> None:
         with contextlib.suppress(OSError):
             (out / name).parent.rmdir()
     remove(out / "files.json")
+    for path in [*out.glob("checkpoint/step_*")]:
+        remove_folder(path, CHECKPOINT)
 
 
 def begin(out: Path, config: dict, start: int) -> None:
-    """Process 0 makes OUT what it is after step `start`: nothing of later steps or of another run."""
+    """Process 0 makes OUT what it is after step `start`, with nothing of another run, and marks it."""
     if hd_pissa.process_index() > 0:
         return
     if start:
         remove(out / "result.json")
     else:
         forget(out)
+    config["begun"] = f"by process {os.getpid()} on {socket.gethostname()}, {time.strftime('%F %T')}"
     write(out / "config.json", json.dumps(config, indent=1) + "\n")
     cut_log(out / "log.jsonl", start)
 
@@ -272,12 +278,19 @@ def cut_log(path: Path, step: int) -> None:
     write(path, "".join(kept))
 
 
-def append_log(path: Path, record: dict) -> OSError | None:
-    """Process 0 adds a line; an error is returned, for all processes to raise together."""
+def append_log(path: Path, record: dict, config: dict) -> OSError | None:
+    """Process 0 adds a line; an error is returned, for all processes to raise together.
+
+    It is one too if the folder has another run's mark by now: someone has removed and made it again, or
+    it lies on a disk without locks.
+    """
     if hd_pissa.process_index() > 0:
         return None
     line = {k: v if math.isfinite(v) else None for k, v in record.items()}
     try:
+        if (there := config_of(path.parent)) and there.get("begun") != config.get("begun"):
+            raise OSError(f"another run has taken {path.parent}, begun {there.get('begun')}; give this one "
+                          "another --out")
         with open(path, "a") as log:
             log.write(json.dumps(line) + "\n")
     except OSError as e:
