@@ -306,7 +306,8 @@ def test_a_constant_rate_goes_on_longer(warmup, first, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"going on after step {start} of" in said and "max_steps was 6, is 9" in said
     weights, losses = outcome(tmp_path / "out")
-    assert len(losses) == 9 and (tmp_path / "out" / "log.jsonl").read_text().splitlines()[:start] == done[:start]
+    log = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert len(losses) == 9 and log[:start] == done[:start]
     if first is None:
         main([*flags, "--max_steps", "9"], tmp_path / "whole")
         assert equal((weights, losses), outcome(tmp_path / "whole"))
@@ -325,7 +326,7 @@ def test_other_rates_are_another_run(flags, other, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*flags.split(), *other.split()], tmp_path / "out")
     error = capsys.readouterr().err
-    assert f"{' '.join(other.split()[:2])[:11]} is" in error and "with --schedule constant, after its" in error
+    assert f"--max_steps is {other.split()[1]} here, 6" in error and "--schedule constant, after its" in error
 
 
 # ---- Signals -----------------------------------------------------------------------------------------------
