@@ -392,7 +392,7 @@ def run_in_folder(args, out: Path, device) -> dict:
     beside = everywhere(lambda: hd_pissa_extra.also_parameters(model, args.also))
     layers = [(name, module) for name, module in hd_pissa.find_layers(
         model, args.targets, least=least)[0] if name + ".weight" not in beside]
-    folder.check_room(out, *checkpoint.bytes_of(args, model, layers), args.keep)
+    folder.check_room(out, *checkpoint.bytes_of(args, model, layers), args.keep, not resumed)
 
     start_of = {name: module.weight.detach() for name, module in layers}
     watched = {name: start_of[name].to(device, copy=True) for name in report.sampled([*start_of])}

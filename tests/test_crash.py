@@ -349,11 +349,22 @@ def test_disk_full_while_logging(processes, small_disk, tmp_path):
         assert "No space left" in error_line(errors.read_text(), process.returncode, processes)
 
 
+def test_no_room_where_the_checkpoints_lie(small_disk, tmp_path):
+    """OUT/checkpoint on another disk than OUT: known before the first step."""
+    disk, out = small_disk("size=1m"), tmp_path / "out"
+    out.mkdir()
+    (out / "checkpoint").symlink_to(disk)
+    assert f"{out}/checkpoint has 1 MiB free; a checkpoint needs" in refused(out, "--max_steps", 2)
+
+
 def test_read_only_disk(small_disk):
+    """There from the beginning, or since the run was begun."""
     disk = small_disk("size=64k")
+    (disk / "there").mkdir()
     small_disk("ro")
-    line = refused(disk / "out", "--max_steps", 2)
-    assert "Read-only file system" in line and str(disk / "out") in line
+    for name in ("new", "there"):
+        line = refused(disk / name, "--max_steps", 2)
+        assert "Read-only file system" in line and str(disk / name) in line
 
 
 @pytest.mark.parametrize("processes", [0, 2])

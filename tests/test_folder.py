@@ -122,9 +122,36 @@ def test_a_failed_command_leaves_no_folder(tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
-def test_an_out_that_cannot_be_made_is_known_at_once(capsys, monkeypatch):
+def test_what_a_run_cannot_write_is_known_at_once(done, tmp_path, capsys, monkeypatch):
+    """No folder, or one with folders where a run writes files, and the reverse: else hours later."""
     monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("a model was loaded"))
-    assert "/proc/nowhere" in refused(capsys, "/proc/nowhere")
+    (tmp_path / "file").write_text("precious")
+    for out in ("/proc/nowhere", tmp_path / "file", tmp_path / "file" / "out"):
+        assert f"--out {out} is no folder" in refused(capsys, out)
+    assert (tmp_path / "file").read_text() == "precious"
+    spoil = {"model.pt": Path.mkdir, "result.json.tmp": Path.mkdir, "log.jsonl": os.mkfifo,
+             "checkpoint": lambda path: path.write_text(""), "answers": lambda path: path.write_text(""),
+             "model": lambda path: path.symlink_to("no disk")}  # fmt: skip
+    for name, make in spoil.items():
+        out = tmp_path / f"out {name}"
+        out.mkdir()
+        shutil.copy(done / "config.json", out)
+        make(out / name)
+        before = os.listdir(out)
+        assert f"{out / name} is no" in refused(capsys, out)
+        assert os.listdir(out) == before
+
+
+def test_nothing_is_written_through_a_link_at_an_unfinished_file(tmp_path, done):
+    """What a kill has left there, or someone has put there, is replaced."""
+    (tmp_path / "thesis.txt").write_text("precious")
+    (tmp_path / "out").mkdir()
+    shutil.copy(done / "config.json", tmp_path / "out")
+    for name in ("config.json", "log.jsonl", "model.pt", "result.json"):
+        (tmp_path / "out" / f"{name}.tmp").symlink_to(tmp_path / "thesis.txt")
+    run(tmp_path / "out")
+    assert (tmp_path / "thesis.txt").read_text() == "precious" and folder.read_result(tmp_path / "out")
+    assert not (tmp_path / "out" / "model.pt").is_symlink()
 
 
 def test_a_folder_named_like_a_checkpoint_is_an_output_folder(tmp_path, capsys):
@@ -301,6 +328,8 @@ def test_a_kill_between_any_two_changes_of_files(flags, done, tmp_path, monkeypa
             operations(patch, stop)
             with pytest.raises(Killed):
                 run(out, *flags)
+        other = (folder.config_of(out) or {}).get("seed") == 5          # no result is taken for another's
+        assert other or not folder.read_result(out) or same(weights(out), weights(done)), what
         run(out, *flags)
         assert same(weights(out), weights(done)), what
         names = {"model.pt", "result.json", "report.html", "spectra.json", "config.json", "log.jsonl"}

@@ -148,6 +148,13 @@ def test_a_full_disk_is_named_and_left_clean(tmp_path):
     assert not os.listdir(tmp_path)
 
 
+def test_a_cache_that_is_no_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for path in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(ValueError, match=f"--svd_cache {path} is no folder"):
+            cached_components(path)
+
+
 def attach_with(folder):
     """On each rank, the message with which attach refuses."""
     model = torch.nn.Sequential(torch.nn.Linear(32, 24, bias=False), torch.nn.Linear(24, 24, bias=False))

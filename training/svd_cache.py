@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import hd_pissa_extra
+from training.processes import everywhere
 
 
 def hold(handle: int) -> bool:
@@ -27,13 +28,19 @@ def hold(handle: int) -> bool:
     return True
 
 
-def remove_unfinished(folder: str) -> None:
-    """Delete what killed runs of this host were writing: files of our names that nobody holds.
+def prepare(folder: str) -> None:
+    """Make the folder, and delete what killed runs of this host were writing in it.
 
-    Those of other hosts stay, as their locks may not be seen from here.
+    That is: files of our names that nobody holds. Those of other hosts stay, as their locks may not be
+    seen from here.
     """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise ValueError(f"--svd_cache {folder} is no folder and cannot be made one ({e}); give another, or "
+                         "none") from e
     names = rf"[0-9a-f]{{32}}_\d+x\d+_\w+\.{re.escape(socket.gethostname())}\.[0-9a-f]+"
-    for path in Path(folder).iterdir() if os.path.isdir(folder) else ():
+    for path in Path(folder).iterdir():
         if re.fullmatch(names, path.name):
             with contextlib.suppress(OSError):          # a link, or another process was first
                 handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -68,10 +75,9 @@ def cached_components(folder: str):
     A file with k components serves every K r <= k. It is believed only if its components fit the weight,
     ||W V - U S|| small for each. ValueError, naming the file, for a damaged one or one of another weight.
     """
-    remove_unfinished(folder)
+    everywhere(lambda: prepare(folder))
 
     def decompose(W, k, name):
-        Path(folder).mkdir(parents=True, exist_ok=True)
         bits = W.detach().contiguous().cpu().view(torch.uint8)          # (m, n), in an order the key names
         key = hashlib.blake2b(memoryview(bits.numpy()), digest_size=16).hexdigest()
         path = Path(folder, f"{key}_{W.shape[0]}x{W.shape[1]}_{str(W.dtype)[6:]}.pt")
