@@ -109,7 +109,10 @@ def spoil(file: Path, draw: random.Random) -> str:
     elif how == "nest":
         data = bytearray(b"[" * 100_000)
     elif how == "retype":
-        data = bytearray(retyped(data.decode(), draw, file.name).encode())
+        text = retyped(data.decode(), draw, file.name)
+        if file.name == "manifest.json" and draw.random() < 0.5:        # by someone who does it on purpose
+            text, how = json.dumps(checkpoint.sealed(json.loads(text))), "sealed"
+        data = bytearray(text.encode())
     else:
         file.unlink()
         how = draw.choice(["pipe", "folder", "loop", "/dev/zero", "/dev/null", "nothing", "nowhere"])
