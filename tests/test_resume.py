@@ -152,31 +152,20 @@ def rank_main(flags, out, kill_after=None):
     main(flags, out, kill_after)
 
 
-@pytest.mark.parametrize("before, after, flags", [
-    (4, 1, ""), (2, 1, "--shard_weights"),
+@pytest.mark.parametrize("processes, flags", [
+    ([4, 1], ""), ([2, 1], "--shard_weights"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        (4, 2, ""), (1, 4, ""), (4, 2, "--shard_weights --dtype bfloat16"), (2, 4, "--shard_weights"))),
+        ([1, 8, 4, 2], "--shards 8 --max_steps 8"), ([4, 2, 4], "--shard_weights --dtype bfloat16"))),
 ])  # fmt: skip
-def test_another_number_of_processes(before, after, flags, tmp_path):
+def test_other_numbers_of_processes(processes, flags, tmp_path):
     """Weights of a run that changed its processes are those of one that did not; sharded ones too."""
-    plain = [flag for flag in flags.split() if flag != "--shard_weights"]
-    main(plain, tmp_path / "whole")
-    spawn(before, rank_main, tmp_path, flags.split(), tmp_path / "cut", 5)
-    if after == 1:
-        main(plain, tmp_path / "cut")
-    else:
-        spawn(after, rank_main, tmp_path, flags.split(), tmp_path / "cut")
-    assert equal(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
-
-
-@pytest.mark.slow
-def test_eight_processes_become_fewer(tmp_path):
-    """K = 8 on 8 processes continues on 4, 2 and 1, one after the other."""
-    flags = ["--shards", "8", "--max_steps", "8"]
-    main(flags, tmp_path / "whole")
-    for processes, kill in ((8, 2), (4, 4), (2, 6)):
-        spawn(processes, rank_main, tmp_path, flags, tmp_path / "cut", kill)
-    main(flags, tmp_path / "cut")
+    flags, kills = flags.split(), [*range(3, 2 * len(processes), 2), None]
+    main([flag for flag in flags if flag != "--shard_weights"], tmp_path / "whole")
+    for count, kill in zip(processes, kills):
+        if count == 1:
+            main([flag for flag in flags if flag != "--shard_weights"], tmp_path / "cut", kill)
+        else:
+            spawn(count, rank_main, tmp_path, flags, tmp_path / "cut", kill)
     assert equal(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
 
 
@@ -333,22 +322,22 @@ def test_other_rates_are_another_run(flags, other, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(number, tmp_path):
-    flags = [*SMALL, "--max_steps", "40", "--save_every", "0"]
-    command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(tmp_path / "cut")]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log, deadline = tmp_path / "cut" / "log.jsonl", time.monotonic() + 60
-    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
-        assert run.poll() is None and time.monotonic() < deadline, run.communicate()
-        time.sleep(0.01)
-    run.send_signal(number)
-    text, error = run.communicate(timeout=60)
-    assert run.returncode == 128 + number and f"stopped by {number.name} after step" in text, text + error
-    assert "Traceback" not in error
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "going on after step" in done.stdout
-    main(["--max_steps", "40", "--save_every", "0"], tmp_path / "whole")
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
+    """SIGTERM, then SIGINT to the run that goes on, then to the end: the bits of a run left alone."""
+    flags, log = ["--max_steps", "40", "--save_every", "0"], tmp_path / "cut" / "log.jsonl"
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *flags, "--out", str(tmp_path / "cut")]
+    for number, step in ((signal.SIGTERM, 2), (signal.SIGINT, 20)):
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while not (log.exists() and len(log.read_text().splitlines()) >= step):
+            assert run.poll() is None and time.monotonic() < deadline, run.communicate()
+            time.sleep(0.01)
+        run.send_signal(number)
+        text, error = run.communicate(timeout=60)
+        assert run.returncode == 128 + number and f"stopped by {number.name} after step" in text, text + error
+        assert "Traceback" not in error and ("going on after step" in text) == (step == 20)
+    main(flags, tmp_path / "cut")
+    main(flags, tmp_path / "whole")
     assert equal(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
 
 
