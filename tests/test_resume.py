@@ -305,7 +305,7 @@ def test_a_constant_rate_goes_on_longer(warmup, first, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, other", [
-    ("", "--max_steps 9"), ("--schedule linear", "--max_steps 9"),
+    ("", "--max_steps 9"), ("--schedule linear", "--max_steps 9"), ("--warmup 5", "--max_steps 9"),
     ("--schedule constant", "--max_steps 2"),                           # it is at step 4
     ("--schedule constant --warmup 0.5", "--max_steps 12"),             # would warm up again
     ("--schedule constant --warmup 2", "--max_steps 9 --schedule cosine"),
