@@ -298,7 +298,7 @@ def fit(args, config, model, adapters, optimizer, rows, start, extra, device, ex
             step = record["step"]
             beat(step)
             record["applied"] = float(adapters.applied)
-            unwritten = folder.append_log(out / "log.jsonl", record)
+            unwritten = folder.append_log(out / "log.jsonl", record, config)
             # A signal that one process has caught, clock and log of process 0: they concern all.
             own = [max(caught, default=0), time.monotonic() - saved, unwritten is not None]
             own = torch.tensor([own], dtype=torch.float64, device=device)
@@ -384,7 +384,7 @@ def run_in_folder(args, out: Path, device) -> dict:
     model = model if args.shard_weights else model.to(device)
     rows, held, rows_hash = read_data(args, tokenizer, context)
     config = vars(args) | {"processes": hd_pissa.world_size(), "torch": torch.__version__,
-                           "rows": rows_hash}
+                           "rows": rows_hash, "weights": checkpoint.weights_of(model)}
     resumed = checkpoint.look(args.resume, out, config)                 # (path, manifest) or None
     if result := checkpoint.finished(args.resume, out, resumed, config):
         return result
@@ -392,7 +392,7 @@ def run_in_folder(args, out: Path, device) -> dict:
     beside = everywhere(lambda: hd_pissa_extra.also_parameters(model, args.also))
     layers = [(name, module) for name, module in hd_pissa.find_layers(
         model, args.targets, least=least)[0] if name + ".weight" not in beside]
-    folder.check_room(out, *checkpoint.bytes_of(args, model, layers), args.keep)
+    folder.check_room(out, *checkpoint.bytes_of(args, model, layers), args.keep, not resumed)
 
     start_of = {name: module.weight.detach() for name, module in layers}
     watched = {name: start_of[name].to(device, copy=True) for name in report.sampled([*start_of])}
