@@ -113,6 +113,10 @@ DROPS = {
     "null turn": ({"messages": [TWO[0], {"role": "assistant", "content": None}]}, "no text in 'messages'"),
     "empty turn": ({"messages": [*TWO[:3], {"role": "assistant", "content": ""}]}, "an empty turn"),
     "another role": ({"messages": [*TWO, {"role": "tool", "content": "x"}]}, "a turn of role 'tool'"),
+    "calls": ({"messages": [*TWO, TWO[0], {"role": "assistant", "content": "I see.", "tool_calls": [
+        {"type": "function", "function": {"name": "f"}}]}]}, "a turn of role 'tool_calls'"),
+    "a call without words": ({"messages": [TWO[0], {"role": "assistant", "content": None, "function_call": {
+        "name": "f", "arguments": "{}"}}]}, "a turn of role 'function_call'"),
     "empty text": ({"text": ""}, "no text in 'text'"),
 }  # fmt: skip
 
@@ -133,6 +137,19 @@ def test_rows_without_a_conversation_are_dropped_and_counted(case, tmp_path):
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=f"a.jsonl:1: {reason}, and no row is left of 1; rows need"):
         formats.read_rows(path, name)
+
+
+def test_what_a_turn_has_beside_its_words_is_named(tmp_path):
+    """weight, thinking, ...: rows that have them are counted, once each; null and empty calls are nothing."""
+    chat = [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "content": "b", "weight": 0,
+            "tool_calls": []}, {"role": "user", "content": "c", "weight": 1}, TWO[1]]
+    share_ = [{"from": "human", "value": "a", "markdown": None}, {"from": "gpt", "value": "b", "text": "b"}]
+    for row, field in (({"messages": chat}, "weight"), ({"conversations": share_}, "text"),
+                       ({"prompt": chat[:1], "completion": chat[1:2]}, "weight")):
+        path, report = tmp_path / "a.jsonl", {}
+        path.write_text((json.dumps(row) + "\n") * 3)
+        assert len(formats.read_rows(path, None, report)) == 3
+        assert report[str(path)]["notes"] == {f"field {field!r} of a turn is not used": 3}
 
 
 WRONG = {
