@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import inspect
 import json
 import os
 import shutil
@@ -58,6 +59,11 @@ def refuse_quantized(config, what: str) -> None:
             raise ValueError(f"{what} is quantized ({quantized.get('quant_method', 'unknown method')}): W "
                              "itself is trained here, in steps that 4 or 8 bits cannot hold; give the model "
                              "that it was quantized from, in 16 or 32 bits")
+
+
+def without_cache(model, args, kwargs):
+    """A hook: in training no keys and values are kept for a next token."""
+    return (args, {**kwargs, "use_cache": False}) if model.training else None
 
 
 @torch.no_grad()
@@ -131,6 +137,8 @@ def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
         raise ValueError(f"{what}: its tokenizer has {len(tokenizer.hf)} tokens, the model {rows} "
                          "embeddings; put the tokenizer files of this very model into the folder")
     model.base_dtype = base_dtype
+    if "use_cache" in inspect.signature(model.forward).parameters:      # nothing is generated in training
+        model.register_forward_pre_hook(without_cache, with_kwargs=True)
     if getattr(model, "generation_config", None) is not None:   # generation stops where answers end here
         own = model.generation_config.eos_token_id
         own = own if isinstance(own, list) else [] if own is None else [own]
@@ -220,7 +228,7 @@ def save(out: Path, model, tokenizer, held, device, save_dtype: str, name: str =
 
 def save_folder(path: Path, model, tokenizer: HFTokenizer, state: dict) -> None:
     """A plain Hugging Face folder of `state`, with config, tokenizer and what else the base model has."""
-    model.save_pretrained(path, state_dict=state, max_shard_size=SHARD)
+    model.save_pretrained(path, state_dict=dict(state), max_shard_size=SHARD)       # which it empties
     several = {"save_jinja_files": False} if isinstance(tokenizer.hf.chat_template, dict) else {}
     tokenizer.hf.save_pretrained(path, **several)       # several templates would be a folder of files
     for name in BESIDE:
@@ -361,7 +369,8 @@ def checkpoint_activations(model) -> None:
                       for block in blocks):
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     elif model.supports_gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
     else:
         raise ValueError(f"--gradient_checkpointing: {type(model).__name__} of transformers has none; leave "
                          "the flag out, and lower --micro_batch_size for less memory")
@@ -421,7 +430,7 @@ def take_packed(model, vocabulary: int, block_size: int) -> None:
                          "see the others in its block; leave the flag out")
 
     def unpack(module, args, kwargs):
-        if len(args) == 1 and not kwargs and (packed := told(args[0], vocabulary)):
+        if len(args) == 1 and not kwargs.keys() - {"use_cache"} and (packed := told(args[0], vocabulary)):
             return arguments(way, *packed)
 
     model.register_forward_pre_hook(unpack, with_kwargs=True)
