@@ -301,10 +301,11 @@ def test_layers_that_peft_leaves_out_are_refused_before_training(tmp_path, capsy
     targets = message.rpartition("--targets ")[2].split()[0]
     result = train.main([*flags, "--targets", targets, "--out", str(tmp_path / "out")])
     assert 0 < result["lora_error"] < 0.05 and "in PEFT its logits are" in capsys.readouterr().out
-    assert train.main([*flags[:-6], *flags[-5:], "--out", str(tmp_path / "b")])["after"], "without the export"
+    rest = [flag for flag in flags if flag != "--export_lora"]
+    assert train.main([*rest, "--out", str(tmp_path / "b")])["after"], "what the sentence offers, too"
 
 
-@pytest.mark.parametrize("fault, words", [("scale", "gives logits 1"), ("names", "leaves out model.layers.0")])
+@pytest.mark.parametrize("fault, words", [("scale", "gives logits"), ("names", "out model.layers.0.mlp.up")])
 def test_a_lora_that_peft_reads_otherwise_is_not_called_done(fault, words, tmp_path, monkeypatch, capsys):
     """Planted where the file is written: factors twice as large, or layers of other names."""
     pytest.importorskip("peft")

@@ -310,10 +310,10 @@ def check_exportable(model, layers) -> None:
             plain = AutoModelForCausalLM.from_config(model.config)
         there = taken(PeftModel.from_pretrained(plain, trial, torch_device="cpu"))
     if lost := sorted(set(names) - there):
-        rest = {name.rpartition(".")[2] for name in there} - {name.rpartition(".")[2] for name in lost}
+        kept, gone = ({name.rpartition(".")[2] for name in some} for some in (there & set(names), lost))
         raise ValueError(f"--export_lora: PEFT leaves out {len(lost)} of {len(names)} layers when it loads a "
                          f"LoRA of this model, {lost[0]} the first. Leave the flag out, or train the "
-                         f"others alone: --targets {','.join(sorted(rest))}")
+                         f"others alone: --targets {','.join(sorted(kept - gone))}")
 
 
 def export(args, model, adapters, sums: dict, held, device, load_model) -> float:
