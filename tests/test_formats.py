@@ -15,6 +15,7 @@ import signal
 import sys
 
 import pytest
+from conftest import ROOT
 
 from data import formats, prepare, rows
 from data.tokenizer import GPTTokenizer
@@ -297,6 +298,17 @@ def test_real_rows_in_every_format(name, real_dir, tmp_path):
             found = formats.read_rows(str(path), None, report)
             assert report[str(path)]["format"] == form
             assert [row[:2] for row in rows.encode(found, tokenizer, 600, "a")] == wanted, (form, container)
+
+
+def test_the_table_of_formats_is_current():
+    """Made anew, it is the page that is there; every file gave the same tokens, every odd row was named."""
+    pytest.importorskip("datasets")
+    pytest.importorskip("transformers")
+    sys.path.insert(0, str(ROOT / "tests" / "bench"))
+    import formats_table
+    text = formats_table.PAGE.read_text("utf-8")
+    assert formats_table.page() == text, "run python tests/bench/formats_table.py"
+    assert text.count(" same |") == 14 * 6 + 7 and "OTHER" not in text and "NOTHING" not in text
 
 
 # ---- Refusals ------------------------------------------------------------------------------------
