@@ -154,8 +154,9 @@ def measure(folder: Path) -> tuple[list[list], list[list]]:
                 if kind_of_file == "CSV" and any(isinstance(value, list) for value in made[0].values()):
                     cells[kind_of_file] = ""            # a cell is a text
                     continue
-                path = folder / f"{len(dressed)}.{i}.{file}"
-                write(path, made)
+                path = folder / f"{len(dressed)}.{file}"
+                if not i:
+                    write(path, made)
                 got, account = read(path, tokenizer)
                 same = got == wanted and cells.get(kind_of_file) != "OTHER"
                 cells[kind_of_file] = "same" if same else "OTHER"
@@ -188,8 +189,8 @@ def page() -> str:
     return "\n".join((
         "# Formats of rows, and what train.py does with them", "",
         f"Made by `python tests/bench/formats_table.py`. {NUMBER} questions and answers of the embedded "
-        "data, alone, with a system prompt, or by twos as one chat, written in every format and kind of file. "
-        "*same*: the tokens and the spans of the loss are those of the conversations themselves, with the "
+        "data, alone, with a system prompt, or by twos as one chat, written in every format and kind of "
+        "file. *same*: the tokens and the spans of the loss are those of the conversations themselves, with the "
         "small GPT's tokenizer and with ChatML's template. An empty cell: a CSV cell holds no list.", "",
         markdown(["fields of a row", "`--format`", "tokens", "of them loss", "tokens, ChatML", "of them loss",
                   *FILES, "said"], dressed), "",
