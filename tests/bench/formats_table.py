@@ -190,8 +190,8 @@ def page() -> str:
         "# Formats of rows, and what train.py does with them", "",
         f"Made by `python tests/bench/formats_table.py`. {NUMBER} questions and answers of the embedded "
         "data, alone, with a system prompt, or by twos as one chat, written in every format and kind of "
-        "file. *same*: the tokens and the spans of the loss are those of the conversations themselves, with the "
-        "small GPT's tokenizer and with ChatML's template. An empty cell: a CSV cell holds no list.", "",
+        "file. *same*: the tokens and the spans of the loss are those of the conversations themselves, with "
+        "the small GPT's tokenizer and with ChatML's template. An empty cell: a CSV cell holds no list.", "",
         markdown(["fields of a row", "`--format`", "tokens", "of them loss", "tokens, ChatML", "of them loss",
                   *FILES, "said"], dressed), "",
         "One odd row behind three good ones. Nothing is left out without a word.", "",
