@@ -686,3 +686,37 @@ def test_families_with_a_template_train(tmp_path):
     tokens, spans = tokenizer.conversation(CHAT[1:3])
     assert tokenizer.decode(tokens) == "Hi, 2+2?: 4: <|endoftext|>" and tokens[-1] == tokenizer.ends[0]
     assert torch.is_tensor(hd_pissa.pad([rows.trained(tokens, spans, 99)], "cpu")[0])
+
+
+def test_packed_batches_hold_the_same_rows():
+    """Every row of a shard is in one of its blocks, marked and whole, its loss where it was; blocks are as many for
+    every shard, within block_size, and fewer would not do for all of them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(high):
+        return int(torch.randint(1, high, (), generator=generator))
+
+    for _ in range(200):
+        K, per, size = draw(5), draw(7), 12 + draw(40)
+        batch = []
+        for _ in range(K * per):
+            length = 1 + draw(min(size, 12))
+            row = torch.randint(50, (length,), generator=generator).tolist()
+            at = draw(length)
+            batch.append((row, at if draw(3) == 1 else [(at, length)]))
+        (blocks,) = rows.packed_batches([batch], K, size, 50)
+        number = len(blocks) // K
+        assert number * K == len(blocks) and max(len(tokens) for tokens, _ in blocks) <= size
+        for i in range(K):
+            found = []
+            for tokens, spans in blocks[i * number:(i + 1) * number]:
+                starts = [j for j, token in enumerate(tokens) if token >= 50]
+                assert starts[0] == 0 and len(spans) == len(starts)
+                for a, b, span in zip(starts, [*starts[1:], len(tokens)], spans):
+                    assert a < span[0] < span[1] == b, "no target is a marked token"
+                    found.append(([tokens[a] - 50, *tokens[a + 1:b]], span[0] - a))
+            wanted = [(row, max(1, at if isinstance(at, int) else at[0][0])) for row, at in
+                      batch[i * per:(i + 1) * per]]
+            assert sorted(found) == sorted(wanted)
+        most = max(sum(len(row) for row, _ in batch[i * per:(i + 1) * per]) for i in range(K))
+        assert number >= -(-most // size) and (number == 1 or number <= -(-2 * most // size) + 1)

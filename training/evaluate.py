@@ -100,7 +100,7 @@ def read_sets(paths: str | None, limit: int, run_code: bool) -> dict[str, list[d
                                  "the file out of --eval, or, on a machine where that does no harm, give "
                                  "--execute_generated_code")
         if name in (HELD, *sets):
-            raise ValueError(f"--eval {paths}: another set is called {name}; rename one")
+            raise ValueError(f"--eval {paths}: two sets are called {name}; rename one")
         sets[name] = rows
     return sets
 
