@@ -79,7 +79,9 @@ class GPT(nn.Module):
         layers = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
         vocabulary, width = state["wte.weight"].shape
         model = cls(vocabulary, state["wpe.weight"].shape[0], layers, width)
-        model.to(state["wte.weight"].dtype).load_state_dict(state)
+        if (dtype := state["wte.weight"].dtype) != torch.float32:
+            model.to(dtype)
+        model.load_state_dict(state)
         return model
 
     def forward(self, x, position_ids=None, attention_mask=None):      # these two for --packing
@@ -98,9 +100,9 @@ def embeddings(model) -> int:
 
 def load_small(path: str) -> GPT:
     """The small GPT in a .pt file that an earlier run has written."""
-    state = models.read_state(path)
+    state = {name: W.float() for name, W in models.read_state(path).items()}
     with models.one_line(f"--model {path}", "give a model.pt that train.py has written"):
-        return GPT.from_state_dict(state).float()
+        return GPT.from_state_dict(state)
 
 
 def load_model(name: str, seed: int, weights: bool = True, tokenizer: str | None = None):

@@ -8,6 +8,7 @@ import base64
 import collections
 import contextlib
 import hashlib
+import importlib.util
 import os
 import re
 import signal
@@ -393,29 +394,42 @@ class HFTokenizer(Tokenizer):
 # ---- The tokenizer of a --model ------------------------------------------------------------------
 
 
-def open_tokenizer(model: str, name: str | None = None):
-    """The tokenizer of train.py's --model and --tokenizer; no weights are read, no code is run."""
-    if model == "scratch" or model.endswith(".pt"):
-        return GPTTokenizer(name)
-    what, folder = f"--model {model}", model
+TEXTS = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.model"]     # of a model: all but its weights
+
+
+def folder_of(model: str, name: str | None = None) -> str:
+    """The folder of a Hugging Face --model: itself, or the hub's cache, with its texts.
+
+    Once for the whole model: from_pretrained with an id would ask the hub again for each file, and without
+    a network spend 23 s on each.
+    """
+    what = f"--model {model}"
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError(f"{what} is not a .pt file, and Hugging Face models need transformers: "
+                         "pip install -r requirements-extra.txt")
     if name is not None:
         raise ValueError(f"--tokenizer {name}: {what} comes with its own; leave the flag out")
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise ValueError(f"{what} is not a .pt file, and Hugging Face models need transformers: "
-                         "pip install -r requirements-extra.txt") from None
-    if not os.path.isdir(model):
-        if os.path.exists(model) or model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise ValueError(f"{what}: no such directory; give a folder with config.json, or a hub "
-                             "id")
-        from huggingface_hub import snapshot_download
-        remedy = ("it is no directory: give a hub id that exists and that you may read (hf auth "
-                  f"login); without a network run `hf download {model} --local-dir DIR` elsewhere, "
-                  "copy it here, give --model DIR")
-        with one_line(what, remedy):
-            folder = snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.jinja",
-                                                              "tokenizer*", "*.model"])
-    with one_line(f"{what}: its tokenizer", "download it again"):
+    if os.path.isdir(model):
+        return model
+    if os.path.exists(model) or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"{what}: no such directory; give a folder with config.json, or a hub id")
+    from huggingface_hub import snapshot_download
+    remedy = ("it is no directory: give a hub id that exists and that you may read (hf auth login); without "
+              f"a network run `hf download {model} --local-dir DIR` elsewhere, copy it here, --model DIR")
+    with one_line(what, remedy):
+        return snapshot_download(model, allow_patterns=TEXTS)
+
+
+def read_tokenizer(model: str, folder: str) -> HFTokenizer:
+    """The tokenizer in the folder of a --model; no code of the folder's is run."""
+    from transformers import AutoTokenizer
+    with one_line(f"--model {model}: its tokenizer", "download it again"):
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return HFTokenizer(model, hf)
+
+
+def open_tokenizer(model: str, name: str | None = None) -> Tokenizer:
+    """The tokenizer of train.py's --model and --tokenizer; no weights are read."""
+    if model == "scratch" or model.endswith(".pt"):
+        return GPTTokenizer(name)
+    return read_tokenizer(model, folder_of(model, name))

@@ -710,11 +710,11 @@ def test_a_download_that_was_cut_off_is_asked_for_again(there, tmp_path, monkeyp
         return tmp_path
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    models.snapshot("some/model", True)
+    models.snapshot("some/model", None, True)
     assert asked[1:2] == [["model*.safetensors"]] and "*.json" in asked[0]
     assert (len(asked) == 3) == (not any("safetensors" in name for name in there))
     asked.clear()
-    models.snapshot("some/model", False)
+    models.snapshot("some/model", None, False)
     assert len(asked) == 1
 
 

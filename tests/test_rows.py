@@ -689,8 +689,8 @@ def test_families_with_a_template_train(tmp_path):
 
 
 def test_packed_batches_hold_the_same_rows():
-    """Every row of a shard is in one of its blocks, marked and whole, its loss where it was; blocks are as many for
-    every shard, within block_size, and fewer would not do for all of them."""
+    """Every row of a shard is in one of its blocks, marked and whole, its loss where it was; blocks are as
+    many for every shard, within block_size, and hardly more than must be."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(high):

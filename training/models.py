@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 import hd_pissa
 import hd_pissa_extra
 from data.formats import one_line
-from data.tokenizer import HFTokenizer
+from data.tokenizer import HFTokenizer, folder_of, read_tokenizer
 from training import folder
 from training.evaluate import first_logits
 from training.processes import everywhere, say
@@ -32,22 +32,16 @@ def is_small(name: str) -> bool:
     return name == "scratch" or name.endswith(".pt")
 
 
-def snapshot(name: str, weights: bool) -> str:
-    """The folder of a hub id in the hub's cache, as it is there if the hub does not answer.
-
-    Once for the whole model: from_pretrained with an id would ask again for each file, and without a network
-    spend 23 s on each.
-    """
-    from huggingface_hub import snapshot_download
-    texts = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.model"]
-    remedy = ("it is no directory: give a hub id that exists and that you may read (hf auth login); without "
-              f"a network run `hf download {name} --local-dir DIR` elsewhere, copy it here, give --model DIR")
-    with one_line(f"--model {name}", remedy):
-        where = snapshot_download(name, allow_patterns=texts)
-        for patterns in (["model*.safetensors"], ["pytorch_model*.bin"]) if weights else ():
-            where = snapshot_download(name, allow_patterns=patterns)      # the rest of one cut short, too
-            if any(file.endswith(".safetensors") for file in os.listdir(where)):
-                break
+def snapshot(name: str, tokenizer: str | None, weights: bool) -> str:
+    """The folder of a Hugging Face model, or the hub's cache, as it is if the hub does not answer."""
+    where = folder_of(name, tokenizer)
+    if weights and not os.path.isdir(name):
+        from huggingface_hub import snapshot_download
+        with one_line(f"--model {name}", "its weights are not here; start it where there is a network"):
+            for patterns in (["model*.safetensors"], ["pytorch_model*.bin"]):
+                where = snapshot_download(name, allow_patterns=patterns)    # the rest of one cut short, too
+                if any(file.endswith(".safetensors") for file in os.listdir(where)):
+                    break
     return where
 
 
@@ -88,19 +82,10 @@ def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
     Raises ValueError, one line with the remedy, for what cannot be loaded whole. No code of the
     folder's is run.
     """
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    except ImportError:
-        raise ValueError(f"--model {name} is not a .pt file, and Hugging Face models need transformers: "
-                         "pip install -r requirements-extra.txt") from None
-    how, what, where, remedy = {"trust_remote_code": False}, f"--model {name}", name, "download it again"
-    if tokenizer is not None:
-        raise ValueError(f"--tokenizer {tokenizer}: {what} comes with its own; leave the flag out")
-    if not os.path.isdir(name):
-        if os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1:
-            raise ValueError(f"{what}: no such directory; give a folder with config.json, or a hub id")
-        where = snapshot(name, weights)
+    where, what, remedy = snapshot(name, tokenizer, weights), f"--model {name}", "download it again"
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    how = {"trust_remote_code": False}
     if not os.path.isfile(os.path.join(where, "config.json")):
         raise ValueError(f"{what} has no config.json; give the folder of a whole model (an adapter must be "
                          "merged into its model first)")
@@ -114,9 +99,7 @@ def hugging_face(name: str, weights: bool = True, tokenizer: str | None = None):
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ValueError(f"{what}: its model_type {config.model_type!r} is no causal language model of "
                          "transformers; give one that is, for example llama, mistral, qwen2 or gpt2")
-    with one_line(f"{what}: its tokenizer", remedy):
-        tokenizer = AutoTokenizer.from_pretrained(where, **how)
-    tokenizer = HFTokenizer(name, tokenizer)
+    tokenizer = read_tokenizer(name, where)
     with one_line(what, f"its weights cannot be used as they are; {remedy}" if weights else remedy):
         if weights:
             model, info = AutoModelForCausalLM.from_pretrained(
