@@ -297,7 +297,7 @@ def test_arithmetic_in_prose_is_right():
 
 
 def test_the_rewrite_has_as_many_lines_as_the_text_says():
-    program = TUTORIAL / "11_using_it.py"
+    program = TUTORIAL / "13_using_it.py"
     [anew] = [node for node in ast.parse(program.read_text()).body if getattr(node, "name", "") == "anew"]
     for path in (program, program.with_suffix(".md"), TUTORIAL / "README.md"):
         said = re.findall(r"(?:method is|method in|anew in) (\d+) lines", path.read_text())

@@ -445,8 +445,8 @@ def embedding_text(data) -> str:
                 if other is not arm:
                     against(data, arm, other)
     return ("K·r=128 is run as one shard, as above. The gradient of the whole embedding is formed before it "
-            "is multiplied by the factors; the table does not count it. LoRA's adapter there draws the factor "
-            "at the vocabulary, where PEFT's has zeros." + WHERE)
+            "is multiplied by the factors; the table does not count it. LoRA's adapter there draws "
+            "the factor at the vocabulary, where PEFT's has zeros." + WHERE)
 
 
 def summary(data) -> str:

@@ -1,4 +1,4 @@
-"""Chapter 11: hd_pissa in a loop of one's own, against the whole method written anew in 19 lines."""
+"""Chapter 13: hd_pissa in a loop of one's own, against the whole method written anew in 19 lines."""
 
 import copy
 from collections import OrderedDict
