@@ -23,6 +23,7 @@ def components(W, k, name="W"):
     return U[:, :k], S[:k], Vt[:k]
 
 
+# %% The oracle, and what each of two processes does
 def oracle(r):
     """dW of one step by the equations, in one process and float64. Adam's first step is -lr g / |g|."""
     (U, S, Vt), dW = components(W, K * r), torch.zeros((N, N), dtype=torch.float64)
@@ -34,6 +35,7 @@ def oracle(r):
     return dW
 
 
+# %% fold: Counting bytes
 def received(work) -> int:
     """Bytes that reach this process in work(), if every collective goes round a ring."""
     gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -44,6 +46,7 @@ def received(work) -> int:
     return sum(sizes) * (K - 1) // K    # all but the own part of a tensor arrives; a sum goes round twice
 
 
+# %% One process
 def device(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=K)
     result = {}
@@ -57,6 +60,7 @@ def device(rank, folder):
     torch.save(result, f"{folder}/{rank}.pt")
 
 
+# %% fold: Figure, start of the processes, checks
 def draw(axes):
     for way, line, dots in zip(WAYS, zip(*formulas), zip(*counted)):
         axes.loglog(RANKS, line, label=way)

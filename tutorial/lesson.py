@@ -47,7 +47,7 @@ def save_figure(program: str, draw, columns: int = 1, size=(7.0, 3.4)) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no figure: pip install -r requirements-extra.txt", file=sys.stderr)
+        print('no figure: pip install ".[tutorial]"', file=sys.stderr)
         return
     matplotlib.use("svg")
     import matplotlib.pyplot as plt

@@ -169,7 +169,7 @@ def draw(data, folder: Path) -> list[Path]:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError:
-        raise SystemExit("figures need matplotlib: pip install -r requirements-extra.txt") from None
+        raise SystemExit('figures need matplotlib: pip install ".[tutorial]"') from None
     matplotlib.rcParams |= {"svg.hashsalt": "hd-pissa", "svg.fonttype": "none", "font.size": 8}
     written = []
     for name, function in FIGURES.items():
