@@ -2,12 +2,11 @@
 
 import itertools
 import tempfile
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from lesson import check, save_figure
+from lesson import check, received, save_figure
 
 import hd_pissa_extra
 
@@ -35,18 +34,6 @@ def oracle(r):
     return dW
 
 
-# %% fold: Counting bytes
-def received(work) -> int:
-    """Bytes that reach this process in work(), if every collective goes round a ring."""
-    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    with (mock.patch.object(dist, gather, wraps=getattr(dist, gather)) as gathers,
-          mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sums):
-        work()
-    sizes = [call.args[0].nbytes for call in gathers.call_args_list + 2 * sums.call_args_list]
-    return sum(sizes) * (K - 1) // K    # all but the own part of a tensor arrives; a sum goes round twice
-
-
-# %% One process
 def device(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=K)
     result = {}
