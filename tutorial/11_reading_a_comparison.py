@@ -72,7 +72,8 @@ def draw(axes):
     for y, (gap, error, word) in enumerate(found.values()):
         axes[1].errorbar(gap, -y, xerr=t_limit(0.90, 2) * error, fmt="o", ms=4, capsize=2, label=word)
     axes[1].axvspan(-0.02, 0.02, color="0.9")
-    axes[1].set(xlabel="gap, 90 % interval (grey: 0.02)", yticks=range(0, -len(found), -1), yticklabels=found)
+    axes[1].set(xlabel="gap, 90 % interval (grey: 0.02)", xticks=(-0.08, -0.04, 0, 0.04),
+                yticks=range(0, -len(found), -1), yticklabels=found)
 
 
 print()
