@@ -55,13 +55,13 @@ from tqdm import tqdm
 
 # ---- Processes: one process runs the same code, its collectives are the identity -----------------
 
-def process_index() -> int:
-    """Index of this process, 0 without a process group."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
 def world_size() -> int:
     """Number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+def process_index() -> int:
+    """Index of this process, 0 without a process group."""
+    return dist.get_rank() if world_size() > 1 else 0
 
 def gather_shards(local: torch.Tensor) -> torch.Tensor:
     """(S, ...), the S shards of each process -> (K, ...) on every process, in shard order."""
@@ -73,20 +73,17 @@ def gather_shards(local: torch.Tensor) -> torch.Tensor:
     return out
 
 def everywhere(work) -> list:
-    """What work() returns (a text, a number, None) on each process, by index.
-
-    If it fails on one, all raise its error as ValueError: none waits in the next collective in vain.
-    """
+    """What work() returns on each process, by index. Where it fails on one, all raise its ValueError."""
     result = error = None
     try:
         result = work()
     except Exception as e:
-        error = e
+        error = e               # told to the others first: none waits in the next collective in vain
     said = [(result, error and (str(error) or repr(error)))] * world_size()
     if world_size() > 1:
         dist.all_gather_object(said, said[0])
     if error and not isinstance(error, (ValueError, OSError, RuntimeError)):
-        raise error                     # a fault of the program: here with its own traceback
+        raise error             # a fault of the program: here with its own traceback
     for message in (message for _, message in said if message):
         raise ValueError(message) from error
     return [result for result, _ in said]
@@ -96,8 +93,7 @@ def everywhere(work) -> list:
 def components(W: torch.Tensor, k: int, name: str = "W"):
     """The k largest singular triplets of W (m, n): U (m, k), S (k,) descending, Vt (k, n), float64.
 
-    Single components are dealt out to shards, so each must be right, and not their span alone:
-    randomized SVD mixes neighbours. hd_pissa_extra.components is faster and checks what it gives.
+    Each goes to a shard of its own, so each must be right: randomized SVD mixes neighbours.
     """
     U, S, Vt = torch.linalg.svd(W.detach().double(), full_matrices=False)
     return U[:, :k], S[:k], Vt[:k]
@@ -119,17 +115,17 @@ def shard_factors(W, K: int, r: int, init: str, s: float, seed: int, decompose=c
     if init == "lora":
         draws = [torch.Generator().manual_seed(seed_of(seed, i)) for i in range(K)]
         like = dict(dtype=torch.float64, device="cpu")      # equal draws on every device
-        A = torch.stack([torch.rand((r, m), generator=g, **like) for g in draws]).mT
-        A, B = (2 * A - 1) / math.sqrt(m), torch.zeros((K, r, n), **like)               # (K, m, r)
+        A = torch.stack([torch.rand((r, m), generator=g, **like) for g in draws]).mT    # (K, m, r)
+        A, B = (2 * A - 1) / math.sqrt(m), torch.zeros((K, r, n), **like)
     else:
         k = r if init == "top" else K * r
         U, S, Vt = decompose(W, k, name)
-        grams = [Q @ Q.T for Q in (U.T.double(), Vt.double())]      # TF32 would not do for this check
+        grams = [Q @ Q.T for Q in (U.T.double(), Vt.double())]      # TF32 would not do for this
         if max(torch.dist(G, torch.eye(k, device="cpu").to(G), p=math.inf) for G in grams) > 1e-4:
             raise ValueError(f"{name}: components not orthonormal, shards overlap; mend decompose=")
         if not S[-1] > (zero := 2 * torch.finfo(W.dtype).eps * S[0]):
-            raise ValueError(f"{name}.weight has rank {int((S > zero).sum())}, {k} components are needed:"
-                             f" a shard of zeros never trains; use exclude=[{name!r}]")
+            raise ValueError(f"{name}.weight has rank {int((S > zero).sum())}, {k} components are needed: "
+                             f"a shard of zeros never trains; use exclude=[{name!r}]")
         root = (S / s).sqrt()
         A = (U * root).unflatten(1, (-1, r)).transpose(0, 1).expand(K, m, r)    # (m, Kr) -> (K, m, r)
         B = (root[:, None] * Vt).unflatten(0, (-1, r)).expand(K, r, n)          # (Kr, n) -> (K, r, n)
@@ -140,10 +136,8 @@ def shard_factors(W, K: int, r: int, init: str, s: float, seed: int, decompose=c
 class Mute(torch.autograd.Function):
     """Y = X W forward; the backward gives dX and the gradients that residual PiSSA would have.
 
-    Equation (1), Y = X (W_res,i + A_i B_i), is X W at dA = dB = 0: the forward computes nothing of
-    the adapter and keeps nothing but its input. A (k, m, r) and B (k, r, n) are the factors of one
-    shard (k = 1) or of several. They travel as attributes, not as saved tensors: a forward that
-    checkpointing recomputes cannot swap them for another shard's. dA, dB only take gradients.
+    A (k, m, r) and B (k, r, n) are the factors of one shard (k = 1) or of several. They travel as
+    attributes, not as saved tensors: a forward that checkpointing recomputes cannot swap them.
     """
 
     @staticmethod
@@ -197,8 +191,6 @@ class Muted:
         state = {key: value for key, value in vars(self).items() if key != "hd_pissa"}
         return object.__new__, (self.hd_pissa.plain_class,), state
 
-MUTED: dict[type, type] = {}    # one muted class a plain class: torch.compile sees one kind of layer
-
 # ---- Direct weight update (section 4.2) ----------------------------------------------------------
 
 def update_factors(A, B, dA, dB) -> tuple[torch.Tensor, torch.Tensor]:
@@ -235,17 +227,14 @@ class Slot:
         self.r, self.s, self.size = adapters.r, adapters.s, adapters.r * (self.m + self.n)
         self.A = self.B = self.dA = self.dB = self.mask = None      # of the shard that trains now
         self.leaves, self.was = [], self.kind()                     # (dA, dB) of each local shard
-        W = module.weight
-        if W.dtype not in self.dtypes or hasattr(W, "to_local") or W.is_inference():
-            raise ValueError(f"{name}.weight is {self.kind()}: 16 bits lose small updates, sharded and "
-                             "inference tensors take none; load float32 weights (bfloat16: "
-                             "hd_pissa_extra.attach), call attach before fully_shard")
-        V = adapters.slots[0].module.weight if adapters.slots else W
-        if W.device != V.device or (W.dtype == torch.float64) != (V.dtype == torch.float64):
-            raise ValueError(f"{name}.weight is {self.kind()}, that of {adapters.slots[0].name} {V.dtype} on "
-                             f"{V.device}; one process trains on one device, in float64 all of it or nothing")
+        W, V = module.weight, [*adapters.slots, self][0].module.weight
+        if (W.dtype not in self.dtypes or hasattr(W, "to_local") or W.is_inference()
+                or W.device != V.device or (W.dtype == torch.float64) != (V.dtype == torch.float64)):
+            raise ValueError(f"{name}.weight is {self.was}, the first {V.dtype} on {V.device}: load float32 "
+                             "weights on one device (bfloat16: hd_pissa_extra.attach), no inference nor "
+                             "sharded tensors: attach before fully_shard")
         if not W.is_meta and not torch.isfinite(W).all():
-            raise ValueError(f"{name}.weight holds NaN or Inf; the checkpoint is damaged, load it again")
+            raise ValueError(f"{name}.weight holds NaN or Inf; the file is damaged, load it again")
 
     def views(self, flat: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, m, r) and (rows, r, n) in `rows` of factors, whose columns begin at `offset`."""
@@ -257,20 +246,23 @@ class Slot:
         """W += share left right, for factors of all shards."""
         fold_(self.module.weight, left, right, share)
 
-    def add_sum_(self, dU: torch.Tensor, share: float) -> torch.Tensor:
-        """W += share times the sum of dU over the processes; that sum."""
+    def add_sum_(self, dU: torch.Tensor, share: float) -> None:
+        """W += share times the sum of dU over the processes."""
         if world_size() > 1:
             dist.all_reduce(dU)
         self.module.weight.add_(dU, alpha=share)
-        return dU
 
     def before_forward(self, x: torch.Tensor) -> None:
         """Raise ValueError where a step was not merged: nothing would ever reach W."""
         if self.adapters.increments._version != self.adapters.merged:
             raise ValueError(UNMERGED)
 
+    @property
+    def W(self) -> torch.Tensor | None:
+        return self.module._parameters.get("weight")
+
     def kind(self) -> str:
-        W = self.module._parameters.get("weight")
+        W = self.W
         return "no parameter" if W is None else f"{type(W).__name__} {W.dtype} {W.device} {(*W.shape,)}"
 
     def fault(self) -> str:
@@ -286,31 +278,26 @@ UNMERGED = ("increments were filled and not merged, so nothing would reach W; ca
             "every optimizer.step(), before the next forward")
 
 def before_step(optimizer, *_) -> None:
-    """Look at an optimizer of increments before its first step, and at whether its last was merged."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    held, vain = {id(p) for p in params}, not any(p.grad is not None for p in params)
+    """Look at an optimizer's first step on increments, and at whether its last one was merged."""
+    grads = {id(p): p.grad for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(LIVE):
         adapters.begun = adapters.increments._version
-        if not held & adapters.ids:
-            backwards = sum(map(sum, adapters.seen))
-            if vain and backwards > adapters.waiting:   # it has nothing to do, and more gradients wait
-                adapters.waiting, adapters.idle = backwards, adapters.idle + 1
-                if adapters.idle >= 4:
-                    raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose "
-                                     "gradients wait; build the optimizer from adapters.parameters()")
-            continue
-        if optimizer not in adapters.known:
-            check_optimizer(adapters, optimizer)
-            adapters.known.add(optimizer)
-        if optimizer in adapters.stepped:
-            raise ValueError(UNMERGED)
-        adapters.stepped.append(optimizer)
+        if adapters.ids & grads.keys():
+            if optimizer not in adapters.known:
+                check_optimizer(adapters, optimizer)
+            if optimizer in adapters.stepped:
+                raise ValueError(UNMERGED)
+            adapters.stepped.append(optimizer)
+        elif all(g is None for g in grads.values()):    # nothing to do, while more and more increments wait
+            adapters.vain.add(sum(map(sum, adapters.seen)))
+            if len(adapters.vain - {0}) > 3:
+                raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose "
+                                 "gradients wait; build the optimizer from adapters.parameters()")
 
 def after_step(optimizer, *_) -> None:
     """Mark increments as changed: fused optimizers do not do so themselves."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(LIVE):
-        if held & adapters.ids and adapters.increments._version == adapters.begun:
+        if optimizer in adapters.stepped and adapters.increments._version == adapters.begun:
             torch.autograd.graph.increment_version(adapters.increments)
 
 register_optimizer_step_pre_hook(before_step)
@@ -329,16 +316,15 @@ def check_optimizer(adapters, optimizer) -> str:
     Increments begin every step at zero. So two copies of it train stand-ins with equal gradients:
     one lets them move on from 1, the other resets them to zero as merge_ does. Steps must be equal.
     """
-    name, groups = type(optimizer).__name__, optimizer.param_groups
+    name, groups, steps = type(optimizer).__name__, optimizer.param_groups, ([], [])
     held = {id(p): p.device for group in groups for p in group["params"]}
-    mine = {id(p) for slot in adapters.slots for pair in slot.leaves for p in pair} & {*held}
-    others = len({*held} - {i for live in LIVE for i in live.ids})
+    mine = {id(p) for slot in adapters.slots for pair in slot.leaves for p in pair} & held.keys()
+    others = len(held.keys() - {i for live in LIVE for i in live.ids})
     if others and world_size() > 1:
         raise ValueError(f"{name} holds {others} tensors beside the increments: no one adds up their "
                          "gradients over processes, as hd_pissa_extra.attach(also=...) does")
-    steps = []
-    for start in (1.0, 0.0):
-        stand = {p: torch.full((4, 2), start, dtype=torch.float64, device=d) for p, d in held.items()}
+    for start, made in zip((1.0, 0.0), steps):
+        stand = {i: torch.full((4, 2), start, dtype=torch.float64, device=d) for i, d in held.items()}
         probe = object.__new__(type(optimizer))
         new = {id(hooks): type(hooks)() for key, hooks in vars(optimizer).items() if "hooks" in key}
         new |= stand | {id(optimizer.state): collections.defaultdict(dict), id(optimizer): probe}
@@ -347,21 +333,21 @@ def check_optimizer(adapters, optimizer) -> str:
             for group in probe.param_groups:
                 group["lr"] = max(float(group["lr"]), 0.01)     # a warm-up may begin at 0
             for t in range(25):
-                before = [p.clone() for p in stand.values()]
+                before = {i: p.clone() for i, p in stand.items()}
                 for p in stand.values():
                     p.grad = torch.linspace(1, 2 + t % 3, 8, device=p.device).to(p).view(4, 2)
                 type(probe).step(probe)
-                steps += [p - q for (key, p), q in zip(stand.items(), before) if key in mine]
+                made += [stand[i] - before[i] for i in mine]
                 torch._foreach_mul_([*stand.values()], start)
         except Exception as e:
             raise ValueError(f"{name} takes no step on a copy ({e}); use AdamW, SGD, RMSprop") from e
-    half, decays = len(steps) // 2, any(group.get("weight_decay") for group in groups
-                                        if mine & {id(p) for p in group["params"]})
-    if decays or not all(torch.allclose(a, b, 1e-6, 0) for a, b in zip(steps[:half], steps[half:])):
+    decays = any(g.get("weight_decay") for g in groups if mine & {id(p) for p in g["params"]})
+    if decays or not all(torch.allclose(a, b, 1e-6, 0) for a, b in zip(*steps)):
         raise ValueError(f"{name} {'has weight_decay, which' if decays else 'has a rule that'} reads the "
                          "parameter, but increments begin every step at zero; use AdamW with "
                          "weight_decay=0.0 (the paper's), SGD, RMSprop")
-    return repr([name, [{k: v for k, v in group.items() if k != "params"} for group in groups]])
+    adapters.known.add(optimizer)
+    return repr([name, [{k: v for k, v in g.items() if k != "params"} for g in groups]])
 
 # ---- The adapters --------------------------------------------------------------------------------
 
@@ -375,28 +361,28 @@ class Adapters:
 
     def __init__(self, model, found, skipped, config: dict, exchange: str, seed: int, device):
         self.model, self.skipped, self.config, self.seed = model, skipped, config, seed
-        self.K, self.r, self.aggregate = config["shards"], config["rank"], config["aggregate"]
-        self.s = 1.0 if config["alpha"] is None else config["alpha"] / self.r
+        self.K, self.r, alpha = config["shards"], config["rank"], config["alpha"]
+        self.s = 1.0 if alpha is None else alpha / self.r
+        self.share = self.s / (self.K if config["aggregate"] == "mean" else 1)  # of sum_i dU_i in W
         self.exchange, self.device = "all_gather" if exchange == "auto" else exchange, device
         self.S = self.K // world_size()                 # shards of this process
         self.first = process_index() * self.S           # global index of local shard 0
         self.step = self.idle = self.current = 0
-        self.phase, self.owner, self.slots, width = "empty", None, [], 0
+        self.phase, self.lock, self.slots, width = "empty", threading.RLock(), [], 0
         for name, module in found:
             self.slots.append(self.Slot(name, module, self, width))
             width += self.slots[-1].size
-        double = found[0][1].weight.dtype == torch.float64
-        like = dict(dtype=torch.float64 if double else torch.float32, device=device)
-        self.kept = self.keep()
-        self.own = slice(self.first - self.kept.start, self.first - self.kept.start + self.S)
-        self.basis = torch.zeros((self.kept.stop - self.kept.start, width), **like)
+        W = found[0][1].weight
+        like = dict(dtype=torch.promote_types(W.dtype, torch.float32), device=device)
+        self.basis = torch.zeros((self.held(), width), **like)      # A_i, B_i of a shard in each row
+        self.own = self.basis[self.first:][:self.S] if len(self.basis) == self.K else self.basis
         self.increments = torch.zeros((self.S, width), **like)
         self.merged = self.increments._version
-        self.seen = [[0] * len(found) for _ in range(self.S)]   # backwards since the last merge
-        self.known, self.stepped, self.waiting = weakref.WeakSet(), [], 0   # see before_step
+        self.seen = [[0] * len(found) for _ in range(self.S)]       # backwards since the last merge
+        self.known, self.stepped, self.vain = weakref.WeakSet(), [], set()      # see before_step
         for j, slot in enumerate(self.slots):
-            A, B = slot.views(self.basis[self.own])
-            slot.factors = [(A[i:i + 1], B[i:i + 1]) for i in range(self.S)]
+            A, B = slot.views(self.own)
+            slot.factors = [(A[i:i + 1], B[i:i + 1]) for i in range(self.S)]        # (1, m, r), (1, r, n)
             for seen, dA, dB in zip(self.seen, *slot.views(self.increments)):
                 # detach: a leaf of its own on the buffer's memory. Its hook must not hold `self`.
                 slot.leaves.append((dA.detach().requires_grad_(), dB.detach().requires_grad_()))
@@ -405,19 +391,18 @@ class Adapters:
         LIVE.add(self)
 
     def __reduce__(self):
-        """Copied or pickled with a model that holds them, adapters stay behind as None."""
-        return type(None), ()
-
-    def keep(self) -> slice:
-        """Shards whose A_i, B_i stay here: folding factors needs all of them, a dense dU the own."""
-        return slice(0, self.K) if self.exchange == "all_gather" else slice(self.first, self.first + self.S)
+        return type(None), ()       # copied or pickled with a model that holds them, they stay behind
 
     def __repr__(self):
         adapted, why = sum(s.m * s.n for s in self.slots), collections.Counter(self.skipped.values())
-        share = adapted / sum(p.numel() for p in self.model.parameters())
-        return (f"HD-PiSSA: {len(self.slots)} layers, {adapted:,} weights ({share:.1%} of the model); "
-                f"{self.K} shards of rank {self.r}, {self.S} here, each trains {self.increments.shape[1]:,}"
-                f" numbers. Left out: {'; '.join(f'{n} x {w}' for w, n in why.items()) or 'nothing'}")
+        return (f"HD-PiSSA: {len(self.slots)} layers, {adapted:,} weights "
+                f"({adapted / sum(p.numel() for p in self.model.parameters()):.1%} of the model); {self.K} "
+                f"shards of rank {self.r}, {self.S} here, each trains {self.increments.shape[1]:,} numbers. "
+                f"Left out: {'; '.join(f'{n} x {w}' for w, n in why.items()) or 'nothing'}")
+
+    def held(self) -> int:
+        """Shards whose A_i, B_i stay here: folding factors needs all of them, a dense dU the own."""
+        return self.K if self.exchange == "all_gather" else self.S
 
     def named_parameters(self, first: int = 0):
         """Pairs ("<module path>.shard<s>.dA", (m, r)), ("....dB", (r, n)), s counted from `first`."""
@@ -441,56 +426,50 @@ class Adapters:
     def shard(self, i: int):
         """The enclosed forward (and backward, where checkpointing recomputes) trains shard `i`."""
         if not 0 <= i < self.S:
-            raise ValueError(f"shard({i}): this process holds shards 0..{self.S - 1} ({self.K} shards "
-                             f"over {world_size()} processes)")
-        me, before, outer = threading.get_ident(), self.current, self.owner
-        if outer not in (None, me):
+            raise ValueError(f"shard({i}): this process holds shards 0..{self.S - 1} ({self.K} shards over "
+                             f"{world_size()} processes)")
+        if not self.lock.acquire(blocking=False):
             raise ValueError("shard() is in use by another thread; train shards one after another")
-        self.owner = me
+        before = self.current
         self.select(i)
         try:
             yield
         finally:
             self.select(before)
-            self.owner = outer
+            self.lock.release()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients of all K shards to a joint 2-norm of at most `max_norm`; what it was."""
-        grads = [[p.grad for s in self.slots for p in s.leaves[i] if p.grad is not None]
-                 for i in range(self.S)]
-        squares = [torch.stack(torch._foreach_norm(row)).double().square().sum() if row else
-                   torch.zeros((), dtype=torch.float64, device=self.device) for row in grads]
+        squares, rows = torch.zeros(self.S, dtype=torch.float64, device=self.device), []
+        for i in range(self.S):
+            rows.append([p.grad for slot in self.slots for p in slot.leaves[i] if p.grad is not None])
+            if rows[i]:
+                squares[i] = torch.stack(torch._foreach_norm(rows[i])).double().square().sum()
         # Per shard, then in shard order: the sum does not depend on how shards are dealt out.
-        norm = gather_shards(torch.stack(squares)).sum().sqrt()
+        norm = gather_shards(squares).sum().sqrt()
         if max_norm < math.inf:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0)   # a NaN stays where it is
-            for row in filter(None, grads):
+            for row in filter(None, rows):
                 torch._foreach_mul_(row, scale.to(row[0]))
         return norm
 
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ValueError, on every process, for an optimizer that cannot train increments."""
         def look():
-            held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            if lacks := len(self.ids - held):
+            if lacks := len(self.ids - {id(p) for g in optimizer.param_groups for p in g["params"]}):
                 raise ValueError(f"{type(optimizer).__name__} lacks {lacks} of the {len(self.ids)} "
                                  "increments; build it from adapters.parameters()")
             return check_optimizer(self, optimizer)
-        said = everywhere(look)
-        if len({*said}) > 1:
-            raise ValueError(f"processes have different optimizers: {' and '.join(sorted({*said}))}")
+        if len(said := {*everywhere(look)}) > 1:
+            raise ValueError(f"processes have different optimizers: {' and '.join(sorted(said))}")
 
     @torch.no_grad()
     def merge_(self) -> None:
         """W <- W + (s/K) sum_i dU_i on every process, dA_i = dB_i = 0 (section 4.2; "sum": no 1/K).
 
-        1. agree that every shard has a gradient and finite increments, else raise everywhere
-        2. exchange   all_gather: K r (m + n) increments a weight; all_reduce: the m n of dU, twice
-        3. fold       one matrix product of inner size 2Kr a weight, added in place
-        4. zero the increments, drop the gradients that they came from
-
         Shards are summed in the same order everywhere, so replicas of W stay equal bit for bit.
+        Raises ValueError, on every process and before W changes, where that would not train.
         """
         with torch.autocast(self.device.type, enabled=False):
             if not self.refuse():
@@ -498,20 +477,19 @@ class Adapters:
                 self.next_step()
 
     def refuse(self) -> bool:
-        """Raise ValueError, on every process alike, where a merge would not do what is meant.
-
-        True where no optimizer has stepped: gradients then wait, for accumulation by a library, say.
-        """
+        """Raise where a merge would not do what is meant. True if gradients wait and none has stepped."""
         named = dict(self.model.named_modules())
+        uses = collections.Counter(id(p) for x in named.values() for p in x._parameters.values())
         faults = "; ".join(f"{s.name}.weight {fault}" for s in self.slots if (
-            fault := s.fault() if named.get(s.name) is s.module else "is of a layer that was replaced"))
-        there = [[n > 0 or any(p.grad is not None for p in slot.leaves[i])
-                  for n, slot in zip(row, self.slots)] for i, row in enumerate(self.seen)]  # (S, layers)
-        low, high = self.increments.aminmax(dim=1)
-        flags = torch.tensor([[any(row), bool(faults)] for row in there], device="cpu").to(low)
+            fault := "is of a layer that was replaced" if named.get(s.name) is not s.module else
+            s.fault() or ("is another module's too; tie before attach" if uses[id(s.W)] > 1 else "")))
+        there = torch.tensor([[n > 0 or any(p.grad is not None for p in slot.leaves[i])
+                               for n, slot in zip(row, self.slots)] for i, row in enumerate(self.seen)],
+                             device="cpu").to(self.device)                      # (S, layers)
+        largest = torch.linalg.vector_norm(self.increments, math.inf, dim=1)    # (S,); NaN, Inf survive
+        flags = there.any(1), torch.full_like(largest, bool(faults)), largest
         # A (K, 3) gather tells every process the state of every shard, so that all refuse alike.
-        table = torch.cat((flags, torch.maximum(-low, high)[:, None]), dim=1)   # NaN and Inf survive
-        trained, faulty, size = gather_shards(table).T.tolist()
+        trained, faulty, size = gather_shards(torch.stack([f.to(largest) for f in flags], 1)).T.tolist()
         if any(faulty):
             raise ValueError("merge_: " + max(everywhere(lambda: faults)))
         if self.phase in ("empty", "detached"):
@@ -522,46 +500,38 @@ class Adapters:
                              f"Every step trains each shard of a process:\n    for s in range({self.S}):\n"
                              "        with adapters.shard(s):\n            loss_of_mini_batch(s).backward()")
         if bad := [i for i, value in enumerate(size) if not math.isfinite(value)]:
-            raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched. "
-                             "Lower the learning rate or clip; adapters.next_step() leaves this step out")
+            raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched. Lower "
+                             "the learning rate or clip; adapters.next_step() leaves this step out")
         # A GradScaler that leaves a step out leaves gradients that are not finite: that is not idle.
         idle = not any(size) and 0 < float(self.clip_grad_norm_(math.inf)) < math.inf
-        waits = idle and self.increments._version == self.merged
         self.idle = self.idle + 1 if idle else 0
         if self.idle >= 2:
-            raise ValueError("merge_: all increments are zero in two successive merges although there "
-                             "are gradients; merge only where optimizer.step() ran (accelerate: if "
-                             "accelerator.sync_gradients), build the optimizer from adapters.parameters(), "
-                             "and use a learning rate above 0")
+            raise ValueError("merge_: all increments are zero in two successive merges although there are "
+                             "gradients; merge only where optimizer.step() ran (accelerate: if accelerator."
+                             "sync_gradients), with adapters.parameters() and a learning rate above 0")
         if self.phase == "filled":      # at the first merge: layers that no backward has reached
-            reached = gather_shards(torch.tensor(there, device=self.device)).any(dim=0).tolist()
+            reached = gather_shards(there).any(dim=0).tolist()
             dead = [slot.name for slot, yes in zip(self.slots, reached) if not yes]
             if dead and process_index() == 0:
                 warnings.warn(f"{len(dead)} of {len(reached)} adapted layers got no gradient, {dead[:4]}: "
                               "the model does not call them; leave them out with exclude=", stacklevel=3)
-            if world_size() > 1:
-                send_model(self.model, self.device)     # somebody may have loaded weights on one process
+            send_model(self.model, self.device)     # somebody may have loaded weights on one process
             self.phase = "running"
-        return waits
+        return idle and self.increments._version == self.merged
 
     def exchange_and_fold(self) -> None:
+        """W += share sum_i dU_i: gather the factors and multiply, or multiply and sum the products."""
         factors = self.exchange == "all_gather"
-        increments = gather_shards(self.increments) if factors else self.increments     # (K or S, ...)
-        basis = self.basis if factors else self.basis[self.own]
+        basis, increments = ((self.basis, gather_shards(self.increments)) if factors else   # (K, ...)
+                             (self.own, self.increments))                                   # (S, ...)
         for slot in self.slots:
-            self.fold(slot, *update_factors(*slot.views(basis), *slot.views(increments)))
-
-    def fold(self, slot: Slot, Pt: torch.Tensor, Q: torch.Tensor) -> None:
-        # sum_i dU_i = P Q, in the layout W is stored in: Conv1D (m, n), Linear (n, m)
-        left, right = (Pt.T, Q) if slot.conv1d else (Q.T, Pt)
-        if self.exchange == "all_gather":
-            slot.add_(left, right, self.share())
-        else:
-            slot.add_sum_(left @ right, self.share())
-
-    def share(self) -> float:
-        """What sum_i dU_i is multiplied by on its way into W."""
-        return self.s / self.K if self.aggregate == "mean" else self.s
+            Pt, Q = update_factors(*slot.views(basis), *slot.views(increments))
+            # sum_i dU_i = P Q, in the layout W is stored in: Conv1D (m, n), Linear (n, m)
+            left, right = (Pt.T, Q) if slot.conv1d else (Q.T, Pt)
+            if factors:
+                slot.add_(left, right, self.share)
+            else:
+                slot.add_sum_(left @ right, self.share)
 
     @torch.no_grad()
     def next_step(self) -> None:
@@ -571,14 +541,14 @@ class Adapters:
         for p in self.parameters():
             p.grad = None               # a loop that zeroes the model alone would add to them
         self.stepped.clear()
-        self.waiting = 0
+        self.vain.clear()
         for row in self.seen:
             row[:] = [0] * len(row)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state: "<module path>.shard<i>.A" and ".B" of this process's shards, i over all."""
-        return {f"{slot.name}.shard{self.first + i}.{kind}": factor for slot in self.slots for kind, factors
-                in zip("AB", slot.views(self.basis[self.own])) for i, factor in enumerate(factors)}
+        return {f"{slot.name}.shard{self.first + i}.{kind}": factor for slot in self.slots
+                for kind, rows in zip("AB", slot.views(self.own)) for i, factor in enumerate(rows)}
 
     def state_dict(self) -> dict:
         """A copy of `tensors`, the configuration and the number of merges. W is the model's own."""
@@ -591,8 +561,7 @@ class Adapters:
         own, there = self.tensors(), state.get("config", {})
         wrong = [f"{k} is {v} here, {there.get(k)} there" for k, v in self.config.items()
                  if there.get(k) != v]
-        wrong += [k for k in ("step", *own) if k not in state
-                  or k != "step" and state[k].shape != own[k].shape]
+        wrong += [k for k, t in own.items() if k not in state or state[k].shape != t.shape]
         if wrong := next(filter(None, everywhere(lambda: ", ".join(wrong[:3]))), None):
             raise ValueError(f"adapter state of another run or model ({wrong}); attach as that run did")
         for name, tensor in own.items():
@@ -602,7 +571,7 @@ class Adapters:
     def resume(self, step: int) -> None:
         """Go on after `step` merges, once `tensors` are filled."""
         if len(self.basis) > self.S:
-            self.basis.copy_(gather_shards(self.basis[self.own]))
+            self.basis.copy_(gather_shards(self.own))
         self.next_step()
         self.step, self.idle, self.phase = step, 0, "filled"
 
@@ -618,26 +587,28 @@ class Adapters:
 
 # ---- Attaching -----------------------------------------------------------------------------------
 
-CHOICES = {"init": ("hd_pissa", "top", "lora"), "aggregate": ("mean", "sum"),
-           "exchange": ("auto", "all_gather", "all_reduce")}
+CHOICES = {"init": ("hd_pissa", "top", "lora"), "aggregate": ("mean", "sum"), "exchange": (
+    "auto", "all_gather", "all_reduce"), "schedule": ("cosine", "linear", "constant")}
 HEADS = {"lm_head", "head", "output", "score", "classifier"}
+MUTED: dict[type, type] = {}    # one muted class a plain class: torch.compile sees one kind of layer
 
 def check_arguments(rank, shards, alpha=None, **choices) -> None:
     """Raise ValueError for arguments of `attach` that no model could be trained with."""
+    world = world_size()
     for name, value in choices.items():
         if value not in CHOICES[name]:
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(CHOICES[name])}")
     for name, value in (("rank", rank), ("shards", shards)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: must be a whole number, 1 or more")
-    if world_size() == 1 < int(os.environ.get("WORLD_SIZE", 1)) and not dist.is_initialized():
-        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but no process group: each process would "
-                         "train alone; call torch.distributed.init_process_group before attach")
-    if shards % world_size():
-        raise ValueError(f"shards={shards} is not a multiple of the {world_size()} processes; use shards="
-                         f"{max(1, shards // world_size()) * world_size()} or another number of processes")
+    if shards % world:
+        raise ValueError(f"shards={shards} is not a multiple of the {world} processes; use "
+                         f"shards={max(1, shards // world) * world} or another number of processes")
     if alpha is not None and not 0 < alpha < math.inf:
         raise ValueError(f"alpha={alpha}: gradients are scaled by alpha/rank; use more than 0, or None for 1")
+    if world == 1 < int(os.environ.get("WORLD_SIZE", 1)) and not dist.is_initialized():
+        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but no process group: each process would "
+                         "train alone; call torch.distributed.init_process_group before attach")
 
 def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int = 1):
     """[(name, module)] of the linear layers that `targets` selects, {name: reason} of those left out.
@@ -652,41 +623,39 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if head is None and linear and HEADS & {linear[-1].split(".")[0], linear[-1].split(".")[-1]}:
         head = named[linear[-1]]        # it ends the model
-    uses = collections.Counter(id(p) for module in named.values() for p in module._parameters.values())
+    uses = collections.Counter(id(p) for x in named.values() for p in x._parameters.values())
     attention = {id(x.out_proj) for x in named.values() if isinstance(x, nn.MultiheadAttention)}
     for name, module in named.items():
         kind, W = type(module), module._parameters.get("weight")
         conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-        if not conv1d and name not in linear:
+        if not conv1d and not isinstance(module, nn.Linear):
             skipped |= {f"{name}.{key}": "a 3-D parameter (experts), no linear layer" for key, p in
                         module._parameters.items() if p is not None and p.dim() == 3 and key != "weight"}
             continue
         hits, outs = ({t for t in ts if f".{name}".endswith(f".{t}")} for ts in (targets, exclude))
         used |= hits | outs
-        shaped = W is not None and not nn.parameter.is_lazy(W)
+        own = "forward" in vars(module) or not conv1d and kind.forward is not nn.Linear.forward
+        small = W is not None and not nn.parameter.is_lazy(W) and min(W.shape) < least
         reasons = {
             "in exclude": outs, "not in targets": not (every or hits),
             "nn.MultiheadAttention reads its weight and never calls it": id(module) in attention,
-            "a weight or a forward of its own kind": W is None or "forward" in vars(module)
-            or not conv1d and kind.forward is not nn.Linear.forward,
-            "no shape yet: run one forward before attach": not shaped, "tied weight": uses[id(W)] > 1,
+            "a weight or a forward of its own kind": W is None or own, "tied weight": uses[id(W)] > 1,
+            "no shape yet: run one forward before attach": nn.parameter.is_lazy(W),
             "output head": module is head and not hits,
-            f"fewer than K r = {least} components": not hits and shaped and min(W.shape) < least}
+            f"fewer than K r = {least} components": small and not hits}
         if reason := next((reason for reason, holds in reasons.items() if holds), None):
             skipped[name] = reason
+        elif small:
+            raise ValueError(f"{name} is {(*W.shape,)}: K r = {least} components are needed, it has "
+                             f"{min(W.shape)}; lower rank or shards, or use exclude=[{name!r}]")
         else:
             found.append((name, module))
     if unused := sorted({*targets, *exclude} - used):
         raise ValueError(f"{unused[0]!r} (targets, exclude) ends no linear layer's name; they end in "
                          f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}")
-    for name, module in found:
-        if min(module.weight.shape) < least:
-            raise ValueError(f"{name} is {(*module.weight.shape,)}: K r = {least} components are needed, it "
-                             f"has {min(module.weight.shape)}; lower rank or shards, or use "
-                             f"exclude=[{name!r}]")
     if not found:
-        left_out = ", ".join(f"{name} ({why})" for name, why in list(skipped.items())[:8]) or "none"
         small = [min(named[name].weight.shape) for name, why in skipped.items() if "fewer" in why]
+        left_out = ", ".join(f"{name} ({why})" for name, why in [*skipped.items()][:8]) or "none"
         raise ValueError(f"no layer to adapt, of {left_out}. Name others in targets"
                          + (f"; K r may be {max(small)} at most" if small else ""))
     return found, skipped
@@ -707,8 +676,8 @@ def send_model(model: nn.Module, device: torch.device) -> None:
     """Give all processes process 0's parameters and buffers, as DDP does, where checksums differ."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if not (
         t.is_meta or hasattr(t, "to_local") or nn.parameter.is_lazy(t))]
-    sums = gather_shards(torch.tensor([[checksum(t) for t in tensors]], device=device))     # (processes, n)
-    other = [t for t, differs in zip(tensors, (sums != sums[0]).any(dim=0).tolist()) if differs]
+    sums = everywhere(lambda: [checksum(t) for t in tensors]) if world_size() > 1 else []
+    other = [t for t, of_all in zip(tensors, zip(*sums)) if len({*of_all}) > 1]
     for t in other:
         sent = t.detach().to(device).contiguous()
         dist.broadcast(sent.flatten().view(torch.uint8), src=0)
@@ -723,20 +692,21 @@ def deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
     SVDs of one matrix on two machines may differ: in order, and shards overlap; in sign, and dA_i of
     one meets -B_i of the other.
     """
-    mine = {}
+    mine, basis = {}, adapters.basis
     def work():
         own = range(process_index(), len(adapters.slots), world_size())
-        for j in tqdm(own, desc="SVD", unit="layer", disable=not (progress and process_index() == 0)):
+        for j in tqdm(own, desc="SVD", unit="layer", disable=not progress or process_index() > 0):
             slot = adapters.slots[j]
             W, seed = slot.module.weight.to(adapters.device), seed_of(adapters.seed, slot.name)
             mine[j] = shard_factors(W if slot.conv1d else W.T, adapters.K, slot.r, init, slot.s, seed,
-                                    decompose, slot.name).to(adapters.basis)
+                                    decompose, slot.name).to(basis)
     everywhere(work)
     for j, slot in enumerate(adapters.slots):
-        rows = mine.pop(j) if j in mine else adapters.basis.new_empty((adapters.K, slot.size))
+        rows = mine.pop(j) if j in mine else basis.new_empty((adapters.K, slot.size))
         if world_size() > 1:
             dist.broadcast(rows, src=j % world_size())
-        adapters.basis[:, slot.start:slot.start + slot.size] = rows[adapters.kept]
+        rows = rows if len(basis) == adapters.K else rows[adapters.first:][:adapters.S]
+        basis[:, slot.start:slot.start + slot.size] = rows
     adapters.phase = "filled"
 
 @torch.inference_mode(False)
@@ -762,9 +732,8 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
     Module classes change, names and state_dict keys do not. Call it when the model is on its device.
     Raises ValueError, on every process alike, for what cannot be trained.
     """
-    config = dict(rank=rank, shards=world_size() if shards is None else shards, init=init, alpha=alpha,
-                  aggregate=aggregate)
-    made = []
+    config, made = dict(rank=rank, shards=world_size() if shards is None else shards, init=init, alpha=alpha,
+                        aggregate=aggregate), []
     def build():
         check_arguments(rank, config["shards"], alpha, init=init, aggregate=aggregate, exchange=exchange)
         for name, module in model.named_modules():
@@ -774,18 +743,17 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
         least = rank * (1 if init == "top" else config["shards"])
         found, skipped = find_layers(model, targets, exclude, least)
         made.append(make(model, found, skipped, config, exchange, seed, found[0][1].weight.device))
-        shapes = [(name, (*p.shape,), p.dtype) for named in (model.named_parameters(), model.named_buffers())
-                  for name, p in named if not nn.parameter.is_lazy(p)]
-        return repr((config, exchange, seed, made[0].agreed, [name for name, _ in found], shapes))
-    said = everywhere(build)
-    for i, text in enumerate(said):
-        if text != said[0]:
-            a = max(0, len(os.path.commonprefix((said[0], text))) - 30)
-            raise ValueError(f"processes disagree: process 0 attaches ...{said[0][a:a + 80]}..., process {i} "
-                             f"...{text[a:a + 80]}...; start all with the same command and model")
+        shapes = [(name, (*p.shape,), str(p.dtype)) for named in (model.named_parameters(),
+                  model.named_buffers()) for name, p in named if not nn.parameter.is_lazy(p)]
+        return [*config.items(), exchange, seed, made[0].agreed, *(name for name, _ in found), *shapes, "end"]
+    first, *others = everywhere(build)
+    for i, other in enumerate(others, 1):
+        for here, there in zip(first, other):
+            if here != there:
+                raise ValueError(f"processes disagree: process 0 attaches {here}, process {i} {there}; start "
+                                 "all with the same command and model")
     adapters, = made
-    if world_size() > 1:
-        send_model(model, adapters.device)
+    send_model(model, adapters.device)
     if decompose is not None:
         with torch.autocast(adapters.device.type, enabled=False):
             deal(adapters, init, decompose, progress)
@@ -810,36 +778,33 @@ def effective_rank(S: torch.Tensor, tolerance: float = 1e-2) -> int:
 
 # ---- The loop ------------------------------------------------------------------------------------
 
-SCHEDULES = {"cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)), "linear": lambda done: 1 - done,
-             "constant": lambda done: 1.0}
-
 def lr_factor(step: int, max_steps: int, warmup: float, schedule: str) -> float:
-    """Share of the peak rate at `step` (from 0): linear warm-up, then one of SCHEDULES.
+    """Share of the peak rate at `step` (from 0): linear warm-up, then the schedule.
 
     warmup: steps if 1 or more, below 1 a share of max_steps, 0 = off. It begins at 1/warmup, not 0.
     """
     ramp = round(warmup) if warmup >= 1 else math.ceil(warmup * max_steps)
     if step < ramp:
         return (step + 1) / ramp
-    return SCHEDULES[schedule]((step - ramp) / max(1, max_steps - ramp))
+    done = (step - ramp) / max(1, max_steps - ramp)
+    return {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "constant": 1.0}[schedule]
 
-def spans(row) -> list[tuple[int, int]]:
-    """Where a row (tokens, prompt length or [(start, stop), ...], ...) has loss; [] if that was cut off."""
+def targets_of(row) -> list[int]:
+    """What each token of a row (tokens, prompt length or [(start, stop), ...], ...) is to predict.
+
+    -100 where there is no loss: the token to come is no part of an answer.
+    """
     tokens, where = row[:2]
-    where = [(where, len(tokens))] if hasattr(where, "__index__") else where
-    return [(max(a, 1), min(b, len(tokens))) for a, b in where if max(a, 1) < min(b, len(tokens))]
+    y = [-100] * (len(tokens) - 1)
+    for a, b in [(where, len(tokens))] if hasattr(where, "__index__") else where:
+        y[max(a, 1) - 1:b - 1] = tokens[max(a, 1):b]
+    return y
 
 def pad(rows, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets (b, t) of `rows`, as `spans` reads them; -100 where there is no loss.
-
-    Padding stands on the right of causal attention, so no real token sees it and no mask is needed.
-    """
-    x = [torch.tensor(row[0][:-1], device="cpu") for row in rows]
-    y = [torch.full_like(tokens, -100) for tokens in x]
-    for row, targets in zip(rows, y):
-        for a, b in spans(row):
-            targets[a - 1:b - 1] = torch.tensor(row[0][a:b], device="cpu")
-    return pad_sequence(x, True).to(device), pad_sequence(y, True, -100).to(device)
+    """Inputs and targets (b, t) of `rows`, padded on the right: causal attention needs no mask there."""
+    x = pad_sequence([torch.tensor(row[0][:-1], device="cpu") for row in rows], True)
+    y = pad_sequence([torch.tensor(targets_of(row), device="cpu") for row in rows], True, -100)
+    return x.to(device), y.to(device)
 
 def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """(b, t) -> (b, t, vocabulary), float32 or wider, of a model that returns a tensor or `.logits`."""
@@ -853,9 +818,9 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
     """Fine-tune `model` and yield a record a step: step, loss, lr, grad_norm, tokens_per_second.
 
     adapters          from `attach`, or a baseline with the same interface
-    batches           step batches, each a list of B rows that `spans` reads, alike on every process;
+    batches           step batches, each a list of B rows as `targets_of` reads, alike on every process;
                       shard i trains on rows iB/K .. (i+1)B/K - 1, wherever shard i lives
-    lr                peak learning rate; it belongs to adapters.aggregate ("sum" steps K times further)
+    lr                peak learning rate; it belongs to aggregate= ("sum" steps K times further)
     max_grad_norm     joint 2-norm over all shards; 0 = off
     micro_batch_size  rows a forward; autocast: its matmuls in bfloat16, weights as they are
     optimizer         its groups keep their own peak rates; None: AdamW without weight decay
@@ -864,32 +829,31 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
 
     A shard minimises the mean over its own response tokens; with `whole_batch`, that of the step batch.
     """
-    if not 0 < lr < math.inf or schedule not in SCHEDULES or not max_grad_norm >= 0:
-        raise ValueError(f"lr={lr}, schedule={schedule!r}, max_grad_norm={max_grad_norm}: lr must be above 0 "
-                         f"(the paper: 2e-5), schedule one of {', '.join(SCHEDULES)}, max_grad_norm 0 (off) "
-                         "or more")
+    check_arguments(1, world_size(), schedule=schedule)
+    if not 0 < lr < math.inf or not max_grad_norm >= 0:
+        raise ValueError(f"lr={lr}, max_grad_norm={max_grad_norm}: lr must be above 0 (the paper: 2e-5), "
+                         "max_grad_norm 0 (off) or more")
     optimizer = optimizer or torch.optim.AdamW(adapters.parameters(), lr, weight_decay=0.0, foreach=True)
     adapters.check(optimizer)
     peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
-    K, S, first, device, skipped = adapters.K, adapters.S, adapters.first, torch.device(device), 0
+    K, S, first, device = adapters.K, adapters.S, adapters.first, torch.device(device)
     bar = tqdm(total=max_steps, initial=start, desc="train", unit="step",
                disable=process_index() > 0 or not progress)
     model.train()
     for step, batch in zip(range(start + 1, max_steps + 1), batches):
         began, size = time.perf_counter(), len(batch) // K
-        mini = [batch[i * size:(i + 1) * size] for i in range(K)]
-        counts = [sum(b - a for row in rows for a, b in spans(row)) for rows in mini]
-        if size * K != len(batch) or not all(spans(row) for row in batch):
-            cut = sum(not spans(row) for row in batch)
-            raise ValueError(f"step {step}: {len(batch)} rows for {K} shards, {cut} of them cut before their "
-                             "response; every shard needs as many, and whole ones")
+        counts = [len(y) - y.count(-100) for y in map(targets_of, batch)]   # tokens with loss of each row
+        if size * K != len(batch) or not all(counts):
+            raise ValueError(f"step {step}: {len(batch)} rows for {K} shards, {counts.count(0)} of them cut "
+                             "before their response; every shard needs as many, and whole ones")
 
         # Local backward: each shard of this process on its own mini-batch.
         losses = torch.zeros(S, dtype=torch.float64, device=device)
         for i in range(S):
-            norm = sum(counts) if adapters.whole_batch else counts[first + i]
+            own = slice((first + i) * size, (first + i + 1) * size)
+            norm = sum(counts) if adapters.whole_batch else sum(counts[own])
             for a in range(0, size, micro_batch_size):
-                x, y = pad(mini[first + i][a:a + micro_batch_size], device)
+                x, y = pad(batch[own][a:a + micro_batch_size], device)
                 # The model's own dropout draws from torch's generator: by step, shard and row, nothing
                 # else. It is put back: a data loader that draws from it deals alike on every process.
                 with adapters.shard(i), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -899,8 +863,8 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
                         loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
                     (loss / norm).backward()
                 losses[i] += loss.detach()
-        sums = gather_shards(losses).tolist()
-        grad_norm = float(adapters.clip_grad_norm_(max_grad_norm or math.inf))
+        norm = adapters.clip_grad_norm_(max_grad_norm or math.inf)
+        *sums, grad_norm = torch.cat((gather_shards(losses), norm.view(1))).tolist()    # waits once
 
         # AdamW turns gradients into dA_i, dB_i; all shards go into the one W.
         factor = lr_factor(step - 1, max_steps, warmup, schedule)
@@ -910,10 +874,9 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
             optimizer.step()
             adapters.merge_()
         else:
-            skipped += 1
             bad = [i for i, value in enumerate(sums) if not math.isfinite(value)]
             text = f"step {step}: not finite: loss of shards {bad} or a gradient; W is untouched by this step"
-            if skipped > skip_nonfinite:
+            if (skip_nonfinite := skip_nonfinite - 1) < 0:
                 raise ValueError(f"{text}. Lower lr, clip, or look at these rows of the batch")
             bar.write(text)
             adapters.next_step()

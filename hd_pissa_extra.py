@@ -136,18 +136,27 @@ class Slot(hd_pissa.Slot):
             self.low = self.low[rows].to(W.device, copy=True)           # FSDP2 has sharded W since
             self.note()
         elif self.low is not None and self.noted != (W.data_ptr(), W._version):
-            if self.low.any():
-                warnings.warn(f"{self.name}.weight was loaded or swapped after attach: it trains from here "
-                              "on, without the 16 bits that were kept of the one before. To load both, "
-                              "load the model first and the adapters' state after it", stacklevel=2)
-            self.low.zero_()
-            self.note()
+            self.drop_low()
         return W, rows
+
+    def drop_low(self) -> None:
+        """The high halves are another weight's than the low ones."""
+        if self.low.any():
+            warnings.warn(f"{self.name}.weight was loaded or swapped after attach: it trains from here "
+                          "on, without the 16 bits that were kept of the one before. To load both, "
+                          "load the model first and the adapters' state after it", stacklevel=2)
+        self.low.zero_()
+        self.note()
 
     def note(self) -> None:
         """The low halves belong to the weight as it is now."""
         W, _ = own_rows(self.module.weight)
-        self.noted = W.data_ptr(), W._version
+        self.noted, self.sampled = (W.data_ptr(), W._version), self.sample()
+
+    def sample(self) -> torch.Tensor:
+        """Some 64 numbers of W: `weight.data.copy_` changes them, and tells no version counter."""
+        W, _ = own_rows(self.module.weight.detach())
+        return W.flatten()[::max(1, W.numel() // 64)].clone()
 
     def read(self) -> tuple[torch.Tensor, slice]:
         """W to its last bit, in float32 if it is halved, of the rows on this process, and which."""
@@ -352,7 +361,7 @@ class Adapters(hd_pissa.Adapters):
         self.init, self.rounding, self.also, self.collected = init, rounding, also, False
         self.agreed = repr((basis, bucket_mb, rounding, [*also]))       # by all processes
         super().__init__(model, found, skipped, config, exchange, seed, device)
-        self.mean_over = self.K         # stays when a checkpoint's components are dealt to other K
+        self.divide_by(self.K)
         self.applied, self.folded = torch.ones(()), torch.zeros(())
         self.sums = torch.zeros_like(self.increments) if accumulate else None   # of merged increments
         self.backwards: dict[tuple, int] = {}   # by (layer, shard): dropout draws anew each time
@@ -367,12 +376,11 @@ class Adapters(hd_pissa.Adapters):
         if init == "random":
             self.phase = "filled"       # there is nothing to decompose, send, keep or load
 
-    def keep(self) -> slice:
-        """Folding factors and whole-batch gradients need A_i, B_i of all K shards; else only the own."""
+    def held(self) -> int:
+        """Whole-batch gradients need A_i, B_i of all K shards at every backward; a seed makes all of them."""
         if self.init == "random":
-            return slice(self.first, self.first)
-        return slice(0, self.K) if self.whole_batch else super().keep() if not self.resend else (
-            slice(self.first, self.first + self.S))
+            return 0
+        return self.K if self.whole_batch else self.S if self.resend else super().held()
 
     def select(self, i: int) -> None:
         super().select(i)
@@ -489,8 +497,20 @@ class Adapters(hd_pissa.Adapters):
     def refuse(self) -> bool:
         # Weights that an evaluation has gathered whole are copies: they would get the update.
         reshard(self.model)
+        self.halved()
         self.collect_()                 # where this process has left the optimizer's step out
         return super().refuse()
+
+    def halved(self) -> list[Slot]:
+        """Slots with low halves, which are those of W as it is now."""
+        slots = [slot for slot in self.slots if slot.low is not None]
+        for slot in slots:
+            slot.local()
+        same = [(slot.sampled == slot.sample()).all() for slot in slots]
+        for slot, yes in zip(slots, torch.stack(same).tolist() if same else ()):    # waits once
+            if not yes:
+                slot.drop_low()
+        return slots
 
     def exchange_and_fold(self) -> None:
         """As the core does, a bucket of layers at a time."""
@@ -503,34 +523,30 @@ class Adapters(hd_pissa.Adapters):
                 increments = gather_shards(increments)                  # (S, ...) -> (K, ...)
                 basis = gather_shards(basis) if 0 < len(basis) < self.K else basis  # basis="resend"
             else:
-                basis = basis[self.own]
+                basis = self.own[:, a:b]
             for slot in slots:
                 A, B = (Seeded(slot, self.seed, first, k).make(self.device, self.increments.dtype)
                         if self.init == "random" else slot.views(basis, a))
-                self.fold(slot, *hd_pissa.update_factors(A, B, *slot.views(increments, a)))
+                Pt, Q = hd_pissa.update_factors(A, B, *slot.views(increments, a))
+                self.fold(slot, *((Pt.T, Q) if slot.conv1d else (Q.T, Pt)))
         if self.sums is not None:
             self.sums += self.increments
 
-    def fold(self, slot, Pt, Q) -> None:
-        """As the core does; `applied` is the share of dU that rounding let through, in one layer a step.
+    def fold(self, slot, left, right) -> None:
+        """W += share left right; `applied` is the part that rounding let through, in one layer a step.
 
             applied = (W' - W) . dW / |dW|^2   in the first 8 rows that this process holds of a weight
         """
-        if slot is not self.slots[self.step % len(self.slots)]:
-            return super().fold(slot, Pt, Q)
-        W, rows = slot.read()
-        before = W[:8].clone()
-        left, right = (Pt.T, Q) if slot.conv1d else (Q.T, Pt)
-        if self.exchange == "all_gather":
-            dU = left[rows][:8].double() @ right.double()
-            slot.add_(left, right, self.share())
-        else:
-            dU = slot.add_sum_(left @ right, self.share())[:8]
-        dW = self.share() * dU.double()
-        self.folded = ((slot.read()[0][:8] - before).double() * dW).sum() / dW.square().sum()
-
-    def share(self) -> float:
-        return self.s / self.mean_over if self.aggregate == "mean" else self.s
+        factors, looked_at = self.exchange == "all_gather", self.slots[self.step % len(self.slots)]
+        if slot is looked_at:
+            W, rows = slot.read()
+            before = W[:8].clone()
+            dU = left[rows][:8].double() @ right.double() if factors else None
+        added = (slot.add_ if factors else slot.add_sum_)(
+            *((left, right) if factors else (left @ right,)), self.share)
+        if slot is looked_at:
+            dW = self.share * (dU if factors else added[:8]).double()
+            self.folded = ((slot.read()[0][:8] - before).double() * dW).sum() / dW.square().sum()
 
     def next_step(self) -> None:
         super().next_step()
@@ -545,7 +561,7 @@ class Adapters(hd_pissa.Adapters):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Also the low halves of this process's rows, and the sums of its shards' increments."""
-        own = {slot.name + ".low": slot.local() and slot.low for slot in self.slots if slot.low is not None}
+        own = {slot.name + ".low": slot.low for slot in self.halved()}
         for slot in self.slots if self.sums is not None else ():
             for kind, factors in zip(("dA.sum", "dB.sum"), slot.views(self.sums)):
                 own |= {f"{slot.name}.shard{self.first + i}.{kind}": f for i, f in enumerate(factors)}
@@ -556,12 +572,17 @@ class Adapters(hd_pissa.Adapters):
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.mean_over = state["mean_over"]
+        self.divide_by(state["mean_over"])
+
+    def divide_by(self, mean_over: int) -> None:
+        """The K of aggregate="mean". It stays when a checkpoint's components are dealt to another K."""
+        self.mean_over = mean_over
+        self.share = self.s / (mean_over if self.config["aggregate"] == "mean" else 1)
 
     def resume(self, step: int, mean_over: int | None = None) -> None:
         """Go on after `step` merges, once `tensors` are filled; "mean" divides by `mean_over`, a former K."""
         super().resume(step)
-        self.mean_over = mean_over or self.mean_over
+        self.divide_by(mean_over or self.mean_over)
         for slot in self.slots:
             if slot.low is not None:
                 slot.note()             # the low halves that came along belong to the W that was loaded
@@ -701,8 +722,8 @@ def lora_factors(adapters, slot, rank: int | None = None) -> tuple[torch.Tensor,
     if adapters.init == "random":
         A, B = Seeded(slot, adapters.seed, 0, adapters.K).make(adapters.device, torch.float64)
     else:
-        A, B = slot.views(gather_shards(adapters.basis[adapters.own, columns]).double(), slot.start)
-    P = adapters.share() * torch.cat((dA, A)).mT.flatten(0, 1).T        # (2K, m, r) -> (m, 2Kr)
+        A, B = slot.views(gather_shards(adapters.own[:, columns]).double(), slot.start)
+    P = adapters.share * torch.cat((dA, A)).mT.flatten(0, 1).T        # (2K, m, r) -> (m, 2Kr)
     Q = torch.cat((B, dB)).flatten(0, 1)                                # (2K, r, n) -> (2Kr, n)
     if rank is not None:
         (P, left), (Q, right) = torch.linalg.qr(P), torch.linalg.qr(Q.T)
