@@ -50,7 +50,7 @@ def without_code(text: str) -> str:
 
 @each_chapter
 def test_files_of_a_chapter(chapter):
-    """Prose with program, output, figure and three exercises; a program of at most 110 lines, of which at most
+    """Prose with program, output, figure and three exercises; of the program's lines, 110 at most, at most
     25 are shown and the others fold away."""
     text, program = chapter.read_text(), chapter.with_suffix(".py")
     assert len(program.read_text().splitlines()) <= 110, f"{program.name} has more than 110 lines"
