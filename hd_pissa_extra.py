@@ -353,13 +353,14 @@ class Adapters(hd_pissa.Adapters):
     Slot = Slot
 
     def __init__(self, model, found, skipped, config, exchange, seed, device, *, init, also, dropout,
-                 gradients, basis, rounding, bucket_mb, accumulate):
+                 gradients, send, basis, rounding, bucket_mb, accumulate):
         config.update(init=init, dropout=dropout, gradients=gradients)
         if init == "random":
             config.update(seed=seed)    # it is the basis
         self.dropout, self.whole_batch, self.resend = dropout, gradients == "global", basis == "resend"
         self.init, self.rounding, self.also, self.collected = init, rounding, also, False
-        self.agreed = repr((basis, bucket_mb, rounding, [*also]))       # by all processes
+        self.send, self.astray = send, 0.0
+        self.agreed = repr((basis, bucket_mb, rounding, send, [*also]))     # by all processes
         super().__init__(model, found, skipped, config, exchange, seed, device)
         self.divide_by(self.K)
         self.applied, self.folded = torch.ones(()), torch.zeros(())
@@ -433,11 +434,12 @@ class Adapters(hd_pissa.Adapters):
     # -- whole-batch gradients
 
     def catch(self) -> None:
-        """Let every backward add up the factor gradients of all K shards; `collect_` deals them out.
+        """Let every backward add up the factor gradients of all K shards; they go to the shards' owners.
 
-        Leaves of all shards catch them, zeros without memory. Their gradients, K times the increments,
-        live until the end of the step: micro-batches add up first, and are sent once. Until then an
-        increment's gradient is its part of what this process has caught, so zero_grad means both.
+        Leaves of all shards catch them, zeros without memory. send="step": what is caught, K times the
+        increments, lives until `collect_` sends it: micro-batches add up first. Until then an increment's
+        gradient is its part of what this process has caught, so zero_grad means both. send="backward":
+        each layer's is sent and dropped at once, in every micro-batch.
         """
         own = slice(self.first, self.first + self.S)
         for j, slot in enumerate(self.slots):
@@ -445,6 +447,10 @@ class Adapters(hd_pissa.Adapters):
             shapes = (self.K, slot.m, self.r), (self.K, self.r, slot.n)
             slot.caught = [zero.expand(shape).detach().requires_grad_() for shape in shapes]
             for leaf, mine in zip(slot.caught, zip(*slot.leaves)):
+                if self.send == "backward":
+                    tag = float(hd_pissa.seed_of(slot.name) % 2**16)
+                    leaf.register_post_accumulate_grad_hook(_send(weakref.ref(self), mine, tag))
+                    continue
                 leaf.register_hook(_before_catching(weakref.ref(leaf), mine))
                 leaf.register_post_accumulate_grad_hook(_after_catching(weakref.ref(self), mine, own))
             for row in self.seen:
@@ -463,7 +469,10 @@ class Adapters(hd_pissa.Adapters):
             return                      # once a step on every process, whatever it has caught: none waits
         self.collected = True
         self.sum_also()
-        for slots in self.buckets if summed else ():
+        if self.astray:
+            raise ValueError("the processes ran their backwards in different orders, or through different "
+                             "layers, so gradients were mixed; use send=\"step\"")
+        for slots in self.buckets if summed and self.send == "step" else ():
             parts = []                                                  # (K, m r) and (K, r n) of each layer
             for slot in slots:
                 for leaf, mine in zip(slot.caught, zip(*slot.leaves)):
@@ -551,7 +560,7 @@ class Adapters(hd_pissa.Adapters):
     def next_step(self) -> None:
         super().next_step()
         self.applied, self.folded = self.folded, torch.zeros(())       # 0 of a step that is left out
-        self.collected = False
+        self.collected, self.astray = False, 0.0
         self.backwards.clear()
         for slot in self.slots if self.whole_batch else ():
             for leaf in slot.caught:
@@ -610,6 +619,17 @@ def _after_catching(ref, mine, own):
         leaf.caught_version = leaf.grad._version
     return hook
 
+def _send(ref, mine, tag):
+    """Sum (K, ...) over the processes; the own shards' stay. The tag tells whether all sent one layer's."""
+    def hook(leaf):
+        _refuse_collected(ref)
+        rows, leaf.grad = leaf.grad.flatten(1), None
+        rows = reduce_shards(torch.cat((rows, rows.new_full((len(rows), 1), tag)), dim=1))  # (S, ...)
+        ref().astray += (rows[:, -1] - tag * world_size()).abs().sum()
+        for p, g in zip(mine, rows[:, :-1]):
+            p.grad = g.view_as(p).clone() if p.grad is None else p.grad.add_(g.view_as(p))
+    return hook
+
 def _refuse_collected(ref):
     if (adapters := ref()) is not None and adapters.collected:
         raise ValueError("the gradients of this step were summed already; call adapters.merge_() first, or "
@@ -624,9 +644,9 @@ def _before_step(optimizer, *_):
 register_optimizer_step_pre_hook(_before_step)
 
 def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: float = 0.0,
-           gradients: str = "local", basis: str = "cached", dtype: torch.dtype | None = None,
-           rounding: str = "exact", device=None, bucket_mb: int = 256, accumulate: bool = False,
-           also=(), exclude=(), decompose=components, **core) -> Adapters:
+           gradients: str = "local", send: str = "step", basis: str = "cached",
+           dtype: torch.dtype | None = None, rounding: str = "exact", device=None, bucket_mb: int = 256,
+           accumulate: bool = False, also=(), exclude=(), decompose=components, **core) -> Adapters:
     """`hd_pissa.attach`, whose arguments it takes, with more of them.
 
     init        also "random": A_i, B_i are slices of random orthonormal matrices, made again from the seed
@@ -634,6 +654,9 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
     dropout     probability, on the adapter's input; 0 = off
     gradients   "local" (the paper: a shard learns from its own mini-batch) or "global" (from the whole batch:
                 losses add up over processes, so divide by all tokens of the step)
+    send        of gradients of the whole batch. "step": micro-batches add up, in K times the memory of the
+                increments, and are sent once; "backward": sent by every backward, in that memory once.
+                The latter needs equal backwards on all processes: no layer that only some of them run
     basis       "cached": A_i, B_i of all K shards on every process; "resend": gathered at each merge
     dtype       torch.bfloat16: float32 weights become bfloat16; None = off
     rounding    of bfloat16 weights. "exact": 16 more bits of each are kept here; "stochastic": nothing is
@@ -656,15 +679,15 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
     exclude = [*([exclude] if isinstance(exclude, str) else exclude), *whole]
 
     def make(model, found, skipped, config, exchange, seed, place):
-        check_arguments(dropout, gradients, basis, dtype, rounding)
+        check_arguments(dropout, gradients, basis, dtype, rounding, send)
         for name, module in found if dtype is not None else ():
             W = module.weight
             if dtype != W.dtype and (W.dtype, dtype) != (torch.float32, torch.bfloat16):
                 raise ValueError(f"dtype={dtype} for {name}.weight of {W.dtype}: only float32 weights can be "
                                  "turned, into torch.bfloat16; use dtype=None")
         return Adapters(model, found, skipped, config, exchange, seed, torch.device(device or place),
-                        init=init, also=beside, dropout=dropout, gradients=gradients, basis=basis,
-                        rounding=rounding, bucket_mb=bucket_mb, accumulate=accumulate)
+                        init=init, also=beside, dropout=dropout, gradients=gradients, send=send,
+                        basis=basis, rounding=rounding, bucket_mb=bucket_mb, accumulate=accumulate)
 
     seeded = init == "random"
     adapters = hd_pissa.attach(model, rank, init="hd_pissa" if seeded else init, make=make,
@@ -693,10 +716,12 @@ def also_parameters(model: nn.Module, also) -> dict[str, nn.Parameter]:
                              "float32")
     return dict(reversed(unique.values()))
 
-def check_arguments(dropout=0.0, gradients="local", basis="cached", dtype=None, rounding="exact") -> None:
+def check_arguments(dropout=0.0, gradients="local", basis="cached", dtype=None, rounding="exact",
+                    send="step") -> None:
     """Raise ValueError for arguments of `attach` here that no model could be trained with."""
     for name, value, known in (("gradients", gradients, ("local", "global")),
                                ("basis", basis, ("cached", "resend")),
+                               ("send", send, ("step", "backward")),
                                ("rounding", rounding, ("exact", "stochastic"))):
         if value not in known:
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(known)}")

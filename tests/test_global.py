@@ -40,12 +40,13 @@ def single(name, alpha=None):
     return train(model, adapters, data, MAKES[name])
 
 
-def run(name, exchange="auto", alpha=None, aggregate="sum"):
+def run(name, exchange="auto", alpha=None, send="step"):
     weights, bias, data = toy.problem()
     model = toy.module(weights, bias)
     adapters = hd_pissa_extra.attach(
-        model, toy.R, shards=toy.K, gradients="global", aggregate=aggregate, exchange=exchange, alpha=alpha
-    )
+        model, toy.R, shards=toy.K, gradients="global", aggregate="sum", exchange=exchange, alpha=alpha,
+        send=send,
+    )  # fmt: skip
     Ws = train(model, adapters, data, MAKES[name])
     state = sum(p.numel() for p in adapters.parameters())
     return [W.tolist() for W in Ws], state
@@ -56,6 +57,7 @@ CASES = [
     ("adamw", "all_reduce", 3.0),
     ("sgd", "auto", 3.0),
     ("sgd", "all_reduce", None),
+    ("adamw", "auto", 3.0, "backward"),
 ]
 
 
@@ -63,10 +65,10 @@ def close(a, b):
     torch.testing.assert_close(torch.as_tensor(a, dtype=torch.float64), b, rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("name, exchange, alpha", CASES)
-def test_one_process_equals_one_shard_of_rank_Kr(name, exchange, alpha):
-    got, state = run(name, exchange, alpha)
-    for a, b in zip(got, single(name, alpha), strict=True):
+@pytest.mark.parametrize("case", CASES)
+def test_one_process_equals_one_shard_of_rank_Kr(case):
+    got, state = run(*case)
+    for a, b in zip(got, single(case[0], case[2]), strict=True):
         close(a, b)
     assert state == toy.K * toy.R * sum(sum(W.shape) for W in toy.problem()[0])
 
@@ -78,7 +80,7 @@ def all_cases():
 @pytest.mark.parametrize("world", [2, 4])
 def test_processes_equal_one_shard_of_rank_Kr(world, tmp_path):
     """And each process keeps optimizer state for its own shards alone."""
-    expected = [single(name, alpha) for name, _, alpha in CASES]
+    expected = [single(case[0], case[2]) for case in CASES]
     ranks = spawn(world, all_cases, tmp_path)
     assert all(rank == ranks[0] for rank in ranks)
     for (got, state), Ws in zip(ranks[0], expected, strict=True):
@@ -215,14 +217,14 @@ class Backwards(nn.Module):
         return self.last(Dies.apply(torch.tanh(h)))
 
 
-def orders(gradients="global", fail=False, reentrant=False, micro=1):
+def orders(gradients="global", fail=False, reentrant=False, micro=1, send="step"):
     """Weights of the three layers after three steps of four rows of each of two shards."""
     model = Backwards()
     attach = hd_pissa_extra.attach
     if gradients == "one shard":        # the oracle: rank K r on the whole batch, nothing caught or dealt out
         adapters = attach(model, 4, shards=1)
     else:
-        adapters = attach(model, 2, shards=2, gradients=gradients, aggregate="sum")
+        adapters = attach(model, 2, shards=2, gradients=gradients, aggregate="sum", send=send)
     optimizer, g = torch.optim.SGD(adapters.parameters(), 0.1, momentum=0.9), torch.Generator().manual_seed(1)
     whole = gradients == "one shard"
     mine = range(2) if whole else range(adapters.first, adapters.first + adapters.S)
@@ -248,7 +250,9 @@ def orders(gradients="global", fail=False, reentrant=False, micro=1):
 
 CASES_OF_ORDER = {"reverse order": {}, "a failed backward, zero_grad, and on": dict(fail=True),
                   "reentrant checkpointing": dict(reentrant=True), "micro-batches": dict(micro=4),
-                  "all": dict(fail=True, reentrant=True, micro=2)}  # fmt: skip
+                  "all": dict(fail=True, reentrant=True, micro=2),
+                  "sent by every backward": dict(fail=True, reentrant=True, micro=2, send="backward"),
+                  }  # fmt: skip
 
 
 def all_orders():
@@ -262,3 +266,59 @@ def test_the_order_of_gradients_does_not_matter(tmp_path):
         for weights in results:
             for a, b in zip(weights, expected, strict=True):
                 close(a, torch.tensor(b, dtype=torch.float64))
+
+
+# ---- Sent by every backward --------------------------------------------------------------------------------
+
+
+def sent():
+    """Numbers that this process held for gradients at once, and received, in three micro-batches."""
+    out = {}
+    for send in ("step", "backward"):
+        model = toy.module(*toy.problem()[:2])
+        adapters = hd_pissa_extra.attach(model, toy.R, shards=2, gradients="global", send=send)
+        held, moved, reduce = [], [], hd_pissa_extra.reduce_shards
+
+        def counted(whole, moved=moved, reduce=reduce):
+            own = reduce(whole)
+            moved.append(own.numel())
+            return own
+
+        hd_pissa_extra.reduce_shards = counted
+        try:
+            for x, _ in toy.problem()[2][0][:3]:
+                model(x).square().mean().backward()
+                caught = [leaf.grad for slot in adapters.slots for leaf in slot.caught]
+                held.append(sum(grad.numel() for grad in caught if grad is not None))
+            adapters.collect_()
+        finally:
+            hd_pissa_extra.reduce_shards = reduce
+        out[send] = max(held), sum(moved), adapters.increments.numel()
+    return out
+
+
+def test_what_each_way_of_sending_holds_and_moves(tmp_path):
+    """step: K times the increments, once. backward: nothing is kept, but each micro-batch sends."""
+    for out in spawn(2, sent, tmp_path):
+        held, moved, own = out["step"]
+        assert held == 2 * own and moved == own
+        held, moved, own = out["backward"]
+        tags = 2 * 2 * 3                                    # one number per leaf and micro-batch
+        assert held == 0 and moved == 3 * own + tags
+
+
+def experts():
+    """Each process runs another layer of the same shape: what the merge says."""
+    layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(2))
+    adapters = hd_pissa_extra.attach(layers, 2, gradients="global", send="backward")
+    layers[hd_pissa.process_index()](torch.ones(3, 12)).sum().backward()
+    before = layers[0].weight.clone()
+    try:
+        MAKES["sgd"](adapters.parameters()).step()
+    except ValueError as e:
+        return str(e), torch.equal(before, layers[0].weight)
+
+
+def test_layers_that_only_some_processes_run_are_refused_where_each_backward_sends(tmp_path):
+    for said, untouched in spawn(2, experts, tmp_path):
+        assert "different layers, so gradients were mixed" in said and 'send="step"' in said and untouched
