@@ -11,6 +11,7 @@ import html.parser
 import json
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,8 +37,10 @@ next](02_next.md#a-heading-with-code), [tests](../tests) and [the README](../REA
 
 $$W_{t+1} = W_t + \frac{1}{K} \sum_{i=0}^{K-1} \Delta U_i$$
 
-```equation
-dU_i = dA_i B_i + A_i dB_i + dA_i dB_i  <  1
+A product $`K r \le m`$ in a sentence.
+
+```math
+\Delta U_i = \Delta A_i B_i + A_i \Delta B_i < 1
 ```
 <!-- check: dU -->
 
@@ -56,10 +59,28 @@ def rank() -> int:
 | --- | --- |
 | 1 | 2 |
 
-```equation
-|rest|^2 = 0
+```math
+\lVert \text{rest} \rVert^2 = 0
 ```
 <!-- definition -->
+
+<!-- program: 01_sample.py -->
+
+<details><summary>Imports and data</summary>
+
+```python
+import folded
+```
+
+</details>
+
+```python
+shown = folded
+```
+
+[01_sample.py, 2 lines](01_sample.py)
+
+<!-- end -->
 
 It prints
 
@@ -124,7 +145,7 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """The edition of the real chapters."""
-    pytest.importorskip("markdown_it", reason="pip install -r requirements-extra.txt")
+    pytest.importorskip("markdown_it", reason="pip install '.[tutorial]'")
     folder = tmp_path_factory.mktemp("edition") / "html"
     edition.build(folder)
     return folder
@@ -138,7 +159,7 @@ def pages(folder) -> dict[str, Page]:
 @pytest.fixture
 def sample(tmp_path, monkeypatch) -> Path:
     """A tutorial of two small chapters, built."""
-    pytest.importorskip("markdown_it", reason="pip install -r requirements-extra.txt")
+    pytest.importorskip("markdown_it", reason="pip install '.[tutorial]'")
     (tmp_path / "tutorial").mkdir()
     (tmp_path / "tests").mkdir()
     (tmp_path / "hd_pissa.py").write_text('"""One."""\n\ndef rank() -> int:\n    """<b>"""\n    return 0\n')
@@ -202,7 +223,8 @@ def test_nothing_is_loaded_from_a_network(pages, folder):
 
 def test_pages_hold_every_code_block_of_their_chapter(pages):
     for chapter in CHAPTERS:
-        fences = re.findall(r"^```\w*\n(.*?)^```$", chapter.read_text(), re.M | re.DOTALL)
+        fences = [code for kind, code in re.findall(r"^```(\w*)\n(.*?)^```$", chapter.read_text(),
+                                                    re.M | re.DOTALL) if kind != "math"]
         shown = [text.strip("\n") for text in pages[chapter.stem + ".html"].pre]
         for fence in fences:
             assert fence.strip("\n") in shown, f"{chapter.name}: {fence[:200]}"
@@ -226,19 +248,60 @@ def test_both_interactive_figures_stand_in_chapters(folder):
 
 def test_sample_chapter(sample):
     text, page = (sample / "01_sample.html").read_text(), Page((sample / "01_sample.html").read_text())
-    assert text.count("<math") == 2 and 'display="block"' in text and "$5 and $6" in text
-    assert "dU_i = dA_i B_i + A_i dB_i + dA_i dB_i  <  1\n" in page.pre
+    assert text.count("<math") == 5 and text.count('display="block"') == 3 and "$5 and $6" in text
+    assert "`" not in text and "\\" not in page.text and "ΔUi=ΔAiBi+AiΔBi<1" in page.text
     assert "def rank() -> int:\n    return 0 if 1 < 2 else 1\n" in page.pre
     assert {"hd_pissa.py.html#L-3", "02_next.html#a-heading-with-code", "README.md.html"} <= set(page.links)
     assert 'class="outside">tests</a>' in text and "<!--" not in text
-    # the excerpt and its link stand in the code column, the equation and the hint in the prose
+    # excerpt, program and output stand in the code column, equations, tables and the hint in the prose
     column = r'<div class="(prose after|prose|code)">(.*?)</div>\n(?=<div|</div>)'
     columns = re.findall(column, text, re.DOTALL)
-    needles = ("dU_i = ", "|rest|", "lines 3 to 5", "ok  ", "hidden", "<table>")
+    needles = {"<mi>U</mi>": "prose", "rest": "prose", "<table>": "prose", "hidden": "prose",
+               "lines 3 to 5": "code", "ok  ": "code", "import": "code", "2 lines": "code"}
     kind = {needle: name[:5].strip() for needle in needles for name, body in columns if needle in body}
-    assert kind == {n: "code" if n == "lines 3 to 5" else "prose" for n in needles}
+    assert kind == needles
+    assert '<details><summary>Imports and data</summary>' in text
     assert "LICENSE" not in [p.name for p in sample.iterdir()] and (sample / "hd_pissa.py.html").is_file()
     assert (sample / "README.md.html").read_text().count('href="01_sample.html"') == 2     # menu and text
+
+
+def test_every_equation_becomes_mathml():
+    """As many displayed equations as the chapters have fences; no command and no & is left as text."""
+    xml = pytest.importorskip("xml.etree.ElementTree")
+    convert = pytest.importorskip("latex2mathml.converter").convert
+    found = 0
+    for chapter in CHAPTERS:
+        text = chapter.read_text()
+        fences = re.findall(r"^```math\n(.*?)^```$", text, re.M | re.S)
+        for latex in fences + re.findall(r"\$`(.+?)`\$", text):
+            words = "".join(xml.fromstring(convert(latex)).itertext())
+            assert words.strip() and not re.search(r"[\\&{}]", words), latex
+            found += 1
+    assert found > 40
+
+
+def test_the_edition_needs_the_requirements_of_the_tutorial_alone(tmp_path):
+    """torch, numpy, tqdm and the extra [tutorial]; and what it builds leaves the repository as it was."""
+    pytest.importorskip("markdown_it", reason="pip install '.[tutorial]'")
+    others = ["transformers", "peft", "accelerate", "safetensors", "datasets", "hypothesis", "gguf",
+              "lm_eval", "playwright", "pytest", "tiktoken"]
+    script = (f"import sys\nfor name in {others}: sys.modules[name] = None\n"
+              f"sys.path.insert(0, {str(TUTORIAL)!r})\nimport edition\n"
+              f"edition.build({str(tmp_path / 'html')!r})\n")
+    state = [(p, p.stat().st_mtime_ns) for p in sorted(TUTORIAL.rglob("*.md"))]
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
+    assert (tmp_path / "html" / "index.html").is_file()
+    assert state == [(p, p.stat().st_mtime_ns) for p in sorted(TUTORIAL.rglob("*.md"))]
+
+
+def test_the_table_of_chapters_names_its_columns(folder):
+    """So that a phone can show a row as a card: every cell says which column it is of."""
+    text = (folder / "index.html").read_text()
+    table = re.search(r'<table class="cards">.*?</table>', text, re.S)[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", table, re.S)[1:]
+    assert len(rows) == len(CHAPTERS)
+    for row in rows:
+        assert re.findall(r'data-column="(\w+)"', row) == ["chapter", "idea", "program", "reading"]
 
 
 def test_another_folder_is_not_emptied(sample, tmp_path):
@@ -259,7 +322,7 @@ def test_a_missing_package_is_named(monkeypatch, tmp_path):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ValueError, match="needs latex2mathml: pip install -r requirements-extra.txt"):
+    with pytest.raises(ValueError, match=r'needs latex2mathml: pip install "\.\[tutorial\]"'):
         edition.build(tmp_path)
 
 
@@ -338,7 +401,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 
 @pytest.fixture(scope="module")
 def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="pip install -r requirements-extra.txt")
+    api = pytest.importorskip("playwright.sync_api", reason="pip install '.[tutorial]'")
     program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if program is None:
         pytest.skip("no Chromium; apt-get install chromium")
@@ -370,7 +433,7 @@ def visit(browser, folder):
 
 
 WIDER = """() => [...document.querySelectorAll("body *")].filter(e =>
-    e.getBoundingClientRect().right > innerWidth + 1 && !e.closest("pre, .table, .menu nav, math")
+    e.getBoundingClientRect().right > innerWidth + 1 && !e.closest("pre, .table, .menu nav, .equation")
     ).map(e => e.outerHTML.slice(0, 120))"""
 
 
@@ -397,6 +460,25 @@ def test_code_stands_beside_prose_and_below_it_on_a_phone(visit, folder):
         wide = visit(chapter.stem + ".html").evaluate(sides)
         assert wide and all(beside and level for beside, level, _ in wide), chapter.name
         assert all(below for *_, below in visit(chapter.stem + ".html", 390).evaluate(sides)), chapter.name
+
+
+@pytest.mark.slow
+def test_the_table_of_chapters_is_cards_on_a_phone_and_text_fills_a_desktop(visit):
+    """Each row a card of the phone's width below the one before; on a desktop a row again, and the text of a
+    chapter reaches into the right half."""
+    boxes = """() => [...document.querySelectorAll(".cards tbody tr")]
+        .map(e => e.getBoundingClientRect().toJSON())"""
+    phone = visit("index.html", 390)
+    cards = phone.evaluate(boxes)
+    assert all(300 < card["width"] <= 390 and card["height"] > 100 for card in cards)
+    assert all(a["bottom"] < b["top"] for a, b in zip(cards, cards[1:]))
+    assert phone.locator(".cards th").first.is_hidden()
+    desktop = visit("index.html", 1440)
+    assert all(row["height"] < 100 for row in desktop.evaluate(boxes))
+    right = """() => [...document.querySelectorAll("main :is(p, pre, li, img)")]
+        .filter(e => e.getBoundingClientRect().left > innerWidth / 3).length"""
+    for chapter in CHAPTERS:
+        assert visit(chapter.stem + ".html").evaluate(right) > 5, chapter.name
 
 
 @pytest.mark.slow

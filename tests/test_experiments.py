@@ -491,6 +491,54 @@ def test_the_main_readme_shows_the_results():
     assert f"{statistics.mean(data['lora'].values()):.3f} ±" in shown[0]
 
 
+def test_every_comparison_of_the_page_is_the_rule_on_the_lines():
+    """Gap, t and word of every row of the last table, from the JSON lines by hand: seeds in common, the
+    limits of Student's t for two degrees of freedom (4.303, and 2.920 at 90 %), 0.02 nats."""
+    lines = [json.loads(line) for line in (RESULTS / "runs.jsonl").read_text().splitlines()]
+    text = (RESULTS / "README.md").read_text().split("## Every comparison")[1].split("## Tuning")[0]
+    names, words = {}, set()
+    for name, arm in table.load().items():
+        if isinstance(arm, table.Arm) and arm.there:
+            names[page.label(name), page.when(arm.config)] = arm
+    row = r"^\| (.+?) \| (.+?) \| (\d+ steps.*?) \| (\S+) \| (\S+) \| 4.3 \|.+ 3 \| (.+) \|$"
+    rows = re.findall(row, text, re.M)
+    for a, b, when, gap, t, word in rows:
+        losses = [{r["config"]["seed"]: r["final"]["all"][0] for r in lines if r["final"]
+                   and {k: v for k, v in r["config"].items() if k not in ("lr", "seed")} == arm.config
+                   and r["config"]["lr"] == arm.best} for arm in (names[a, when], names[b, when])]
+        d = [losses[0][seed] - losses[1][seed] for seed in (0, 1, 2)]
+        mean, error = statistics.mean(d), statistics.stdev(d) / math.sqrt(3)
+        low, high = mean - 2.920 * error, mean + 2.920 * error
+        expected = f"**decided: a is {'behind' if mean > 0 else 'ahead'}**" \
+            if abs(mean / error) > 4.303 and abs(mean) >= 0.02 else \
+            "equivalent" if -0.02 <= low and high <= 0.02 else "undecided"
+        assert (gap, word) == (f"{mean:+.3f}", expected) and abs(float(t) - mean / error) < 0.06, (a, b, when)
+        words.add(word.split(":")[0].strip("*"))
+    assert len(rows) >= 80 and words == {"decided", "equivalent", "undecided"}
+
+
+def test_memory_of_a_device():
+    """By hand, at K = 8 and r = 2 of four blocks whose layers have 2,048 inputs and outputs."""
+    data, n = table.load(), 2 * 4 * 2048
+    for name, expected in {"hd": (2 * n, 2 * n, 8 * n, 7 * n), "hd global": (2 * n, 2 * n, 8 * n, 14 * n),
+                           "lora": (2 * n, n // 4, n, 7 * n // 4),
+                           "lora r=16": (16 * n, 2 * n, 8 * n, 14 * n)}.items():
+        assert tuple(page.memory(data[name]).values()) == expected, name
+    assert page.memory(data["full"])["held"] == 0
+
+
+def test_words_of_a_claim():
+    assert page.claimed(["ahead", "ahead"]) == "holds here"
+    assert page.claimed(["ahead", "undecided"]) == page.claimed(["undecided"]) == "undecided"
+    assert page.claimed(["ahead", "behind"], on="K") == page.claimed(["ahead", "equivalent"], on="K") == \
+        "depends on K"
+    assert page.claimed(["behind", "undecided"]) == page.claimed(["equivalent"]) == "does not hold here"
+
+
+def test_every_arm_has_a_name():
+    assert all(page.label(name) for name in arms.ARMS)
+
+
 def test_no_measured_number_is_typed_into_the_page():
     """String literals of page.py hold no decimal fraction: a figure of the text can only be computed."""
     tree = ast.parse((ROOT / "tutorial/experiments/page.py").read_text())
@@ -521,7 +569,7 @@ def test_other_data_give_another_verdict(tmp_path):
 
 def test_figures_are_drawn_from_the_results(tmp_path):
     pytest.importorskip("matplotlib")
-    for name in ("runs.jsonl", "mute.jsonl", "speed.jsonl"):
+    for name in ("runs.jsonl", "mute.jsonl", "speed.jsonl", "real_runs.jsonl"):
         (tmp_path / name).write_bytes((RESULTS / name).read_bytes())
     from tutorial.experiments import figures
     figures.main(["--results", str(tmp_path)])

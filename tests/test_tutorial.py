@@ -50,9 +50,19 @@ def without_code(text: str) -> str:
 
 @each_chapter
 def test_files_of_a_chapter(chapter):
-    """Prose with program, output, figure and three exercises; a program of at most 80 lines."""
+    """Prose with program, output, figure and three exercises; of the program's lines, 110 at most, at most
+    25 are shown and the others fold away."""
     text, program = chapter.read_text(), chapter.with_suffix(".py")
-    assert len(program.read_text().splitlines()) <= 80, f"{program.name} has more than 80 lines"
+    assert len(program.read_text().splitlines()) <= 110, f"{program.name} has more than 110 lines"
+    block = re.search(rf"<!-- program: {program.name} -->(.*?)<!-- end -->", text, re.S)[1]
+    open_ = re.sub(r"<details>.*?</details>", "", block, flags=re.S)
+    shown = "".join(re.findall(r"```python\n(.*?)```", open_, re.S))
+    assert 5 <= len([line for line in shown.splitlines() if line.strip()]) <= 25, "fold more, or less"
+    assert "save_figure" not in shown
+    every = "\n".join(re.findall(r"```python\n(.*?)\n```", block, re.S))
+    assert every.split() == program.read_text().split(), "the chapter does not hold the whole program"
+    prose = build.BLOCK.sub("", text)
+    assert len(prose.split()) < 1800, f"{chapter.name} has {len(prose.split())} words beside its code"
     for wanted in (f"<!-- program: {program.name} -->", f"<!-- output: {program.name} -->",
                    f"](figures/{chapter.stem}.svg)", "## Exercises"):
         assert wanted in text, f"{chapter.name} lacks {wanted}"
@@ -118,6 +128,28 @@ def test_excerpt_against_hand_made_source(tmp_path, monkeypatch):
     for wrong in ("a.py:C.g", "a.py:C.f [nowhere:]"):
         with pytest.raises(ValueError, match="fix the excerpt's marker"):
             build.excerpt(wrong)
+
+
+def test_broken_markers_are_all_named_with_their_chapters(tmp_path, monkeypatch, capsys):
+    """A function that was renamed: chapter, marker and the name it may have now, and exit code 2."""
+    (tmp_path / "tutorial").mkdir()
+    (tmp_path / "core.py").write_text("class Slot:\n    def add_(self):\n        pass\n")
+    for name, where in (("01_a.md", "core.py:Slot.add"), ("02_b.md", "gone.py:f")):
+        text = f"# 1. A\n\n> B\n\n<!-- excerpt: {where} -->\n<!-- end -->\n"
+        (tmp_path / "tutorial" / name).write_text(text)
+    monkeypatch.setattr(build, "ROOT", tmp_path)
+    monkeypatch.setattr(build, "HERE", tmp_path / "tutorial")
+    with pytest.raises(SystemExit) as ended:
+        build.main(["--quick"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "tutorial/01_a.md: core.py has no Slot.add; fix" in said
+    assert "(add may now be add_)" in said and "tutorial/02_b.md: there is no gone.py" in said
+
+
+def test_cells_of_a_program():
+    code = "import a\n\n# %% One\nb = 1\n\n\n# %% fold: Figure, checks\nc = 2\n"
+    assert build.cells(code) == [("Imports and data", "import a"), (None, "# %% One\nb = 1"),
+                                 ("Figure, checks", "# %% fold: Figure, checks\nc = 2")]
 
 
 def test_refresh_replaces_blocks_alone(tmp_path, monkeypatch):
@@ -256,7 +288,7 @@ def test_displayed_equations_name_their_check(chapter):
     text, program = chapter.read_text(), chapter.with_suffix(".py")
     strings = {node.value for node in ast.walk(ast.parse(program.read_text()))
                if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    for equation, following in re.findall(r"^```equation\n(.*?)^```\n+(.*?)$", text, re.M | re.S):
+    for equation, following in re.findall(r"^```math\n(.*?)^```\n+(.*?)$", text, re.M | re.S):
         named = re.match(r"<!-- (?:check: (.+?)|definition) -->", following)
         assert named, f"no check named below\n{equation}"
         if named[1] and "::" in named[1]:
@@ -296,8 +328,15 @@ def test_arithmetic_in_prose_is_right():
     assert found >= 2
 
 
+def test_notebooks_write_equations_as_they_can_show_them(tmp_path):
+    (tmp_path / "01_a.md").write_text("# 1. A\n\nIf $`a < b`$:\n\n```math\na + b\n```\n<!-- definition -->\n")
+    (tmp_path / "01_a.py").write_text("")
+    [_, cell] = build.notebook(tmp_path / "01_a.md")["cells"]
+    assert "".join(cell["source"]).endswith("If $a < b$:\n\n$$\na + b\n$$")
+
+
 def test_the_rewrite_has_as_many_lines_as_the_text_says():
-    program = TUTORIAL / "11_using_it.py"
+    program = TUTORIAL / "13_using_it.py"
     [anew] = [node for node in ast.parse(program.read_text()).body if getattr(node, "name", "") == "anew"]
     for path in (program, program.with_suffix(".md"), TUTORIAL / "README.md"):
         said = re.findall(r"(?:method is|method in|anew in) (\d+) lines", path.read_text())

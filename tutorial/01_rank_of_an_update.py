@@ -5,7 +5,7 @@ from lesson import check, save_figure
 
 import hd_pissa
 
-# %% A weight W, and data of a layer that differs from W by a matrix of full rank
+# %% fold: A weight W, and data of a layer that differs from W by a matrix of full rank
 m, n, r, T, STEPS = 24, 32, 3, 512, 300
 g = torch.Generator().manual_seed(0)
 
@@ -45,7 +45,7 @@ for name, (start, weight) in methods.items():
     print(f"{name:6} {loss:.3f} {'':29}", *(f"{relative[k]:5.2f}" for k in (0, r - 1, r, 2 * r - 1, 2 * r)))
 
 
-# %% The figure: where each spectrum ends
+# %% fold: The figure: where each spectrum ends
 def draw_spectra(axes):
     for name, s in spectra.items():
         axes.semilogy(range(1, len(s) + 1), (s / s[0]).clamp(min=1e-12), "o-", markersize=3, label=name)
@@ -58,7 +58,7 @@ def draw_spectra(axes):
 
 save_figure(__file__, draw_spectra)
 
-# %% Checks: the ranks, and the two factorizations that explain them
+# %% fold: Checks: the ranks, and the two factorizations that explain them
 for name, rank in (("LoRA", r), ("PiSSA", 2 * r), ("full", min(m, n))):
     check(f"rank of dW, {name}: {rank}", torch.linalg.matrix_rank(dW[name], rtol=1e-10), rank)
     check(f"effective rank, {name}: {rank}", hd_pissa.effective_rank(spectra[name]), rank)

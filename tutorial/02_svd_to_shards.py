@@ -5,7 +5,7 @@ from lesson import check, save_figure
 
 import hd_pissa
 
-# %% A weight with a slowly falling spectrum
+# %% fold: A weight with a slowly falling spectrum
 m, n, K, r = 96, 128, 4, 4
 g = torch.Generator().manual_seed(0)
 left, right = (torch.linalg.qr(torch.randn((k, m), generator=g, dtype=torch.float64)).Q for k in (m, n))
@@ -21,7 +21,7 @@ for i, c in enumerate(cuts):
     share = (A[i] @ B[i]).square().sum() / W.square().sum()
     print(f"device {i}: components {c.start:2} to {c.stop - 1:2}, {share:5.1%} of |W|^2")
 
-# %% Checks: what the shards are to each other, and to W
+# %% fold: Checks: what the shards are to each other, and to W
 gram_A, gram_B = torch.hstack(A).T @ torch.hstack(A), torch.vstack(B) @ torch.vstack(B).T   # (Kr, Kr) both
 check("A_i^T A_j = 0 = B_i B_j^T for i != j", torch.stack((gram_A, gram_B)),
       torch.stack((gram_A.diag().diag(), gram_B.diag().diag())), atol=1e-12)
@@ -50,7 +50,7 @@ print(f"{shared:.0%} of the last device's directions lie in those of the others"
 check("overlap of slices of one exact SVD", overlap([U] * K), torch.zeros(K * r, K * r), atol=1e-12)
 
 
-# %% The figure: who holds which component, and how rough decompositions overlap
+# %% fold: The figure: who holds which component, and how rough decompositions overlap
 def draw(axes):
     spectrum, grid = axes
     for i, c in enumerate(cuts):
@@ -69,7 +69,7 @@ def draw(axes):
 
 save_figure(__file__, draw, columns=2)
 
-# %% hd_pissa.py's factors: a component may have the opposite sign, in A_i and B_i at once
+# %% fold: Check: hd_pissa.py's factors: a component may have the opposite sign, in A_i and B_i at once
 packed = hd_pissa.shard_factors(W, K, r, "hd_pissa", 1.0, 0)            # (K, m r + r n)
 As, Bs = packed[:, :m * r].view(K, m, r), packed[:, m * r:].view(K, r, n)
 check("A_i B_i of hd_pissa.shard_factors", As @ Bs, torch.stack([a @ b for a, b in zip(A, B)]), atol=1e-12)

@@ -5,7 +5,7 @@ from lesson import check, save_figure
 
 import hd_pissa
 
-# %% A layer Y = X W, one slice of its SVD, and a fake loss sum(Y * dY) whose gradient at Y is dY
+# %% fold: A layer Y = X W, one slice of its SVD, and a fake loss sum(Y * dY) whose gradient at Y is dY
 T, m, n, r = 8, 12, 10, 2                                   # tokens, inputs, outputs, components
 g = torch.Generator().manual_seed(0)
 X, W, dY = (torch.randn(shape, generator=g, dtype=torch.float64) for shape in ((T, m), (m, n), (T, n)))
@@ -46,7 +46,7 @@ check("hd_pissa's g_A B", dA.grad @ own["0.shard0.B"], g_A @ B, rtol=1e-10)
 check("hd_pissa's A g_B", own["0.shard0.A"] @ dB.grad, A @ g_B, rtol=1e-10)
 
 
-# %% 4. The published way, in float32: Y = X (W + gamma A B), gradients divided by gamma
+# %% fold: 4. The published way, in float32: Y = X (W + gamma A B), gradients divided by gamma
 def published(gamma, size, flush):
     """Relative errors of Y and of g_A, if dY is `size` times as large, and denormals are flushed or not."""
     torch.set_flush_denormal(flush)
@@ -64,7 +64,7 @@ curves = {"output Y": errors[0, :, 0], "g_A, dY of 1": errors[0, :, 1], "g_A, dY
           "the same, denormals flushed": errors[2, :, 1]}
 print("gamma   error of", *(f"{name:>{len(name) + 3}}" for name in curves))
 for k in (2, 4, 8, 16, 30, 32, 36):
-    texts = ("-" if e[k - 1] < 1e-6 else f"{e[k - 1]:.0e}" for e in curves.values())
+    texts = ("-" if e[k - 1] < 1e-6 else f"1e{e[k - 1].log10().round():+03.0f}" for e in curves.values())
     print(f"1e-{k:02}           ", *(f"{text:>{len(name) + 3}}" for name, text in zip(curves, texts)))
 check("gamma from 1e-8 to 1e-28 in float32", errors[:, 7:28], torch.zeros(3, 21, 2), atol=1e-6)
 

@@ -7,7 +7,7 @@ from lesson import check, save_figure
 
 import hd_pissa
 
-# %% A layer Y = X W, and for every step a mini-batch for each of K devices
+# %% fold: A layer Y = X W, and for every step a mini-batch for each of K devices
 m, n, K, r, T, STEPS, LR = 24, 32, 4, 2, 64, 200, 1e-3
 draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 W0 = draw(m, n) / m**0.5
@@ -38,13 +38,13 @@ def train(A, B, how, lr=LR, steps=STEPS):
     return torch.stack(path)                                                        # (steps, m, n)
 
 
-# %% The SVD leaves the sign of a component open. A method must not depend on it.
+# %% fold: The SVD leaves the sign of a component open. A method must not depend on it.
 sign = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, -1.0]).double().view(K, 1, r)
 for how in ("gradients", "mean", "sum"):
     once, flipped = (train(*factors, how, steps=1)[0] - W0 for factors in ((A, B), (A * sign, sign.mT * B)))
     print(f"{how:10} one step changes by {(once - flipped).norm() / once.norm():4.0%} if signs are flipped")
 
-# %% The loss on each step's own mini-batches, before the step
+# %% fold: The loss on each step's own mini-batches, before the step
 loss = {}
 for how, lr in (("gradients", LR), ("mean", LR), ("sum", LR), ("mean", K * LR)):
     before = [W0, *train(A, B, how, lr)]
@@ -61,7 +61,7 @@ def draw_losses(axes):
 
 save_figure(__file__, draw_losses)
 
-# %% Checks. Oracle of the whole method: hd_pissa.py, with torch's AdamW and autograd
+# %% fold: Checks. Oracle of the whole method: hd_pissa.py, with torch's AdamW and autograd
 small = [train(A, B, how, lr, steps=1)[0] - W0 for how, lr in (("mean", K * 1e-6), ("sum", 1e-6))]
 check("mean at K lr = sum at lr, up to lr^2", *small, rtol=1e-4)
 for how in ("mean", "sum"):

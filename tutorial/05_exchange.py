@@ -2,12 +2,11 @@
 
 import itertools
 import tempfile
-from unittest import mock
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from lesson import check, save_figure
+from lesson import check, received, save_figure
 
 import hd_pissa_extra
 
@@ -23,6 +22,7 @@ def components(W, k, name="W"):
     return U[:, :k], S[:k], Vt[:k]
 
 
+# %% The oracle, and what each of two processes does
 def oracle(r):
     """dW of one step by the equations, in one process and float64. Adam's first step is -lr g / |g|."""
     (U, S, Vt), dW = components(W, K * r), torch.zeros((N, N), dtype=torch.float64)
@@ -32,16 +32,6 @@ def oracle(r):
         dA, dB = (-LR * g / (g.abs() + 1e-8) for g in (G @ B.T, A.T @ G))
         dW += (dA @ B + A @ dB + dA @ dB) / K
     return dW
-
-
-def received(work) -> int:
-    """Bytes that reach this process in work(), if every collective goes round a ring."""
-    gather = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    with (mock.patch.object(dist, gather, wraps=getattr(dist, gather)) as gathers,
-          mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as sums):
-        work()
-    sizes = [call.args[0].nbytes for call in gathers.call_args_list + 2 * sums.call_args_list]
-    return sum(sizes) * (K - 1) // K    # all but the own part of a tensor arrives; a sum goes round twice
 
 
 def device(rank, folder):
@@ -57,6 +47,7 @@ def device(rank, folder):
     torch.save(result, f"{folder}/{rank}.pt")
 
 
+# %% fold: Figure, start of the processes, checks
 def draw(axes):
     for way, line, dots in zip(WAYS, zip(*formulas), zip(*counted)):
         axes.loglog(RANKS, line, label=way)

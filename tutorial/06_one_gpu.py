@@ -17,6 +17,7 @@ TEACHER = torch.randn((SIZES[0], SIZES[2]), generator=g) / SIZES[0] ** 0.5
 DATA = torch.randn((STEPS, max(CASES) * ROWS, SIZES[0]), generator=g)
 
 
+# %% A run of K shards, however many of them live in this process
 def train(K):
     """Losses (STEPS, shards of this process), the final weights, and how much AdamW holds here."""
     torch.manual_seed(0)
@@ -40,6 +41,7 @@ def train(K):
     return losses, weights, sum(t.numel() for t in moments)
 
 
+# %% fold: Figure, start of the processes, checks
 def device(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     torch.save([train(K) for K in CASES], f"{folder}/{rank}.pt")

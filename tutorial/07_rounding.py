@@ -43,6 +43,7 @@ def draw(axes):
     axes.legend()
 
 
+# %% Three ways of adding the same steps
 wide, plain, (high, low) = START.float(), START.clone(), split(START.float())
 meant, path = torch.zeros((m, n), dtype=torch.float64), []
 unit = nearest(START.float() * (1 + 2**-7)).sub(START.float()).abs()
@@ -62,6 +63,8 @@ for step, dW in enumerate(updates(), 1):
                  for W in (wide, plain, high, join(high, low))]
         print(f"{step:4} steps, applied share of dW: float32 {share[0]:.3f}, bfloat16 {share[1]:.3f}, "
               f"high half {share[2]:.3f}, both halves {share[3]:.3f}")
+
+# %% fold: Checks and figure
 check("both halves are the float32 weight", join(high, low).view(torch.int32), wide.view(torch.int32))
 check("float32 applied every step", share[0], 1.0, rtol=1e-3)
 check("bfloat16 alone lost nearly every step", share[1] < 0.1, True)

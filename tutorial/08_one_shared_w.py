@@ -21,6 +21,7 @@ def build():
     return nn.Sequential(nn.Linear(*SIZES[:2]), nn.Tanh(), nn.Linear(*SIZES[1:]))
 
 
+# %% The same training, of copies and of one shared W
 def train(model, adapters):
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-2, weight_decay=0.0)
     for X in torch.randn((STEPS, K, 16, SIZES[0]), generator=torch.Generator().manual_seed(1)):
@@ -46,6 +47,7 @@ def device(rank, folder):
     torch.save((rows, parameters_to_vector(copies.parameters()).detach(), whole.detach()), f"{folder}/{rank}")
 
 
+# %% fold: Rows by hand, figure, start of the processes, checks
 def rows_by_hand():
     """Q[:, rows]^T P^T on each of 3 devices, and sum_i dU_i; both (n, m), as nn.Linear stores W."""
     g = torch.Generator().manual_seed(2)

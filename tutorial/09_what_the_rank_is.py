@@ -13,6 +13,7 @@ TEACHER = W0 + torch.randn((M, N), generator=g, dtype=torch.float64) / M**0.5
 DATA = torch.randn((100, K, 32, M), generator=g, dtype=torch.float64)
 
 
+# %% A run, the LoRA that its increments add up to, and what is left: second-order terms
 def train(lr, steps):
     """dW (M, N), the LoRA P Q of rank 2Kr from sums of increments, and the sum of second-order terms."""
     model = nn.Linear(M, N, bias=False, dtype=torch.float64)
@@ -36,6 +37,7 @@ def train(lr, steps):
     return model.weight.detach().T - W0, P, Q, second
 
 
+# %% fold: Figure, what is printed, checks
 def draw(axes):
     for (lr, T), S in spectra.items():
         axes.semilogy(range(1, M + 1), S / S[0], label=f"lr {lr:g}, {T} steps")

@@ -10,14 +10,15 @@ any Markdown file here, and in the README above, what stands between a marker an
 
     <!-- excerpt: hd_pissa.py:Mute.backward -->   source of a function, class or method, linked to its lines
     <!-- excerpt: FILE:NAME nodoc [a:b] -->       without docstrings; from the line with text a to that with b
-    <!-- program: 03_muted_layer.py -->           the program
+    <!-- program: 03_muted_layer.py -->           the program: its beginning and cells "# %% fold: ..." folded
     <!-- output: 03_muted_layer.py -->            what it prints
     <!-- contents -->                             the table of chapters
     <!-- lines: hd_pissa.py -->600<!-- end -->    a line count, inside a sentence
 
 FILE is relative to the repository. Either text in [a:b] may be left out; " : " splits where a text holds a
-colon. A displayed equation is a fence of the language `equation`. The line below it names its check, by the
-text that the chapter's program passes to `check` or as a test, or says that it defines its letters:
+colon. A displayed equation is LaTeX in a fence of the language `math`, one in a sentence stands in $`...`$.
+The line below a fence names its check, by the text that the chapter's program passes to `check` or as a test,
+or says that it defines its letters:
 
     <!-- check: g_A by hand -->
     <!-- check: tests/test_rank.py::test_one_update_has_rank_2Kr -->
@@ -29,6 +30,7 @@ for generated files that are in git, `build(folder)` for what is not, written in
 
 import argparse
 import ast
+import difflib
 import importlib
 import json
 import math
@@ -55,11 +57,16 @@ def chapters() -> list[Path]:
 
 def find(path: Path, name: str) -> ast.AST:
     """The definition of a dotted `name` in a Python file; ValueError if there is none."""
+    if not path.is_file():
+        raise ValueError(f"there is no {path.relative_to(ROOT)}; fix the excerpt's marker")
     node = ast.parse(path.read_text())
     for part in name.split("."):
-        inside = [child for child in node.body if getattr(child, "name", None) == part]
+        there = [child.name for child in getattr(node, "body", []) if hasattr(child, "name")]
+        inside = [child for child in getattr(node, "body", []) if getattr(child, "name", None) == part]
         if not inside:
-            raise ValueError(f"{path.relative_to(ROOT)} has no {name}; fix the excerpt's marker")
+            like = difflib.get_close_matches(part, there, 3, 0.4)
+            raise ValueError(f"{path.relative_to(ROOT)} has no {name}; fix the excerpt's marker"
+                             + (f" ({part} may now be {' or '.join(like)})" if like else ""))
         node = inside[-1]
     return node
 
@@ -101,6 +108,27 @@ def run(program: Path, figures: Path) -> str:
     if done.returncode:
         raise ValueError(f"{program.name} exits with {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.stdout.rstrip()
+
+
+def cells(code: str) -> list[tuple[str | None, str]]:
+    """(title or None, lines) of a program's cells, split at "# %%"; those with a title fold away."""
+    parts = []
+    for part in re.split(r"^(?=# %%)", code, flags=re.M):
+        folded = re.match(r"# %% fold: (.+)\n", part)
+        title = folded[1] if folded else None if part.startswith("# %%") else "Imports and data"
+        if part.strip():
+            parts.append((title, part.strip("\n")))
+    return parts
+
+
+def program(name: str) -> str:
+    """A program in a chapter: its folded cells in <details>, the others as they are, a link to the file."""
+    code, out = (HERE / name).read_text(), []
+    for title, part in cells(code):
+        fence = f"```python\n{part}\n```"
+        head = f"<details><summary>{title}</summary>" if title else ""
+        out.append(f"{head}\n\n{fence}\n\n</details>" if title else fence)
+    return "\n\n".join([*out, f"[{name}, {len(code.splitlines())} lines]({name})"])
 
 
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e[-+]?\d+)?")
@@ -164,7 +192,7 @@ def refresh(text: str, outputs: dict[str, str]) -> str:
             new = (f"```python\n{code}\n```\n\n"
                    f"[{file}, lines {first} to {last}](../{file}#L{first}-L{last})")
         elif kind == "program":
-            new = f"```python\n{(HERE / spec).read_text().rstrip()}\n```"
+            new = program(spec)
         elif spec not in outputs:
             return found[0]
         else:
@@ -177,9 +205,10 @@ def refresh(text: str, outputs: dict[str, str]) -> str:
 # ---- Notebooks ---------------------------------------------------------------------------------------------
 
 
-def cell(kind: str, text: str, number: int) -> dict:
+def cell(kind: str, text: str, number: int, hidden: bool) -> dict:
     extra = {"execution_count": None, "outputs": []} if kind == "code" else {}
-    return {"cell_type": kind, "id": f"cell-{number}", "metadata": {},
+    return {"cell_type": kind, "id": f"cell-{number}",
+            "metadata": {"jupyter": {"source_hidden": True}} if hidden else {},
             "source": text.splitlines(keepends=True), **extra}
 
 
@@ -187,28 +216,30 @@ def notebook(chapter: Path) -> dict:
     """A chapter as a notebook: prose, and its program in cells split at `# %%`."""
     program = chapter.with_suffix(".py")
     first = f"import sys\n\nsys.path.insert(0, '..')  # where lesson.py is\n__file__ = '../{program.name}'"
-    parts = [("code", first)]
+    parts = [("code", first, True)]
     text, end = chapter.read_text(), 0
     for found in BLOCK.finditer(text):
         if found[1] != "program":
             continue
-        parts.append(("markdown", text[end:found.start()]))
+        parts.append(("markdown", text[end:found.start()], False))
         code, end = (HERE / found[2]).read_text(), found.end()
         if "spawn" in code:             # processes cannot be started from functions of a notebook
-            code = ("import subprocess\n\n"
+            code = ("# %%\nimport subprocess\n\n"
                     f"print(subprocess.run([sys.executable, \"../{found[2]}\"], check=True, text=True,\n"
                     "                     stdout=subprocess.PIPE).stdout)")
-        parts += [("code", part) for part in re.split(r"^(?=# %%)", code, flags=re.M)]
-    parts.append(("markdown", text[end:]))
-    cells = []
-    for kind, part in parts:
+        parts += [("code", part, title is not None) for title, part in cells(code)]
+    parts.append(("markdown", text[end:], False))
+    book = []
+    for kind, part, hidden in parts:
         if kind == "markdown":          # links are relative to the chapter, one folder above
             part = re.sub(r"<!--.*?-->", "", part)
             part = re.sub(r"(\]\()(?![a-z]+:|#)", r"\1../", part)
+            part = re.sub(r"^```math\n(.*?)\n```$", r"$$\n\1\n$$", part, flags=re.M | re.S)
+            part = re.sub(r"\$`(.+?)`\$", r"$\1$", part)
         if part.strip():
-            cells.append(cell(kind, part.strip(), len(cells)))
+            book.append(cell(kind, part.strip(), len(book), hidden))
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    return {"cells": cells, "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}},
+    return {"cells": book, "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}},
             "nbformat": 4, "nbformat_minor": 5}
 
 
@@ -227,9 +258,15 @@ def generated(selected: list[Path], quick: bool) -> dict[Path, str]:
             old = path.read_text() if path.is_file() else ""
             # An old figure that differs by rounding alone stays, so that a build leaves no needless changes.
             files[path] = old if drawn_by(old) not in ("", drawn_by(new)) or same_figure(old, new) else new
+    broken = []
     for path in [*selected, HERE / "README.md", ROOT / "README.md"]:
-        if path.is_file():
-            files[path] = refresh(path.read_text(), outputs)
+        try:
+            if path.is_file():
+                files[path] = refresh(path.read_text(), outputs)
+        except ValueError as e:
+            broken.append(f"{path.relative_to(ROOT)}: {e}")
+    if broken:                          # all at once: a renamed function is shown in several chapters
+        raise ValueError("\n".join(broken))
     for module in extras("committed"):
         files |= module.committed()
     return files
@@ -252,7 +289,11 @@ def main(argv=None) -> int:
     if not selected:
         parser.error(f"no chapter begins with {args.chapter}; there are {[c.stem for c in chapters()]}")
     stale = []
-    for path, text in generated(selected, args.quick).items():
+    try:
+        files = generated(selected, args.quick)
+    except ValueError as e:
+        parser.error(str(e))
+    for path, text in files.items():
         if not path.is_file() or path.read_text() != text:
             stale.append(str(path.relative_to(ROOT)))
             if not args.check:

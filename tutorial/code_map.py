@@ -19,7 +19,6 @@ from typing import NamedTuple
 HERE = Path(__file__).resolve().parent
 FILE = HERE.parent / "hd_pissa.py"
 CITED = re.compile(r"^(.+?(?: = | <- ).+?)\s+\((?:section |appendix )?([A-D]|\d(?:\.\d)?)(?:;[^)]*)?\)")
-NUMBERED = re.compile(r"[Ee]quation \((\d)\), (.+? = .+?)(?:, is|[.:]|$)")
 BANNER = re.compile(r"# -+ (.+?) -+$")
 
 
@@ -73,13 +72,9 @@ def equations(lines: list[str], found: list[Item]) -> list[Equation]:
             inner = any(item.first < other.first <= number <= other.last for other in found)
             if inner or not (inside or line.startswith("#")):
                 continue
-            text = line.lstrip('#" ')
-            if match := NUMBERED.search(text):
-                text, paper = match[2], f"4.3, equation ({match[1]})"
-            elif match := CITED.search(text):
-                text, paper = match.groups()
-            else:
+            if not (match := CITED.search(line.lstrip('#" '))):
                 continue
+            text, paper = match.groups()
             text = re.sub(r"^(hd_pissa|top|lora) +", "", text)  # the choice that an equation stands beside
             first, last = item.first, item.last
             if not inside:

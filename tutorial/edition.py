@@ -5,12 +5,12 @@
 
 Every chapter, tutorial/NN_name.md, becomes a page: prose on the left, code on the right, stacked on a phone.
 README.md and MAP.md here become pages too. Whatever they link to inside the repository comes along: programs
-as highlighted pages with line numbers, other Markdown as pages, figures as files. Equations in $...$ become
-MathML. An interactive figure stands where a chapter says
+as highlighted pages with line numbers, other Markdown as pages, figures as files. Equations, in ```math
+and in $`...`$, become MathML. An interactive figure stands where a chapter says
 
     <!-- interactive: devices -->       or "step"; its data are computed now, by interactive/compute.py
 
-Needs markdown-it-py, mdit-py-plugins, Pygments and latex2mathml, from requirements-extra.txt.
+Needs markdown-it-py, mdit-py-plugins, Pygments and latex2mathml: pip install ".[tutorial]".
 """
 
 import argparse
@@ -54,13 +54,13 @@ class Libraries:
             from mdit_py_plugins.dollarmath import dollarmath_plugin
         except ImportError as e:
             raise ValueError(f"the HTML edition needs {e.name}: "
-                             "pip install -r requirements-extra.txt") from None
-        self.pygments = pygments
+                             'pip install ".[tutorial]"') from None
+        self.pygments, self.convert = pygments, convert
         self.markdown = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
         self.markdown.use(anchors_plugin, max_level=4).use(
             dollarmath_plugin, allow_digits=False, double_inline=True,
             renderer=lambda text, options: convert(
-                text, display="block" if options["display_mode"] else "inline"))
+                text.strip("`"), display="block" if options["display_mode"] else "inline"))
         self.markdown.add_render_rule("fence", lambda _, tokens, i, *rest: self.fence(tokens[i]))
 
     def highlight(self, code: str, language: str, **options) -> str:
@@ -73,8 +73,9 @@ class Libraries:
     def fence(self, token) -> str:
         """A fenced block: code, a displayed equation, or plain text. All scroll inside themselves."""
         language = (token.info.split() or ["text"])[0]
-        if language == "equation":
-            return f'<pre class="equation" tabindex="0">{html.escape(token.content)}</pre>\n'
+        if language == "math":
+            math = self.convert(token.content, display="block")
+            return f'<div class="equation" tabindex="0">{math}</div>\n'
         code = self.highlight(token.content, language, nowrap=True)
         return f'<pre class="{html.escape(language)}" tabindex="0"><code>{code}</code></pre>\n'
 
@@ -85,7 +86,7 @@ class Libraries:
 def blocks(markdown, text: str):
     """(kind, HTML, height in pixels, about) of every top-level block; kind: prose, heading, code, figure.
 
-    What a program prints is prose here: it stands beside the program, or below it on a phone.
+    What a program prints, and its figure, are code: they stand beside the text about them.
     """
     tokens, start, generated, pending = markdown.parse(text), 0, "", ""
     for i, token in enumerate(tokens):
@@ -94,7 +95,7 @@ def blocks(markdown, text: str):
         part, start = tokens[start:i + 1], i + 1
         rendered = markdown.renderer.render(part, markdown.options, {})
         if token.type == "html_block":
-            marker = r"<!-- (excerpt|program|interactive|end)(?:: (\w+).*?)? -->"
+            marker = r"<!-- (excerpt|program|output|contents|interactive|end)(?:: (\w+).*?)? -->"
             for name, value in re.findall(marker, rendered):
                 generated = "" if name == "end" else name
                 if name == "interactive":
@@ -108,15 +109,27 @@ def blocks(markdown, text: str):
             continue
         kind, height = "prose", PROSE * (2 + len(re.sub(r"<.*?>", "", rendered)) // 65)
         if "<img" in rendered:
-            height += 11 * PROSE
+            kind, height = "code", 11 * PROSE
+        if rendered.startswith("<details"):
+            height = 2 * PROSE
         if token.type == "heading_close":
             kind = "heading"
         elif whole and token.type == "fence":
             height = CODE * (2 + token.content.count("\n"))
-        if whole and token.type != "html_block" and generated in ("excerpt", "program") or (
+        if generated in ("excerpt", "program", "output") or (
                 whole and token.type == "fence" and token.info == "python"):
             kind = "code"                       # with the link below an excerpt
+        if generated == "contents" and "<table" in rendered:
+            rendered = cards(rendered)
         yield kind, rendered, height
+
+
+def cards(table: str) -> str:
+    """The table with each cell's column named, so that a phone can show its rows as cards."""
+    head = [re.sub(r"<.*?>", "", cell) for cell in re.findall(r"<th.*?>(.*?)</th>", table)]
+    count = iter(range(table.count("<td")))
+    table = re.sub(r"<td", lambda _: f'<td data-column="{head[next(count) % len(head)]}"', table)
+    return table.replace("<table", '<table class="cards"', 1)
 
 
 def rows(markdown, text: str) -> str:
@@ -158,12 +171,13 @@ def rows(markdown, text: str) -> str:
             elif not code:
                 begin_code(tall)
             code.append((content, tall))
-        elif code and kind == "prose" and height(before, after) + tall < height(code) + 3 * PROSE:
+        elif code and height(before, after) + tall < height(code) + (3 if kind == "prose" else -8) * PROSE:
             after.append((content, tall))
         else:
+            stays = [after.pop()] if after and after[-1][0].startswith("<h") else []
             if code or kind == "heading":
                 flush()
-            before.append((content, tall))
+            before.extend([*stays, (content, tall)])
     flush()
     return "".join(out)
 
@@ -288,7 +302,7 @@ class Edition:
             if path.suffix == ".md":
                 title = title_of(text, path.stem)
                 body = rows(self.lib.markdown, text)
-                body = re.sub(r"<table>.*?</table>", r'<div class="table" tabindex="0">\g<0></div>', body,
+                body = re.sub(r"<table.*?</table>", r'<div class="table" tabindex="0">\g<0></div>', body,
                               flags=re.DOTALL)
             else:
                 title, body = path.name, self.source(path)

@@ -1,6 +1,6 @@
-"""What all programs of the tutorial share: the path to hd_pissa.py, one thread, a printed check, a figure.
+"""What programs of the tutorial share: the path to hd_pissa.py, one thread, checks, figures, counted bytes.
 
-    from lesson import check, save_figure
+    from lesson import check, received, save_figure
 
 Importing it makes `import hd_pissa` work from a clone and sets torch to one thread, so that what a program
 prints is the same on every run.
@@ -8,9 +8,12 @@ prints is the same on every run.
 
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -47,7 +50,7 @@ def save_figure(program: str, draw, columns: int = 1, size=(7.0, 3.4)) -> None:
     try:
         import matplotlib
     except ImportError:
-        print("no figure: pip install -r requirements-extra.txt", file=sys.stderr)
+        print('no figure: pip install ".[tutorial]"', file=sys.stderr)
         return
     matplotlib.use("svg")
     import matplotlib.pyplot as plt
@@ -59,3 +62,20 @@ def save_figure(program: str, draw, columns: int = 1, size=(7.0, 3.4)) -> None:
     folder.mkdir(exist_ok=True)
     figure.savefig(folder / f"{Path(program).stem}.svg", metadata={"Date": None})
     plt.close(figure)
+
+
+def received(work) -> int:
+    """Bytes that reach this process in work(), if every collective goes round a ring of K processes.
+
+    Of a gathered or scattered tensor all but the own part, 1 / K, arrives; an all-reduce goes round twice.
+    """
+    new = hasattr(dist, "all_gather_single")        # torch 2.13 renames two of the three
+    rounds = {"all_reduce": (0, 2), "all_gather_single" if new else "all_gather_into_tensor": (0, 1),
+              "reduce_scatter_single" if new else "reduce_scatter_tensor": (1, 1)}
+    with ExitStack() as patches:
+        seen = {name: patches.enter_context(mock.patch.object(dist, name, wraps=getattr(dist, name)))
+                for name in rounds}
+        work()
+    whole = sum(times * call.args[which].nbytes for name, (which, times) in rounds.items()
+                for call in seen[name].call_args_list)
+    return whole * (dist.get_world_size() - 1) // dist.get_world_size()

@@ -81,7 +81,7 @@ def bars(ax, data, names):
 
 def devices(ax, data):
     """Held-out loss against K at fixed total batch."""
-    arms = [(K, data[name]) for K, name in page.DEVICES if data[name].there]
+    arms = [(K, data[name]) for K, name in page.DEVICES_TRIED if data[name].there]
     if len(arms) < 2:
         return
     ax.errorbar([K for K, _ in arms], [arm.mean() for _, arm in arms],
@@ -169,7 +169,7 @@ def draw(data, folder: Path) -> list[Path]:
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError:
-        raise SystemExit("figures need matplotlib: pip install -r requirements-extra.txt") from None
+        raise SystemExit('figures need matplotlib: pip install ".[tutorial]"') from None
     matplotlib.rcParams |= {"svg.hashsalt": "hd-pissa", "svg.fonttype": "none", "font.size": 8}
     written = []
     for name, function in FIGURES.items():

@@ -3,6 +3,7 @@
 import math
 import statistics
 
+from tutorial.experiments import real, real_table, verdict
 from tutorial.experiments.arms import ARMS, COMMON, FIXED, LONG, MEDIUM, SHORT, complete
 from tutorial.experiments.table import Arm, compare
 
@@ -20,14 +21,28 @@ NAMES = {
     "random Kr=128": "whole batch, random basis, K·r=128",
     "linear norms": "full, linear layers and norms", "linear positions": "full, linear layers and positions",
     "linear embedding": "full, linear layers and embedding",
+    "lora plus": "LoRA+ r=2", "lora alpha=16": "LoRA r=2, alpha=16", "rslora": "rsLoRA r=2",
+    "galore": "GaLore, memory of r=2", "apollo": "APOLLO, memory of r=2",
+    "global drawn": "whole batch, random basis drawn by seed", "global dct": "whole batch, basis from a seed",
 }
-METHODS = ("full", "linear", "lora", "pissa", "dora", "hira", "mora", "hd", "hd global", "global random",
-           "pissa r=16", "lora r=16", "global Kr=128", "random Kr=128")
-DEVICES = ((1, "hd K=1"), (2, "hd K=2"), (4, "hd K=4"), (8, "hd"), (16, "hd K=16"))
+METHODS = ("full", "linear", "lora", "lora plus", "lora alpha=16", "pissa", "dora", "hira", "mora", "galore",
+           "apollo", "hd", "hd global", "global random", "global drawn", "global dct", "pissa r=16",
+           "lora r=16", "lora plus r=16", "rslora r=16", "dora r=16", "hira r=16", "galore r=16",
+           "apollo r=16", "global Kr=128", "random Kr=128")
+DEVICES_TRIED = ((1, "hd K=1"), (2, "hd K=2"), (4, "hd K=4"), (8, "hd"), (16, "hd K=16"))
+DEVICES = 8             # over which ZeRO-1 spreads a peer's moments
+FACTORED = ("lora", "pissa", "dora", "hira", "mora", "intermediate")    # methods that hold what they train
+WHERE = " Verdicts: [every comparison](#every-comparison)."
 MORE = ("hd global", "global K=16", "global Kr=128", "global random", "random Kr=128", "linear", "full")
 PARTS = ("linear", "linear norms", "linear positions", "linear embedding", "full")
+CEILING = 0.9           # share of all ranks beyond which a larger one could not be seen
 EMBEDDING = ("lora embedding", "pissa r=16 embedding", "lora r=16 embedding", "hd global embedding",
-             "global random embedding", "random Kr=128 embedding")
+             "global random embedding", "global dct embedding", "random Kr=128 embedding")
+# The pairs of PROTOCOL.md, then those that stand for a basis from a seed until its runs are there.
+DECIDING = (("hd", "lora"), ("hd global", "hd"), ("global dct", "lora r=16"), ("global dct", "hd global"),
+            ("global dct", "global random"), ("global dct embedding", "lora r=16 embedding"),
+            ("global dct embedding", "full"), ("global random", "lora r=16"), ("global random", "hd global"),
+            ("global random embedding", "lora r=16 embedding"), ("global random embedding", "full"))
 BEYOND = ("hd interleaved", "hd global mean", "global orthonormal", "global orthonormal muon",
           "global random")
 
@@ -72,11 +87,19 @@ def domain_ranks(data) -> dict:
             if (c := r["config"]) in wanted and r["final"]}
 
 
-def versus(a: Arm, b: Arm) -> str:
-    """"behind LoRA r=2 (mean ± deviation against mean ± deviation)"."""
-    word = {"ahead": "ahead of", "behind": "behind", "level": "level with",
-            "undecided": "undecided against"}[compare(a, b)]
-    return f"{word} {name_of(b)} ({pm(a)} against {pm(b)})"
+def against(data, a: Arm, b: Arm) -> str:
+    """"ahead", "behind", "equivalent" or "undecided": the verdict on a's loss against b's, noted for the
+    table of all comparisons."""
+    found = data["compared"].setdefault((a.name, b.name), compare(a, b))
+    return found.outcome
+
+
+def versus(data, a: Arm, b: Arm) -> str:
+    """"behind LoRA r=2 by (the gap)", "undecided against PiSSA r=2"."""
+    outcome = against(data, a, b)
+    word = {"ahead": "ahead of", "equivalent": "equivalent to", "undecided": "undecided against"}
+    by = f" by {abs(data['compared'][a.name, b.name].gap):.3f}" if outcome in ("ahead", "behind") else ""
+    return f"{word.get(outcome, outcome)} {name_of(b)}{by}"
 
 
 def label(name: str) -> str:
@@ -107,15 +130,13 @@ def joined(parts: list[str]) -> str:
 # ---- Claims of the paper -----------------------------------------------------------------------------------
 
 
-def verdict(outcomes: list[str], wanted: str = "ahead", on: str = "") -> str:
-    """holds / does not hold / depends, from the outcomes of the comparisons that the claim rests on."""
-    if "undecided" in outcomes:
-        return "undecided, seeds are missing"
-    if all(o == wanted for o in outcomes):
+def claimed(outcomes: list[str], wanted: str = "ahead", on: str = "") -> str:
+    """holds / does not hold / depends / undecided, from the comparisons that the claim rests on."""
+    if all(outcome == wanted for outcome in outcomes):
         return "holds here"
-    if any(o == wanted for o in outcomes):
-        return f"depends on {on}"
-    return "does not hold here"
+    if all(outcome in (wanted, "undecided") for outcome in outcomes):
+        return "undecided"
+    return f"depends on {on}" if wanted in outcomes else "does not hold here"
 
 
 def at_lengths(data, name: str, others) -> list[tuple[int, Arm, list[Arm]]]:
@@ -135,16 +156,16 @@ def claim_methods(data):
     found = at_lengths(data, "hd", ("lora", "pissa"))
     if not found:
         return claim, None, ""
-    outcomes = [compare(arm, other) for _, arm, others in found for other in others]
-    text = " ".join(f"{steps} steps: {joined([versus(arm, other) for other in others])}."
+    outcomes = [against(data, arm, other) for _, arm, others in found for other in others]
+    text = " ".join(f"{steps} steps: {joined([versus(data, arm, other) for other in others])}."
                     for steps, arm, others in found)
     large = "hd, large batch", "lora, large batch", "pissa, large batch"
     if all(data[name].there for name in large):
         arm, *others = (data[name] for name in large)
-        outcomes += [compare(arm, other) for other in others]
+        outcomes += [against(data, arm, other) for other in others]
         text += f" {arm.config['steps']} steps of {arm.config['batch']} rows: " \
-                f"{joined([versus(arm, other) for other in others])}."
-    return claim, verdict(outcomes, on="the batch, the baseline and the length of the run"), text
+                f"{joined([versus(data, arm, other) for other in others])}."
+    return claim, claimed(outcomes, on="the batch, the baseline and the length of the run"), text
 
 
 def claim_recent(data):
@@ -152,10 +173,10 @@ def claim_recent(data):
     found = at_lengths(data, "hd", ("dora", "mora", "hira"))
     if not found:
         return claim, None, ""
-    outcomes = [compare(arm, other) for _, arm, others in found for other in others]
-    text = " ".join(f"{steps} steps: {joined([versus(arm, other) for other in others])}."
+    outcomes = [against(data, arm, other) for _, arm, others in found for other in others]
+    text = " ".join(f"{steps} steps: {joined([versus(data, arm, other) for other in others])}."
                     for steps, arm, others in found)
-    return claim, verdict(outcomes, on="the baseline"), text
+    return claim, claimed(outcomes, on="the baseline"), text
 
 
 def claim_full(data):
@@ -171,9 +192,9 @@ def claim_full(data):
             share = (lora.mean() - arm.mean()) / (lora.mean() - full.mean())
             closed = f"; {100 * share:.0f} % of the way from LoRA to it" if share > 0 else \
                 "; LoRA is closer to it"
-        text.append(f"{steps} steps: {versus(arm, full)}{closed}.")
-    outcomes = [compare(arm, full) for _, arm, (full,) in found]
-    return claim, verdict(outcomes, "level", "the length"), " ".join(text)
+        text.append(f"{steps} steps: {versus(data, arm, full)}{closed}.")
+    outcomes = [against(data, arm, full) for _, arm, (full,) in found]
+    return claim, claimed(outcomes, "equivalent", "the length"), " ".join(text)
 
 
 def claim_rank(data):
@@ -210,13 +231,13 @@ def claim_beyond_edge(data):
 
 def claim_devices(data):
     claim = "more devices are better at the same total batch (figure 5)"
-    arms = [(K, data[name]) for K, name in DEVICES if data[name].there]
+    arms = [(K, data[name]) for K, name in DEVICES_TRIED if data[name].there]
     if len(arms) < 3:
         return claim, None, ""
     text = "Tuned held-out loss at " + joined([f"K={K} {pm(arm)}" for K, arm in arms]) + "."
-    outcomes = [compare(b, a) for (_, a), (_, b) in zip(arms, arms[1:])]
-    best = min(arms, key=lambda pair: pair[1].mean())[0]
-    return claim, verdict(outcomes, on="K"), f"{text} The best is K={best}."
+    outcomes = [against(data, b, a) for (_, a), (_, b) in zip(arms, arms[1:])]
+    words = joined([f"K={K} {outcome}" for (K, _), outcome in zip(arms[1:], outcomes)])
+    return claim, claimed(outcomes, on="K"), f"{text} Each against the one before it: {words}."
 
 
 def claim_ranks(data):
@@ -225,9 +246,9 @@ def claim_ranks(data):
             for s, other in by_rank(data, family) if s == r]
     if len({r for r, _, _ in both}) < 3:
         return claim, None, ""
-    text = "; ".join(versus(arm, other) for _, arm, other in both)
-    outcomes = [compare(arm, other) for _, arm, other in both]
-    return claim, verdict(outcomes, on="r and the baseline"), f"HD-PiSSA, K=8: {text}."
+    text = "; ".join(versus(data, arm, other) for _, arm, other in both)
+    outcomes = [against(data, arm, other) for _, arm, other in both]
+    return claim, claimed(outcomes, on="r and the baseline"), f"HD-PiSSA, K=8: {text}."
 
 
 def claim_ablations(data):
@@ -235,8 +256,8 @@ def claim_ablations(data):
     others = [data[name] for name in ("hd top", "hd lora init", "intermediate") if data[name].there]
     if not data["hd"].there or not others:
         return claim, None, ""
-    text = f"Full method {joined([versus(data['hd'], other) for other in others])}."
-    return claim, verdict([compare(data["hd"], other) for other in others], on="the ablation"), text
+    text = f"Full method {joined([versus(data, data['hd'], other) for other in others])}."
+    return claim, claimed([against(data, data["hd"], other) for other in others], on="the ablation"), text
 
 
 def claim_mute(data):
@@ -266,16 +287,17 @@ def claim_domains(data):
     lrs = sorted({lr for _, lr in found})
     if len(found) < len(FIXED["domains"]):
         return claim, None, ""
-    text, outcomes = [], []
+    text, least, width = [], math.inf, len(next(iter(data["records"]))["spectrum"]["sigma"])
     for lr in lrs:
         mean = {d: statistics.mean(ranks) for (d, rate), ranks in found.items() if rate == lr}
         error = {d: statistics.stdev(found[d, lr]) / math.sqrt(len(found[d, lr])) for d in mean}
         text.append(f"lr {lr:g}: " + ", ".join(f"{d} {mean[d]:.1f} ± {error[d]:.1f}" for d in mean))
-        outcomes += ["ahead" if mean[hard] - mean[easy] > error[hard] + error[easy] else "level"
-                     for hard in ("math", "code") for easy in ("commonsense", "conversation")]
-    text = ("Mean effective rank of ΔW over the layers ± its standard error, of 128, full fine-tuning on one "
-            f"domain: {'; '.join(text)}. One seed, and synthetic domains.")
-    return claim, verdict(outcomes, on="the learning rate and the pair of domains"), text
+        least = min(least, *mean.values())
+    text = (f"Mean effective rank of ΔW over the layers ± its standard error, of {width}, full fine-tuning "
+            f"on one domain: {'; '.join(text)}. One seed, and synthetic domains.")
+    if least > CEILING * width:
+        return claim, "cannot be tested here", text + " All lie at the ceiling: a layer has no more ranks."
+    return claim, "undecided", text
 
 
 CLAIMS = (claim_methods, claim_recent, claim_full, claim_rank, claim_beyond_edge, claim_devices, claim_ranks,
@@ -289,20 +311,35 @@ def shown(data, names, suffix: str = "") -> list[Arm]:
     return [data[name + suffix] for name in names if name + suffix in data and data[name + suffix].there]
 
 
+def memory(arm: Arm) -> dict[str, int]:
+    """Numbers of one device: AdamW's moments, the same where ZeRO-1 spreads those of replicated numbers over
+    the devices, A and B that are held, what is received in a step."""
+    first, c = arm.first, arm.config
+    sharded = c["method"] in ("hd_pissa", "intermediate")
+    K = c["K"] if sharded else DEVICES
+    if c["method"] == "hd_pissa":
+        held = 0 if c["basis"] == "dct" else first["constants"]
+        received = (1 + (c["gradients"] == "global")) * (K - 1) * first["trained"]
+    else:       # an all-reduce of gradients, or ZeRO-1's scatter and gather; the Intermediate Method: none
+        held = first["trained"] if c["method"] in FACTORED else 0
+        received = 0 if sharded else 2 * (K - 1) * first["trained"] // K
+    return {"moments": first["moments"], "zero1": first["moments"] // (1 if sharded else K), "held": held,
+            "received": received}
+
+
 def method_table(data, names, suffix: str = "") -> list[str]:
-    full = data["full"].first["moments"] if data["full"].tuned else None
     speed, rows = {row["arm"]: row["seconds_per_step"] for row in data["speed"]}, []
     for arm in shown(data, names, suffix):
-        first, name = arm.first, arm.name.split(",")[0]
+        first, name, held = arm.first, arm.name.split(",")[0], memory(arm)
         timed = name in speed and arm.config["batch"] == COMMON["batch"]        # speed.py's batch
-        share = f" ({100 * first['moments'] / full:.1f} %)" if full else ""
         rows.append([name_of(arm), f"{arm.best:g}", pm(arm), pm(arm, 1, digits=1), str(len(arm.tuned)),
-                     f"{first['trained']:,}", bytes_(first["moments"]) + share, f"{first['constants']:,}",
+                     f"{first['trained']:,}", *(bytes_(n) for n in held.values()),
                      f"{speed[name]:.3f}" if timed else "", str(len(arm.sweep))])
     if not rows:
         return ["Not run yet.", ""]
     return markdown(["method", "best lr", "held-out loss", "exact match, %", "seeds", "trained numbers",
-                     "optimizer memory (of full's)", "constants", "s a step", "rates tried"], rows)
+                     "moments a device", "with ZeRO-1", "factors held", "received a step", "s a step",
+                     "rates tried"], rows)
 
 
 def domain_table(data, names, suffix: str = "") -> list[str]:
@@ -347,21 +384,6 @@ def one_rate_text(data) -> str:
             f"best of the three would be {winners}.")
 
 
-def crossing_text(data) -> str:
-    """How the distance of HD-PiSSA to the baselines of its rank changes with the length of the run."""
-    parts = []
-    for family in ("lora", "pissa"):
-        gaps = [(steps, arm.mean() - other.mean())
-                for steps, arm, (other,) in at_lengths(data, "hd", (family,))]
-        if len(gaps) > 1:
-            trend = "crosses" if gaps[0][1] * gaps[-1][1] < 0 else "shrinks" \
-                if abs(gaps[-1][1]) < abs(gaps[0][1]) else "grows"
-            parts.append(f"HD-PiSSA's tuned loss minus that of {label(family)}: "
-                         + ", ".join(f"{gap:+.3f} at {steps} steps" for steps, gap in gaps)
-                         + f" (the distance {trend})")
-    return ". ".join(parts) + "." if parts else ""
-
-
 def aggregation_text(data) -> list[str]:
     mean, total = data["hd"], data["hd sum"]
     if not (mean.there and total.there):
@@ -380,50 +402,27 @@ def global_text(data) -> str:
     found = at_lengths(data, "hd global", ("pissa r=16", "lora r=16", "full", "lora", "pissa", "hd"))
     if not found:
         return "Not run yet."
-    first = data["hd global"].first if data["hd global"].there else found[0][1].first
-    text = [f"{steps} steps: whole-batch gradients are {joined([versus(arm, o) for o in others])}."
-            for steps, arm, others in found]
-    text.append(f"Each device keeps {first['moments']:,} numbers of optimizer state, and beside them "
-                f"{first['constants']:,} numbers of A_i, B_i of all shards that never change.")
-    if data["full"].there:
-        share = 100 * first["moments"] / data["full"].first["moments"]
-        text.append(f"The optimizer state is {share:.1f} % of full fine-tuning's, which trains every weight, "
-                    "embeddings included.")
-    text.append("With `gradients=\"global\"` and the sum, the run is the fixed basis of rank 16 with all "
-                "data: K "
-                "devices give the update of one device with rank K·r (tests/test_experiments.py).")
-    return " ".join(text)
-
-
-def more_text(data) -> str:
-    """Full fine-tuning's loss at a small share of its optimizer memory: is it reached?"""
-    names = "hd global", "global random", "global Kr=128", "random Kr=128"
-    found = [pair for name in names for pair in at_lengths(data, name, ("full",))]
-    if not data["global Kr=128"].there:
-        return ""
-    arm, text = data["global Kr=128"], []
-    same = complete(FIXED["same"][0])
-    share = 100 * arm.first["moments"] / same["K"] / data["full"].first["moments"]
-    text.append(f"K·r = {arm.config['r']}, all of W's rank, is what {same['K']} devices of r = {same['r']} "
-                f"reach, each with 1/{same['K']} of that row's optimizer memory, {share:.1f} % of full "
-                "fine-tuning's. Run as one shard, which gives the same update in less time.")
-    one = data["global Kr=128"].runs.get((same["lr"], same["seed"]))
-    for r in data["records"]:
-        if r["config"] == same and r["final"] and one:
-            text.append(f"At lr {same['lr']:g}, {same['K']} shards ended at {r['final']['all'][0]:.4f}, "
-                        f"one at {one['final']['all'][0]:.4f}.")
-    for steps in sorted({steps for steps, *_ in found}):
-        text.append(f"{steps} steps: " + "; ".join(f"{name_of(arm)} is {versus(arm, full)}"
-                                                   for s, arm, (full,) in found if s == steps) + ".")
-    text.append("Full fine-tuning trains embeddings and norms too, which none of these adapters does.")
-    fair = [f"{steps} steps: {name_of(arm)} is {versus(arm, linear)}."
-            for name in names for steps, arm, (linear,) in at_lengths(data, name, ("linear",))]
-    if fair:
-        linear = data["linear"].first["moments"]
-        text += ["Against full fine-tuning of the same linear layers, at "
-                 f"{100 * arm.first['moments'] / same['K'] / linear:.1f} % of its optimizer memory a device:",
-                 *fair]
-    return " ".join(text)
+    for _, arm, others in found:
+        for other in others:
+            against(data, arm, other)
+    text = ("With `gradients=\"global\"` and the sum, the run is the fixed basis of rank 16 with all data: K "
+            "devices give the update of one device with rank K·r (tests/test_experiments.py). A device of a "
+            "peer of rank 16 has as few moments with ZeRO-1.")
+    same, one = complete(FIXED["same"][0]), data["global Kr=128"]
+    ends = [r["final"]["all"][0] for r in data["records"] if r["config"] == same and r["final"]]
+    if one.there and ends and (same["lr"], same["seed"]) in one.runs:
+        text += (f" K·r = {one.config['r']}, all of W's rank, is what {same['K']} devices of r = {same['r']} "
+                 f"reach, each with 1/{same['K']} of that row's moments. It is run as one shard, which gives "
+                 f"the same update in less time: at lr {same['lr']:g}, {same['K']} shards ended at "
+                 f"{ends[0]:.4f}, one at {one.runs[same['lr'], same['seed']]['final']['all'][0]:.4f}. "
+                 f"Full fine-tuning on {same['K']} devices with ZeRO-1 keeps 1/{same['K']} of its moments "
+                 "too. It trains embeddings and norms, which none of these adapters does; \"linear layers "
+                 "alone\" is the fair one.")
+    for name in ("hd global", "global random", "global Kr=128", "random Kr=128"):
+        for _, arm, others in at_lengths(data, name, ("full", "linear")):
+            for other in others:
+                against(data, arm, other)
+    return text + WHERE
 
 
 def parts_text(data) -> str:
@@ -432,125 +431,146 @@ def parts_text(data) -> str:
     arms = [arm for arm in shown(data, PARTS) if arm not in (linear, full)]
     if not (linear.there and full.there and arms):
         return "Not run yet."
-    each = "; ".join(f"{name_of(arm)}: {versus(arm, linear)}, {versus(arm, full)}" for arm in arms)
+    each = "; ".join(f"{name_of(arm)}: {versus(data, arm, linear)}, {versus(data, arm, full)}"
+                     for arm in arms)
     return (f"Full fine-tuning trains more than the linear layers. Each part added to them alone, {SHORT} "
             f"steps: {each}.")
 
 
 def embedding_text(data) -> str:
-    """Adapters on the embedding too: is full fine-tuning's loss reached, and at which memory?"""
-    found = [(name, *row) for name in EMBEDDING for row in at_lengths(data, name, ("full",))]
-    if not found:
-        return "Not run yet."
-    text = []
-    for steps in sorted({steps for _, steps, *_ in found}):
-        text.append(f"{steps} steps: " + "; ".join(f"{name_of(arm)} is {versus(arm, full)}"
-                                                   for _, s, arm, (full,) in found if s == steps) + ".")
-    for name in ("global random embedding", "hd global embedding"):
-        for steps, arm, others in at_lengths(data, name, EMBEDDING[:3]):
-            text.append(f"{steps} steps: {name_of(arm)} is {joined([versus(arm, o) for o in others])}.")
-    arm = next((data[name] for name in ("global random embedding", "hd global embedding")
-                if data[name].there), None)
-    if arm:
-        share = 100 * arm.first["moments"] / data["full"].first["moments"]
-        text.append(f"A device of {name_of(arm)} keeps {bytes_(arm.first['moments'])} of optimizer state, "
-                    f"{share:.1f} % of full fine-tuning's, and {bytes_(arm.first['constants'])} of A_i, B_i "
-                    "that never change. K·r=128 is run as one shard, as in the section above.")
-    return " ".join(text)
+    """Adapters on the embedding too: is full fine-tuning's loss reached?"""
+    for name in EMBEDDING:
+        for _, arm, others in at_lengths(data, name, ("full", *EMBEDDING[:3])):
+            for other in others:
+                if other is not arm:
+                    against(data, arm, other)
+    return ("K·r=128 is run as one shard, as above. The gradient of the whole embedding is formed before it "
+            "is multiplied by the factors; the table does not count it. LoRA's adapter there draws "
+            "the factor at the vocabulary, where PEFT's has zeros." + WHERE)
 
 
 def summary(data) -> str:
-    """The table of the main README: tuned held-out loss of short and long runs."""
-    names = ("full", "global random embedding", "lora r=16 embedding", "lora embedding", "linear",
-             "lora r=16", "pissa r=16", "global random", "hd global", "lora", "hd", "pissa")
+    """The table of the main README: both models, short and long runs."""
+    seeded = "global dct" if data["global dct"].there else "global random"
     rows = []
-    for name in names:
-        arms = [data.get(name + suffix) for suffix in ("", ", long")]
-        if any(arm and arm.there for arm in arms):
-            first = next(arm for arm in arms if arm and arm.there).first
-            rows.append([label(name), bytes_(first["moments"]), bytes_(first["constants"]),
-                         *(pm(arm) if arm and arm.there else "" for arm in arms)])
-    head = ["method", "optimizer memory of a device", "constant A_i, B_i", f"{SHORT} steps", f"{LONG} steps"]
+    for name, other in (("full", "full"), ("lora", "lora"), ("lora r=16", "lora r=16"), ("hd", "published"),
+                        (seeded, {"global dct": "dct", "global random": "random"}[seeded])):
+        arms = [data[name], data[name + ", long"]]
+        if any(arm.there for arm in arms):
+            held = memory(next(arm for arm in arms if arm.there))
+            tests = list(data["real"][other].tests.values())
+            big = f"{statistics.mean(tests):.3f} ± {statistics.stdev(tests):.3f}" if len(tests) > 1 \
+                else "not run yet"
+            rows.append([label(name), *map(bytes_, held.values()),
+                         *(pm(arm) if arm.there else "not run yet" for arm in arms), big])
+    steps = real.COMMON["steps"]
+    head = ["method", "moments a device", "with ZeRO-1", "factors held", "received a step",
+            f"{SHORT} steps", f"{LONG} steps", f"SmolLM2-135M, {steps} steps"]
     return "\n".join(markdown(head, rows)).rstrip()
 
 
 def large_text(data) -> str:
-    config = ARMS["hd, large batch"][0]
+    c, usual = complete(ARMS["hd, large batch"][0]), complete(ARMS["hd"][0])
     arms = shown(data, ("hd", "hd global"), ", large batch")
     others = shown(data, ("lora", "pissa"), ", large batch")
-    text = (f"{config['steps']} steps of {config['batch']} rows: each of {complete(config)['K']} devices "
-            f"then learns from {config['batch'] // complete(config)['K']} rows of its own instead of "
-            f"{COMMON['batch'] // complete(config)['K']}. ")
-    return text + " ".join(f"{name_of(arm)} is {joined([versus(arm, o) for o in others])}."
+    text = (f"{c['steps']} steps of {c['batch']} rows: each of {c['K']} devices then learns from "
+            f"{c['batch'] // c['K']} rows of its own instead of {usual['batch'] // usual['K']}, and the run "
+            f"sees {c['steps'] * c['batch']:,} rows, {usual['steps']} steps of {usual['batch']} see "
+            f"{usual['steps'] * usual['batch']:,}. ")
+    return text + " ".join(f"{name_of(arm)} is {joined([versus(data, arm, o) for o in others])}."
                            for arm in arms if others)
 
 
 def beyond_rows(data) -> list[str]:
-    rows, word = [], {"ahead": "wins by more than the spread", "behind": "loses",
-                      "level": "no difference beyond the spread", "undecided": "seeds are missing"}
+    rows = []
     for suffix in ("", ", long"):
         for arm in shown(data, BEYOND, suffix):
             base = data[("hd" if arm.name == "hd interleaved" else "hd global") + suffix]
             if base.there:
                 rows.append([name_of(arm), str(arm.config["steps"]), f"{arm.best:g}", pm(arm), pm(base),
-                             bytes_(arm.first["moments"]), word[compare(arm, base)]])
+                             bytes_(arm.first["moments"]), against(data, arm, base)])
     if not rows:
         return ["Not run yet.", ""]
-    head = ["candidate", "steps", "best lr", "held-out loss", "without it", "optimizer memory", "outcome"]
+    head = ["candidate", "steps", "best lr", "held-out loss", "without it", "moments a device", "verdict"]
     return markdown(head, rows)
 
 
 def recommendation(data) -> list[str]:
     out = []
-    hd, lora, glob, wide = data["hd"], data["lora"], data["hd global"], data["pissa r=16"]
+    hd, lora, glob, wide = data["hd"], data["lora"], data["hd global"], data["lora r=16"]
 
     def each(name, other):
-        """"120 steps, ahead of ...; 480 steps, level with ..."."""
+        """"120 steps, ahead of ...; 480 steps, undecided against ..."."""
         found = at_lengths(data, name, (other,))
-        return "; ".join(f"{steps} steps, {versus(arm, b)}" for steps, arm, (b,) in found)
+        return "; ".join(f"{steps} steps, {versus(data, arm, b)}" for steps, arm, (b,) in found)
 
+    if wide.there and data["global random"].there:
+        out.append(
+            "- First ask for LoRA of rank K·r whose optimizer state ZeRO-1 spreads over the same devices: "
+            f"{bytes_(memory(wide)['zero1'])} of moments a device, as many as HD-PiSSA of rank r, and the "
+            "same bytes a step as its whole-batch form. Whole batch with a random basis is, against it: "
+            f"{each('global random', 'lora r=16')}.")
     if glob.there and hd.there:
         begin = {"ahead": "When several devices share a batch, use whole-batch gradients",
-                 "level": "Whole-batch gradients make no difference beyond the spread",
-                 "behind": "Keep the local gradients", "undecided": "One seed so far"}[compare(glob, hd)]
+                 "equivalent": "Whole-batch gradients are equivalent to local ones",
+                 "behind": "Keep the local gradients",
+                 "undecided": "Whether whole-batch gradients help is undecided"}[against(data, glob, hd)]
         out.append(
-            f"- {begin} (`gradients=\"global\"`, `aggregate=\"sum\"`, lr {glob.best:g} here). Against the "
-            f"published local gradients, at the same optimizer memory: {each('hd global', 'hd')}. They "
-            "cost a backward of rank K·r on every device and the constants in the table.")
+            f"- {begin} (`gradients=\"global\"`, `aggregate=\"sum\"`, lr {glob.best:g} here): "
+            f"{each('hd global', 'hd')}. They cost a backward of rank K·r on every device, the factors of "
+            "all shards or their remaking, and twice the bytes of a step.")
     if glob.there and data["global random"].there:
         out.append(
-            "- The basis need not come from the SVD. A random orthonormal one (`--init random`, "
-            "`decompose=hd_pissa_extra.random_components`), with whole-batch gradients: "
-            f"{each('global random', 'hd global')}; {each('global random', 'lora')}.")
+            "- The basis need not come from the SVD. A random orthonormal one, with whole-batch gradients: "
+            f"{each('global random', 'hd global')}. These runs share one draw, whatever the seed. "
+            "`--init random` makes a basis from the seed and keeps none of it.")
     if hd.there and lora.there:
         out.append(
             f"- The published method (local gradients, mean): {each('hd', 'lora')}. Give it a learning "
             f"rate of its own: {hd.best:g} here for the mean over {hd.config['K']}, {lora.best:g} for LoRA.")
-    if wide.there and glob.there:
-        out.append(
-            "- If one device has the memory for the optimizer state of rank K·r "
-            f"({bytes_(wide.first['moments'])}, {bytes_(glob.first['moments'])} for rank r), there is "
-            f"plain PiSSA of that rank: {each('pissa r=16', 'hd global')}. And LoRA of that rank: "
-            f"{each('lora r=16', 'hd global')}; {each('lora r=16', 'global random')}.")
     if data["global random embedding"].there:
         out.append(
-            "- Adapt the embedding too, if it is the output head as well (no flag yet: "
-            "`tutorial/baselines/embedding.py`): with whole-batch gradients and the "
-            f"random basis, {each('global random embedding', 'global random')}; "
+            "- Adapt the embedding too, if it is the output head as well "
+            "(`tutorial/baselines/embedding.py`; `--also` trains it whole): with whole-batch "
+            f"gradients and the random basis, {each('global random embedding', 'global random')}; "
             f"{each('global random embedding', 'full')}.")
-    devices = shown(data, [name for _, name in DEVICES])
-    if len(devices) >= 3:
-        best = min(devices, key=Arm.mean)
-        out.append(f"- With local gradients and a fixed total batch, K={best.config['K']} is best here "
-                   f"({pm(best)}).")
     if data["hd sum"].there:
         out.append("- Mean or sum is a choice of learning rate: sum at lr / K is mean at lr.")
-    if hd.there and lora.there and compare(hd, lora) != "ahead":
+    if hd.there and lora.there and against(data, hd, lora) != "ahead":
         out.append("- Do not choose it for its rank alone: updates of effective rank "
                    f"{median_rank(hd):g} reach {pm(hd)} here, LoRA's of {median_rank(lora):g} reach "
                    f"{pm(lora)} after the same {SHORT} steps.")
     out.append("- Compare on your own data, each method with a learning rate of its own.")
     return [*out, ""]
+
+
+def comparisons(data, pairs) -> list[str]:
+    """The table of pairs of arms: names of the arms, compared at every length of run where both are there."""
+    rows = []
+    for a, b in pairs:
+        there = data[a].there and data[b].there
+        found = data["compared"].setdefault((a, b), compare(data[a], data[b])) if there else None
+        rows.append((label(a), label(b), when(data[a].config), found))
+    return [*verdict.table(rows, "run"), ""]
+
+
+def when(config: dict) -> str:
+    rows = f" of {config['batch']}" if config["batch"] != COMMON["batch"] else ""
+    return f"{config['steps']} steps{rows}"
+
+
+def deciding(data) -> list[str]:
+    there = [(a + suffix, b + suffix) for suffix in ("", ", long") for a, b in DECIDING
+             if a + suffix in data and b + suffix in data]
+    return comparisons(data, there)
+
+
+def all_pairs(data) -> list[str]:
+    """What the texts of the page have compared, by the length of the run."""
+    pairs = list(data["compared"])
+    once = [(a, b) for i, (a, b) in enumerate(pairs) if (b, a) not in pairs[:i]]
+    return comparisons(data, sorted(once, key=lambda pair: (
+        data[pair[0]].config["batch"], data[pair[0]].config["steps"])))
 
 
 def tuning_table(data) -> list[str]:
@@ -582,11 +602,14 @@ def introduction(data) -> list[str]:
         f"(three at {LONG} steps), more until the best has a worse neighbour on either side, on seed 0; "
         f"then seeds "
         "1 and 2 at the best. An arm is shown once its best rate is inside. ± is the standard deviation over "
-        "seeds. \"Ahead\" and \"behind\": the means differ by more than both deviations together; else "
-        "\"level\". "
-        "The best rate was chosen on the held-out rows that are reported, for every method alike. The "
-        "model is "
-        "small and the data synthetic: this page says what happens here.", "",
+        "seeds. One rule decides every comparison ([PROTOCOL.md](../experiments/PROTOCOL.md)), on losses "
+        "paired by seed: *ahead* or *behind* if |t| exceeds its 5 % limit and the gap is at least "
+        f"{verdict.MARGIN} nats; *equivalent* if the 90 % interval of the gap lies within "
+        f"±{verdict.MARGIN}; else *undecided*. Seed 0, which chose the rate, is left out where three others "
+        "are there. No correction is made for the number of comparisons. The best rate was chosen on the "
+        "held-out rows that are reported, for every method alike. The SVD and the random basis are the same "
+        "for every seed. The K devices are simulated in one process. The model is small and the data "
+        "synthetic: this page says what happens here.", "",
         *(f"- {text}" for text in (*versions, *sources)),
         f"- {seeds} of the {len(there)} arms shown have three seeds", "",
     ]
@@ -606,26 +629,28 @@ def page(data, figures: set) -> str:
     ranks = [arm.name for family in ("hd", "lora", "pissa") for _, arm in by_rank(data, family)]
     lines = [
         *introduction(data),
+        "## The pairs that decide", "",
+        "Losses in nats per response token; a negative gap means that a's loss is lower.", "",
+        *deciding(data),
+        "## A real pretrained model", "", *real_text(data),
         "## Claims of the paper", "", *markdown(["claim", "verdict", "numbers"], claims),
         "## For a practitioner", "", *recommendation(data),
         "## Methods, each at its best learning rate", "", f"{SHORT} steps.", "", *method_table(data, METHODS),
-        "LoRA, PiSSA, DoRA and HiRA are PEFT's; MoRA is in `tutorial/baselines`. Trained numbers and "
-        "optimizer "
-        "memory are one device's; constants are the A_i, B_i of all shards that each device keeps. "
+        "LoRA, PiSSA, DoRA and HiRA are PEFT's; the rest is in `tutorial/baselines`. Trained numbers, "
+        f"moments, factors and bytes are one device's, float32, on K devices or, for a peer, on {DEVICES}. "
         + speed_text(data), "",
         *domain_table(data, METHODS), *picture("rate", "Held-out loss against the learning rate"),
         "## One learning rate for all", "", "Seed 0; bold: the best of the row.", "",
         *one_rate_table(data, METHODS), one_rate_text(data), "",
         "## Longer runs", "", f"{LONG} steps.", "", *method_table(data, METHODS, ", long"),
-        *domain_table(data, METHODS, ", long"), crossing_text(data), "",
+        *domain_table(data, METHODS, ", long"),
         f"All learning rates at {LONG} steps, seed 0, unfinished sweeps too; no verdict rests on those:", "",
         *one_rate_table(data, [f"{name}, long" for name in METHODS], unfinished=True),
         *([f"{MEDIUM} steps.", "", *medium] if len(medium) > 2 else []),
         *picture("length", "Tuned held-out loss against the length of the run"),
         "## A larger batch", "", large_text(data), "", *method_table(data, METHODS, ", large batch"),
         "## Whole-batch gradients, and equal parameters", "", global_text(data), "",
-        "More devices, the same r and so the same optimizer memory on each:", "", *method_table(data, MORE),
-        more_text(data), "",
+        "More devices, the same r and so as many moments on each:", "", *method_table(data, MORE),
         "## The embedding too", "", parts_text(data), "", *method_table(data, PARTS),
         "The embedding is tied to the output head, so no linear layer's mute reaches it. "
         "`tutorial/baselines/embedding.py` gives every method the same adapter there: the gradients of its "
@@ -635,9 +660,9 @@ def page(data, figures: set) -> str:
         "## Ablations (table 7)", "", *method_table(data, ("hd", "hd top", "hd lora init", "intermediate")),
         *picture("ablations", "Ablations"),
         "The Intermediate Method trains each device's slice against its own residual weight, alone; the K "
-        "results "
-        "are averaged at the end. The paper does not say how they become one model.", "",
-        "## Devices at a fixed total batch", "", *method_table(data, [name for _, name in DEVICES]),
+        "results are averaged at the end. The paper does not say how they become one model, so this is one "
+        "reading of it.", "",
+        "## Devices at a fixed total batch", "", *method_table(data, [name for _, name in DEVICES_TRIED]),
         *picture("devices", "Held-out loss against K"),
         "## Mean or sum", "", *aggregation_text(data),
         "## Rank r", "", *method_table(data, ranks), *picture("ranks", "Held-out loss against r"),
@@ -646,10 +671,24 @@ def page(data, figures: set) -> str:
         *picture("domains", "Effective rank per domain"),
         "## Mute scalar", "", *picture("mute", "Errors against γ"),
         "## Beyond the paper", "", *beyond_rows(data), *picture("beyond", "Beyond the paper"),
+        "## Every comparison", "",
+        "All that this page calls ahead, behind, equivalent or undecided, and the pairs beside them.", "",
+        *all_pairs(data),
         "## Tuning", "", *tuning_table(data),
         "## Not run", "", not_run(data), "",
     ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def real_text(data) -> list[str]:
+    c, arms = real.COMMON, data["real"]
+    if not any(arm.sweep for arm in arms.values()):
+        return ["Not run yet.", ""]
+    return [f"SmolLM2-135M-Instruct on data/{c['data']}.jsonl, {c['steps']} steps of {c['batch']} rows, "
+            f"K = {c['K']} ([PROTOCOL.md](../experiments/PROTOCOL.md); `python "
+            "tutorial/experiments/real.py`). Rates are chosen on validation rows with seed 0, results are "
+            "those of other rows and seeds.", "",
+            *real_table.rows(arms), "", *real_table.pairs(arms), ""]
 
 
 def speed_text(data) -> str:
@@ -671,5 +710,6 @@ def not_run(data) -> str:
     part = [name for name in ARMS if data[name].runs and (not data[name].there or len(data[name].tuned) < 3)]
     text = (f"Arms without a run: {', '.join(left) or 'none'}. Arms whose sweep or seeds are not finished: "
             f"{', '.join(part) or 'none'}.")
-    return text + (" No real pretrained model: that takes a GPU. Step times: "
+    left = [real_table.NAMES[name] for name, arm in data["real"].items() if len(arm.tests) < len(real.SEEDS)]
+    return text + (f" On the real model: {', '.join(left) or 'nothing'}. Step times: "
                    + ("in the table." if data["speed"] else "not measured on a quiet machine yet."))

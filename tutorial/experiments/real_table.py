@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
 
 from tutorial.experiments import real, run  # noqa: E402
-from tutorial.experiments.verdict import verdict  # noqa: E402
+from tutorial.experiments.verdict import table, verdict  # noqa: E402
 
 NAMES = {"published": "HD-PiSSA as published", "lora": "LoRA r=2", "whole": "whole batch, SVD basis",
          "lora r=16": "LoRA r=16", "dct": "whole batch, basis from a seed",
@@ -78,16 +78,7 @@ def rows(arms: dict[str, Arm]) -> list[str]:
 
 
 def pairs(arms: dict[str, Arm]) -> list[str]:
-    lines = ["| a | b | gap a − b | t | limit | 90 % interval | seeds | verdict |",
-             "| --- | --- | --- | --- | --- | --- | --- | --- |"]
-    for a, b in real.PAIRS:
-        found = compare(arms[a], arms[b])
-        if found is None:
-            lines.append(f"| {NAMES[a]} | {NAMES[b]} | - | - | - | - | - | not run yet |")
-            continue
-        lines.append(f"| {NAMES[a]} | {NAMES[b]} | {found.gap:+.3f} | {found.t:.1f} | {found.limit:.1f} | "
-                     f"{found.low:+.3f} to {found.high:+.3f} | {found.pairs} | {found.word} |")
-    return lines
+    return table([(NAMES[a], NAMES[b], "", compare(arms[a], arms[b])) for a, b in real.PAIRS])
 
 
 def main(argv=None) -> None:

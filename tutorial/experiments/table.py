@@ -9,8 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)] * (str(ROOT) not in sys.path)
 
+from tutorial.experiments import real_table  # noqa: E402
 from tutorial.experiments.arms import ARMS, complete  # noqa: E402
 from tutorial.experiments.run import RESULTS, loss_of, read  # noqa: E402
+from tutorial.experiments.verdict import Verdict, verdict  # noqa: E402
 
 
 class Arm:
@@ -59,23 +61,20 @@ class Arm:
 
 
 def load(folder: Path = RESULTS) -> dict:
-    """{arm name: Arm}, and "records", "mute", "speed": lists of lines."""
+    """{arm name: Arm}; "records", "mute", "speed": lists of lines; "real": the arms of the real model;
+    "compared": empty, where the page notes what it has compared."""
     records = list(read(folder / "runs.jsonl").values())
     data = {name: Arm(name, spec[0], records) for name, spec in ARMS.items()}
     lines = lambda name: [json.loads(line) for line in (folder / name).read_text().splitlines()] \
         if (folder / name).exists() else []     # noqa: E731
-    return data | {"records": records, "mute": lines("mute.jsonl"), "speed": lines("speed.jsonl")}
+    return data | {"records": records, "mute": lines("mute.jsonl"), "speed": lines("speed.jsonl"),
+                   "real": real_table.load(folder / "real_runs.jsonl"), "compared": {}}
 
 
-def compare(a: Arm, b: Arm) -> str:
-    """"ahead", "behind", "level" or "undecided": a's loss against b's.
-
-    Level: the means differ by no more than the sum of the two deviations. Undecided: one of them has a single
-    seed, so there is no deviation.
-    """
-    gap, spread = b.mean() - a.mean(), a.sd() + b.sd()
-    if math.isnan(spread):
-        return "undecided"
-    if abs(gap) <= spread:
-        return "level"
-    return "ahead" if gap > 0 else "behind"
+def compare(a: Arm, b: Arm) -> Verdict:
+    """PROTOCOL.md's rule on a - b, seed by seed; without seed 0, which chose the rates, where three others
+    are there for both."""
+    losses = [{r["config"]["seed"]: loss_of(r) for r in arm.tuned} for arm in (a, b)]
+    common = sorted(losses[0].keys() & losses[1].keys())
+    seeds = common[1:] if common[:1] == [0] and len(common) > 3 else common
+    return verdict(*([loss[seed] for seed in seeds] for loss in losses))

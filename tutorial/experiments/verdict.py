@@ -18,6 +18,11 @@ class Verdict(NamedTuple):
     high: float
     pairs: int
 
+    @property
+    def outcome(self) -> str:
+        """"ahead" or "behind" where it is decided, as a's loss is lower or higher; else the word."""
+        return self.word if self.word != "decided" else "ahead" if self.gap < 0 else "behind"
+
 
 def t_inside(t: float, freedom: int) -> float:
     """Probability that |T| < t of Student's t with a whole number of degrees of freedom: a finite sum."""
@@ -68,3 +73,22 @@ def verdict(a, b, margin: float = MARGIN) -> Verdict:
     else:
         word = "undecided"
     return Verdict(word, gap, t, limit, gap - reach, gap + reach, n)
+
+
+def table(rows, what: str = "") -> list[str]:
+    """Markdown of comparisons: rows of (a, b, anything that tells them apart, Verdict or None)."""
+    lines = [f"| a | b |{what and f' {what} |'} gap a − b | t | limit | 90 % interval | seeds | verdict |",
+             f"| --- | --- |{what and ' --- |'} --- | --- | --- | --- | --- | --- |"]
+    for a, b, which, found in rows:
+        names = f"| {a} | {b} |" + (f" {which} |" if what else "")
+        if found is None or found.pairs < 2:
+            lines.append(f"{names} - | - | - | - | {found.pairs if found else 0} | not run yet |")
+        else:
+            lines.append(f"{names} {found.gap:+.3f} | {found.t:.1f} | {found.limit:.1f} | "
+                         f"{found.low:+.3f} to {found.high:+.3f} | {found.pairs} | {said(found)} |")
+    return lines
+
+
+def said(found: Verdict) -> str:
+    """The verdict as a table says it, in bold where it is decided."""
+    return f"**decided: a is {found.outcome}**" if found.word == "decided" else found.word

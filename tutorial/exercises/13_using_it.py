@@ -1,4 +1,4 @@
-"""Checks of chapter 11's exercises: python tutorial/exercises/11_using_it.py my_answers.py"""
+"""Checks of chapter 13's exercises: python tutorial/exercises/13_using_it.py my_answers.py"""
 
 import torch
 import torch.nn as nn

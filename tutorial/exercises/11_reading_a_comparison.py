@@ -1,4 +1,4 @@
-"""Checks of chapter 10's exercises: python tutorial/exercises/10_does_it_help.py my_answers.py"""
+"""Checks of chapter 11's exercises: python tutorial/exercises/11_reading_a_comparison.py my_answers.py"""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Solutions of chapter 11's exercises."""
+"""Solutions of chapter 13's exercises."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Chapter 11: hd_pissa in a loop of one's own, against the whole method written anew in 19 lines."""
+"""Chapter 13: hd_pissa in a loop of one's own, against the whole method written anew in 19 lines."""
 
 import copy
 from collections import OrderedDict
@@ -24,7 +24,7 @@ inputs = torch.randn((STEPS, K, 32, 24), dtype=torch.float64)                   
 labels = (inputs @ torch.randn((24, 5), dtype=torch.float64)).argmax(-1)
 
 
-# %% A loop of one's own: `adapters` stands in five lines
+# %% fold: A loop of one's own: `adapters` stands in five lines
 def with_hd_pissa(model):
     adapters, losses = hd_pissa.attach(model, R, shards=K), []
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=LR, weight_decay=0.0)
@@ -62,7 +62,7 @@ def anew(model):
     return torch.stack(losses).detach().view(STEPS, K).mean(1)
 
 
-# %% Both, and what is left in the model
+# %% fold: Both, and what is left in the model
 def draw(axes):
     axes.plot(losses, color="0.8", lw=5, label="hd_pissa")
     axes.plot(expected, color="C0", label="written anew")

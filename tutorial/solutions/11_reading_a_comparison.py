@@ -1,4 +1,4 @@
-"""Solutions of chapter 10's exercises."""
+"""Solutions of chapter 11's exercises."""
 
 import math
 from statistics import mean, stdev, variance
