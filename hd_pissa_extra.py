@@ -503,12 +503,12 @@ class Adapters(hd_pissa.Adapters):
 
     # -- the merge
 
-    def refuse(self) -> bool:
+    def refuse(self, told=None):
         # Weights that an evaluation has gathered whole are copies: they would get the update.
         reshard(self.model)
         self.halved()
         self.collect_()                 # where this process has left the optimizer's step out
-        return super().refuse()
+        return super().refuse(told)
 
     def halved(self) -> list[Slot]:
         """Slots with low halves, which are those of W as it is now."""
