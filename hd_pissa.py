@@ -63,14 +63,18 @@ def process_index() -> int:
     """Index of this process, 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
 
-def gather_shards(local: torch.Tensor) -> torch.Tensor:
-    """(S, ...), the S shards of each process -> (K, ...) on every process, in shard order."""
+def gather_shards(local: torch.Tensor, later: bool = False):
+    """(S, ...), the S shards of each process -> (K, ...) on every process, in shard order.
+
+    later       begin to gather, and return a function that waits for the result
+    """
     if world_size() == 1:
-        return local
-    out = local.new_empty((world_size() * local.shape[0], *local.shape[1:]))
+        return (lambda: local) if later else local
+    out, local = local.new_empty((world_size() * local.shape[0], *local.shape[1:])), local.contiguous()
     # torch 2.13 renames the call and warns about the old name
-    getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, local.contiguous())
-    return out
+    work = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, local, async_op=later)
+    # what is sent must live as long
+    return (lambda: (work.wait(), out, local)[1]) if later else out
 
 def sent(tensor: torch.Tensor, device) -> torch.Tensor:
     """A CPU tensor on `device`: from pinned memory a GPU takes it while the host goes on."""

@@ -10,6 +10,7 @@
 hd_pissa.py knows nothing of this file. Notation as there.
 """
 
+import functools
 import math
 import os
 import shutil
@@ -151,12 +152,12 @@ class Slot(hd_pissa.Slot):
     def note(self) -> None:
         """The low halves belong to the weight as it is now."""
         W, _ = own_rows(self.module.weight)
-        self.noted, self.sampled = (W.data_ptr(), W._version), self.sample()
+        self.noted, self.sampled = (W.data_ptr(), W._version), self.sample().clone()
 
     def sample(self) -> torch.Tensor:
         """Some 64 numbers of W: `weight.data.copy_` changes them, and tells no version counter."""
         W, _ = own_rows(self.module.weight.detach())
-        return W.flatten()[::max(1, W.numel() // 64)].clone()
+        return W.flatten()[::max(1, W.numel() // 64)]
 
     def read(self) -> tuple[torch.Tensor, slice]:
         """W to its last bit, in float32 if it is halved, of the rows on this process, and which."""
@@ -296,13 +297,25 @@ def seeded_columns(size: int, first: int, count: int, seed: int, device, dtype) 
 
     whose column c is frequency (c + offset) mod size; signs and offset come from `seed` alone.
     """
+    odd, f, table, low, signs = ingredients(size, first, count, seed, torch.device(device), dtype)
+    C = table[odd * f % (4 * size)]
+    if low is not None:
+        C[low] *= math.sqrt(0.5)                # frequency 0
+    return C.mul_(signs)
+
+@functools.lru_cache(4096)
+def ingredients(size: int, first: int, count: int, seed: int, device, dtype):
+    """What `seeded_columns` looks up: a few numbers a column and row, kept; the matrix itself is not."""
     j = torch.arange(size, device=device)
-    f = (torch.arange(first, first + count, device=device) + seed % size) % size
-    table = torch.cos(torch.arange(4 * size, device=device, dtype=torch.float64) * (math.pi / (2 * size)))
-    C = table.to(dtype)[(2 * j + 1) * f[:, None] % (4 * size)] * math.sqrt(2 / size)
-    C = torch.where(f[:, None] == 0, C * math.sqrt(0.5), C)
+    f = [(c + seed % size) % size for c in range(first, first + count)]
     signs = 1 - 2 * (scramble(j.int() ^ (seed >> 20 & 0x7FFFFFFF)) & 1)
-    return C * signs.to(dtype)
+    return (2 * j + 1, hd_pissa.sent(torch.tensor(f, device="cpu")[:, None], device), cosines(size, device, dtype),
+            f.index(0) if 0 in f else None, signs.to(dtype))
+
+@functools.lru_cache(64)
+def cosines(size: int, device, dtype):
+    table = torch.cos(torch.arange(4 * size, device=device, dtype=torch.float64) * (math.pi / (2 * size)))
+    return table.to(dtype) * math.sqrt(2 / size)
 
 class Seeded:
     """A_i (k, m, r) and B_i (k, r, n) of shards first .. first + k - 1, made when they are asked for."""
@@ -506,33 +519,46 @@ class Adapters(hd_pissa.Adapters):
     def refuse(self, told=None):
         # Weights that an evaluation has gathered whole are copies: they would get the update.
         reshard(self.model)
-        self.halved()
         self.collect_()                 # where this process has left the optimizer's step out
-        return super().refuse(told)
+        slots = [slot for slot in self.slots if slot.low is not None]
+        for slot in slots:
+            slot.local()
+        if not slots:
+            return super().refuse(told)
+        same = (torch.cat([slot.sampled for slot in slots]) == torch.cat([slot.sample() for slot in slots])).all()
+        column = same.double().expand(self.S, 1)            # travels with what the processes agree about
+        told, waits = super().refuse(column if told is None else torch.cat((told, column), dim=1))
+        if not told[self.first][-1]:
+            self.halved()
+        return [row[:-1] for row in told], waits
 
     def halved(self) -> list[Slot]:
         """Slots with low halves, which are those of W as it is now."""
         slots = [slot for slot in self.slots if slot.low is not None]
         for slot in slots:
             slot.local()
-        same = [(slot.sampled == slot.sample()).all() for slot in slots]
-        for slot, yes in zip(slots, torch.stack(same).tolist() if same else ()):    # waits once
-            if not yes:
+            if not torch.equal(slot.sampled, slot.sample()):
                 slot.drop_low()
         return slots
 
     def exchange_and_fold(self) -> None:
-        """As the core does, a bucket of layers at a time."""
+        """As the core does, a bucket of layers at a time; the next one travels while one is folded."""
         factors = self.exchange == "all_gather"
-        for slots in self.buckets:
-            a, b = slots[0].start, slots[-1].start + slots[-1].size     # the bucket's columns
-            increments, basis = self.increments[:, a:b], self.basis[:, a:b]
-            first, k = (0, self.K) if factors else (self.first, self.S)
-            if factors:
-                increments = gather_shards(increments)                  # (S, ...) -> (K, ...)
-                basis = gather_shards(basis) if 0 < len(basis) < self.K else basis  # basis="resend"
-            else:
-                basis = self.own[:, a:b]
+        first, k = (0, self.K) if factors else (self.first, self.S)
+        columns = [slice(slots[0].start, slots[-1].start + slots[-1].size) for slots in self.buckets]
+
+        def begin(c: slice):
+            """Functions that give the bucket's increments and basis, of all K shards where factors travel."""
+            if not factors:
+                return lambda: self.increments[:, c], lambda: self.own[:, c]
+            resend = 0 < len(self.basis) < self.K                       # basis="resend"
+            return (gather_shards(self.increments[:, c], later=True),   # (S, ...) -> (K, ...)
+                    gather_shards(self.basis[:, c], later=True) if resend else lambda: self.basis[:, c])
+
+        ahead = begin(columns[0])
+        for slots, a, after in zip(self.buckets, (c.start for c in columns), [*columns[1:], None]):
+            here, ahead = ahead, after and begin(after)
+            increments, basis = (wait() for wait in here)
             for slot in slots:
                 A, B = (Seeded(slot, self.seed, first, k).make(self.device, self.increments.dtype)
                         if self.init == "random" else slot.views(basis, a))
