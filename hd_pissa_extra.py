@@ -94,6 +94,8 @@ def reduce_shards(whole: torch.Tensor) -> torch.Tensor:
 
 # ---- W in bfloat16, exactly ----------------------------------------------------------------------
 
+TENSOR_CORES = "dtype" in torch.ops.aten.mm.overloads()     # since torch 2.8: bfloat16 in, float32 out
+
 def split(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 W as a bfloat16 high half, rounded half up, and the int16 rest: exact, in W's 4 bytes.
 
@@ -107,6 +109,32 @@ def split(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     """The float32 weight of its halves, inverse of `split`."""
     return ((high.contiguous().view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+
+def add_to_halves_(high: torch.Tensor, low: torch.Tensor, dU: torch.Tensor, share: float) -> None:
+    """high, low <- split(join(high, low) + share dU)."""
+    new_high, new_low = split(join(high, low) + share * dU)
+    high.copy_(new_high)
+    low.copy_(new_low)
+
+@functools.cache
+def fused(function):
+    """`function` as one kernel where Triton can make it. Elementwise work on W is as slow as its traffic."""
+    from torch.utils._triton import has_triton
+    return torch.compile(function, dynamic=True) if has_triton() else function
+
+def pieces(x: torch.Tensor, dim: int, order: tuple[int, ...]) -> torch.Tensor:
+    """float32 as bfloat16 and the bfloat16 of its rest, side by side in `order`."""
+    parts = x.bfloat16(), (x - x.bfloat16().float()).bfloat16()
+    return torch.cat([parts[i] for i in order], dim)
+
+def product(left: torch.Tensor, right: torch.Tensor, rows: slice) -> torch.Tensor:
+    """left[rows] right in float32. On a GPU a b + a b' + a' b of bfloat16 pieces, by tensor cores.
+
+    Off by 4e-6 of dW; float32 W's own rounding is 7e-4 of it at the paper's rate. (TF32: 3e-4.)
+    """
+    if left.dtype == torch.bfloat16:
+        return torch.mm(left[rows], right, out_dtype=torch.float32)
+    return left[rows] @ right
 
 class Slot(hd_pissa.Slot):
     """A layer whose W may be bfloat16, with its exact rest in `low`, or sharded by FSDP2 after attach."""
@@ -177,7 +205,25 @@ class Slot(hd_pissa.Slot):
             seed = hd_pissa.seed_of("rounding", self.adapters.seed, self.adapters.step, self.name)
             local.copy_(round_stochastically(W, seed, rows.start * W.shape[1]))
 
+    def add_halves_(self, left, right, share) -> None:
+        """On a GPU: dU in parts of up to 32 MiB, which stay in its cache, so that memory sees W twice.
+
+        Parts are cut from the whole weight: a product rounds by its shape, and FSDP2's rows get the same.
+        """
+        (W, rows), n = self.local(), len(left)
+        if TENSOR_CORES:
+            left, right = fused(pieces)(left, 1, (0, 0, 1)), fused(pieces)(right, 0, (0, 1, 0))
+        step = 1 << max(8, (2**23 // W.shape[1]).bit_length() - 1)
+        for a in range(rows.start - rows.start % step, rows.stop, step):
+            here = slice(max(a, rows.start), min(a + step, n, rows.stop))
+            dU = product(left, right, slice(a, min(a + step, n)))[here.start - a:here.stop - a]
+            own = slice(here.start - rows.start, here.stop - rows.start)
+            fused(add_to_halves_)(W[own], self.low[own], dU, share)
+        self.note()
+
     def add_(self, left, right, share) -> None:
+        if self.low is not None and self.low.is_cuda:
+            return self.add_halves_(left, right, share)
         W, rows = self.read()
         if hasattr(self.module.weight, "to_local"):
             fold_rows_(W, rows, left, right, share)
@@ -297,7 +343,8 @@ def seeded_columns(size: int, first: int, count: int, seed: int, device, dtype) 
 
     whose column c is frequency (c + offset) mod size; signs and offset come from `seed` alone.
     """
-    odd, f, table, low, signs = ingredients(size, first, count, seed, torch.device(device), dtype)
+    odd, table = cosines(size, torch.device(device), dtype)
+    f, low, signs = ingredients(size, first, count, seed, torch.device(device), dtype)
     C = table[odd * f % (4 * size)]
     if low is not None:
         C[low] *= math.sqrt(0.5)                # frequency 0
@@ -309,13 +356,13 @@ def ingredients(size: int, first: int, count: int, seed: int, device, dtype):
     j = torch.arange(size, device=device)
     f = [(c + seed % size) % size for c in range(first, first + count)]
     signs = 1 - 2 * (scramble(j.int() ^ (seed >> 20 & 0x7FFFFFFF)) & 1)
-    return (2 * j + 1, hd_pissa.sent(torch.tensor(f, device="cpu")[:, None], device), cosines(size, device, dtype),
-            f.index(0) if 0 in f else None, signs.to(dtype))
+    return (hd_pissa.sent(torch.tensor(f, device="cpu")[:, None], device), f.index(0) if 0 in f else None,
+            signs.to(dtype))
 
 @functools.lru_cache(64)
 def cosines(size: int, device, dtype):
     table = torch.cos(torch.arange(4 * size, device=device, dtype=torch.float64) * (math.pi / (2 * size)))
-    return table.to(dtype) * math.sqrt(2 / size)
+    return 2 * torch.arange(size, device=device) + 1, table.to(dtype) * math.sqrt(2 / size)
 
 class Seeded:
     """A_i (k, m, r) and B_i (k, r, n) of shards first .. first + k - 1, made when they are asked for."""
@@ -525,7 +572,8 @@ class Adapters(hd_pissa.Adapters):
             slot.local()
         if not slots:
             return super().refuse(told)
-        same = (torch.cat([slot.sampled for slot in slots]) == torch.cat([slot.sample() for slot in slots])).all()
+        then, now = (torch.cat(parts) for parts in zip(*((slot.sampled, slot.sample()) for slot in slots)))
+        same = (then == now).all()
         column = same.double().expand(self.S, 1)            # travels with what the processes agree about
         told, waits = super().refuse(column if told is None else torch.cat((told, column), dim=1))
         if not told[self.first][-1]:
