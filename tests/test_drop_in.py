@@ -123,7 +123,7 @@ def test_the_checks_can_fail(name, monkeypatch):
 
         monkeypatch.setattr(hd_pissa.Adapters, "merge_", merge_)
     else:
-        monkeypatch.setattr(hd_pissa.Adapters, "fold", lambda *args: None)
+        monkeypatch.setattr(hd_pissa.Adapters, "exchange_and_fold", lambda *args: None)
     with pytest.raises(AssertionError):
         module.main()
 
@@ -713,7 +713,7 @@ def test_families_are_measured(family, monkeypatch):
     assert {k: v for k, v in row.items() if k != "loss"} == {k: v for k, v in kept.items() if k != "loss"}
     forward = hd_pissa.Mute.forward
     monkeypatch.setattr(hd_pissa.Mute, "forward", staticmethod(lambda *a: forward(*a) * (1 + 1e-6)))
-    monkeypatch.setattr(hd_pissa.Adapters, "fold", lambda *args: None)
+    monkeypatch.setattr(hd_pissa.Adapters, "exchange_and_fold", lambda *args: None)
     monkeypatch.setattr(module, "share_of_peft", lambda family: 0.0)
     row = module.measure(family)
     assert not row["step0"] and row["moved"] == 0
