@@ -108,8 +108,8 @@ def test_programs_on_two_processes(name, tmp_path, capfd):
         assert equal_files(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.parametrize("name", ["bare_loop", "trainer", *(pytest.param(name, marks=pytest.mark.slow) for name in
-                                  ("nanogpt", "sft", "with_lightning", "with_accelerate"))])  # fmt: skip
+@pytest.mark.parametrize("name", ["bare_loop", "trainer", *(
+    pytest.param(name, marks=pytest.mark.slow) for name in PROGRAMS if name not in ("bare_loop", "trainer"))])
 def test_the_checks_can_fail(name, monkeypatch):
     """A merge that adds nothing, or something else once, does not pass for a finding."""
     module = program(name)
