@@ -537,7 +537,7 @@ class Adapters:
                               "the model does not call them; leave them out with exclude=", stacklevel=3)
             send_model(self.model, self.device)     # somebody may have loaded weights on one process
             self.phase = "running"
-        return told, idle and self.increments._version == self.merged
+        return told, idle and not self.stepped and self.increments._version == self.merged
 
     def exchange_and_fold(self) -> None:
         """W += share sum_i dU_i: gather the factors and multiply, or multiply and sum the products."""
@@ -652,7 +652,7 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
         if not conv1d and not isinstance(module, nn.Linear):
             skipped |= {f"{name}.{key}": f"a 3-D parameter (experts), {p.numel() / weights:.1%} of the model"
                         for key, p in module._parameters.items()
-                        if p is not None and p.dim() == 3 and key != "weight"}
+                        if p is not None and p.dim() == 3 and min(p.shape) > 1 and key != "weight"}
             continue
         hits, outs = ({t for t in ts if f".{name}".endswith(f".{t}")} for ts in (targets, exclude))
         used |= hits | outs
