@@ -127,7 +127,8 @@ def attach(args, model, device, resumed: bool):
             model, args.rank, shards=args.shards, targets=args.targets, also=args.also,
             alpha=args.alpha, init=args.init, dropout=args.dropout, rounding=args.rounding,
             aggregate=args.aggregate, exchange=args.exchange, basis=args.basis,
-            gradients=args.gradients, seed=args.seed, bucket_mb=args.bucket_mb, device=device,
+            gradients=args.gradients, send=args.send, seed=args.seed, bucket_mb=args.bucket_mb,
+            device=device,
             dtype=torch.bfloat16 if args.dtype == "bfloat16" else None, progress=True,
             decompose=None if resumed else decompose, accumulate=args.export_lora)
     else:

@@ -84,6 +84,25 @@ def test_what_it_says(capsys):
     assert text.count("yours") == 2 and "--aggregate sum (yours; the recipe: mean)" in text
 
 
+def test_the_best_that_was_measured(tmp_path, capsys):
+    """Its flags, its rate for the embedded model alone, one reason a line, and a flag beside it wins."""
+    best = parsed("--recipe best")
+    plain = parsed("--gradients global --aggregate sum --init random --lr 8e-3")
+    assert {k for k in best if best[k] != plain[k]} == {"recipe"}
+    recipes.report(train.parse(["--recipe", "best", "--init", "hd_pissa"]))
+    lines = capsys.readouterr().out.splitlines()
+    assert "not the paper's" in lines[0] and "--init hd_pissa (yours; the recipe: random)" in lines[3]
+    assert "--gradients global: every shard learns from the whole batch" in lines[1]
+    line = refused_by(["--recipe", "best", "--model", str(tmp_path)], capsys)
+    assert "--lr: give the peak learning rate for this --model" in line
+
+
+def refused_by(argv, capsys):
+    with pytest.raises(SystemExit):
+        train.parse(argv)
+    return capsys.readouterr().err
+
+
 def refused(argv, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:

@@ -25,7 +25,8 @@ FLAGS = (
      '.pt of the small GPT, "scratch", or a Hugging Face model'),
     ("data", str, str(DATA / "multi_domain.jsonl"), "file of rows (JSONL, JSON, CSV, Parquet), folder of "
      "datasets or data/prepare.py, or a list of such: 0.7:A,0.3:B with their shares of the rows"),
-    ("recipe", tuple(recipes.RECIPES), None, "the paper's settings; a flag given beside it wins"),
+    ("recipe", (*recipes.RECIPES, "best"), None, "the paper's settings, or the best ones that were measured; "
+     "a flag given beside it wins"),
     ("rank", int, 2, "r, components per shard and weight"),
     ("shards", int, 8, "K, over all processes; a multiple of their number"),
     ("lr", float, None, f"peak learning rate, for this --aggregate; embedded model: {LR}"),
@@ -58,6 +59,8 @@ FLAGS = (
     ("exchange", ("auto", "all_gather", "all_reduce"), "auto", "factors (all_gather) or dense dU"),
     ("basis", ("cached", "resend"), "cached", "all A_i, B_i kept, or sent at every merge"),
     ("gradients", ("local", "global"), "local", "of a shard: from its part of the batch or all"),
+    ("send", ("step", "backward"), "step", "global gradients: once a step, from K times the increments' "
+     "memory; or by every backward"),
     ("export_lora", bool, False, "write OUT/lora too, a PEFT adapter (Hugging Face models)"),
     ("lora_rank", int, None, "its rank; None: 2 K r, which leaves out second-order terms alone"),
     "more: optimization",
@@ -97,7 +100,7 @@ ABOVE_ZERO = ("rank", "shards", "batch_size", "micro_batch_size", "eval_rows", "
 ZERO_OR_MORE = ("warmup", "max_grad_norm", "seed", "bucket_mb", "save_every", "save_minutes",
                 "check_every", "eval_every", "heartbeat", "skip_nonfinite")
 MOST = {"lr": 1e3, "threads": 1024, "epochs": 1e6}                      # else 1e9
-HD_PISSA = "init aggregate exchange basis gradients svd_cache shard_weights rounding also".split()
+HD_PISSA = "init aggregate exchange basis gradients send svd_cache shard_weights rounding also".split()
 
 
 class OneLineErrors(argparse.ArgumentParser):

@@ -114,7 +114,8 @@ def dry_run(args, load_model, default_steps: int) -> dict:
         x = torch.zeros((min(args.micro_batch_size, args.batch_size // K), longest), dtype=torch.long)
         activations = saved_bytes(model.train(), layers, x, args.dtype == "autocast")
     factors = r * sum(a + b for a, b in shapes)                         # numbers of one shard
-    own = hd_pissa_numbers(factors, K, processes, gradients=args.gradients, init=args.init,
+    own = hd_pissa_numbers(factors, K, processes, gradients=args.gradients, send=args.send,
+                           micro_batches=-(-args.batch_size // K // args.micro_batch_size), init=args.init,
                            exchange=args.exchange, basis=args.basis)
     whole = everything * (2 if args.dtype == "bfloat16" else width)
     low = 2 * adapted if args.dtype == "bfloat16" and args.rounding == "exact" else 0

@@ -1,4 +1,4 @@
-"""The paper's settings as presets of train.py: --recipe NAME --model ... --data ...; a flag beside it wins.
+"""Presets of train.py, the paper's and the best that were measured: --recipe NAME; a flag beside it wins.
 
 What the tables leave open stays at train.py's default: tokens a row, AdamW's betas and epsilon, no clipping.
 """
@@ -33,6 +33,15 @@ RECIPES = {
     "paper-multitask": (TABLE_4 | dict(rank=128), "multitask", "section 5.2, the rest as in table 4"),
 }
 
+# What was measured to be best (tutorial/results), each with its reason. Rates are every model's own: this one
+# is the embedded model's.
+BEST = {
+    "gradients": ("global", "every shard learns from the whole batch: the largest gain of what was tried"),
+    "aggregate": ("sum", "the K shards then take the step of one of rank K r"),
+    "init": ("random", "a basis from the seed: nothing to decompose, to keep or to send"),
+}
+BEST_LR = 8e-3
+
 
 def family(model: str) -> str:
     """The kind of model that its config.json names; for a hub id, its name."""
@@ -48,6 +57,9 @@ def settings(args) -> dict:
 
     The table's lr belongs to the mean over shards. A sum steps K times as far, so it gets lr / K.
     """
+    if args.recipe == "best":
+        values = {"method": "hd_pissa", **{flag: value for flag, (value, _) in BEST.items()}}
+        return values | ({"lr": BEST_LR} if models.is_small(args.model) else {})
     values = RECIPES[args.recipe][0] | {"lr": MISTRAL if "mistral" in family(args.model) else LLAMA}
     if args.aggregate == "sum":
         values["lr"] /= args.shards
@@ -58,15 +70,22 @@ def parse(parser, argv):
     """`argv` parsed, with the recipe's values as defaults of the flags that it sets."""
     args = parser.parse_args(argv)
     if args.recipe:
-        parser.set_defaults(**RECIPES[args.recipe][0])
-        parser.set_defaults(lr=settings(parser.parse_args(argv))["lr"])
+        parser.set_defaults(**{flag: value for flag, value in settings(args).items() if flag != "lr"})
+        parser.set_defaults(**settings(parser.parse_args(argv)))
         args = parser.parse_args(argv)
     return args
 
 
 def report(args) -> None:
     """Print what the recipe resolved to, what the command line has changed, and what lr belongs to."""
-    values, (_, data, source) = settings(args), RECIPES[args.recipe]
+    values = settings(args)
+    if args.recipe == "best":
+        say("--recipe best: what was measured to be best on the embedded model; not the paper's")
+        for flag, (value, why) in BEST.items():
+            say(f"  --{flag} {value}: {why}" if getattr(args, flag) == value else
+                f"  --{flag} {getattr(args, flag)} (yours; the recipe: {value})")
+        return
+    _, data, source = RECIPES[args.recipe]
     say(f"--recipe {args.recipe}: {source}")
     for key, recipe in values.items():
         value = getattr(args, key)
