@@ -72,6 +72,14 @@ def gather_shards(local: torch.Tensor) -> torch.Tensor:
     getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, local.contiguous())
     return out
 
+def finite(rows) -> bool:
+    return all(math.isfinite(value) for row in rows for value in row)
+
+def sent(tensor: torch.Tensor, device) -> torch.Tensor:
+    """A CPU tensor on `device`: from pinned memory a GPU takes it while the host goes on."""
+    pinned = torch.device(device).type == "cuda"
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
+
 def everywhere(work) -> list:
     """What work() returns on each process, by index. Where it fails on one, all raise its ValueError."""
     result = error = None
@@ -166,8 +174,10 @@ class Mute(torch.autograd.Function):
                 db = dY.sum(0)                          # a bias that trains beside the adapters
             if ctx.mask is not None:
                 X = X * ctx.mask(X)                     # dropout on the adapter's input alone
-            At = (ctx.s * ctx.A).mT.flatten(0, 1).contiguous().to(dtype)    # (k, m, r) -> (kr, m)
-            B = (ctx.s * ctx.B).flatten(0, 1).to(dtype)                     # (k, r, n) -> (kr, n)
+            A, B = (ctx.A, ctx.B) if ctx.s == 1 else (ctx.s * ctx.A, ctx.s * ctx.B)
+            # (k, m, r) -> (kr, m), cast and laid out by one kernel
+            At = A.mT.flatten(0, 1).to(dtype, memory_format=torch.contiguous_format).contiguous()
+            B = B.flatten(0, 1).to(dtype)                                   # (k, r, n) -> (kr, n)
             # g_A = s X^T (dY B_i^T)      (4.3)
             gA = X.T @ (dY @ B.T)                                           # (m, T) (T, kr) -> (m, kr)
             gA = gA.unflatten(1, ctx.B.shape[:2]).transpose(0, 1)           # (k, m, r)
@@ -465,33 +475,43 @@ class Adapters:
             raise ValueError(f"processes have different optimizers: {' and '.join(sorted(said))}")
 
     @torch.no_grad()
-    def merge_(self) -> None:
+    def merge_(self, told=None) -> list:
         """W <- W + (s/K) sum_i dU_i on every process, dA_i = dB_i = 0 (section 4.2; "sum": no 1/K).
 
         Shards are summed in the same order everywhere, so replicas of W stay equal bit for bit.
         Raises ValueError, on every process and before W changes, where that would not train.
+
+        told    (S, c), numbers that travel with what the processes agree about, one wait for both. Returned
+                as rows of all K shards; where one of them is not finite, nothing was merged
         """
         with torch.autocast(self.device.type, enabled=False):
-            if not self.refuse():
+            told, waits = self.refuse(told)
+            if not waits:
                 self.exchange_and_fold()
                 self.next_step()
+        return told
 
-    def refuse(self) -> bool:
-        """Raise where a merge would not do what is meant. True if gradients wait and none has stepped."""
+    def refuse(self, told=None) -> tuple[list, bool]:
+        """Raise where a merge would not do what is meant. `told` of all shards; whether this merge waits:
+        gradients are there and no optimizer has stepped, or `told` is not finite."""
         named = dict(self.model.named_modules())
         uses = collections.Counter(id(p) for x in named.values() for p in x._parameters.values())
         faults = "; ".join(f"{s.name}.weight {fault}" for s in self.slots if (
             fault := "is of a layer that was replaced" if named.get(s.name) is not s.module else
             s.fault() or ("is another module's too; tie before attach" if uses[id(s.W)] > 1 else "")))
-        there = torch.tensor([[n > 0 or any(p.grad is not None for p in slot.leaves[i])
-                               for n, slot in zip(row, self.slots)] for i, row in enumerate(self.seen)],
-                             device="cpu").to(self.device)                      # (S, layers)
+        there = [[n > 0 or any(p.grad is not None for p in slot.leaves[i])
+                  for n, slot in zip(row, self.slots)] for i, row in enumerate(self.seen)]     # (S, layers)
         largest = torch.linalg.vector_norm(self.increments, math.inf, dim=1)    # (S,); NaN, Inf survive
-        flags = there.any(1), torch.full_like(largest, bool(faults)), largest
-        # A (K, 3) gather tells every process the state of every shard, so that all refuse alike.
-        trained, faulty, size = gather_shards(torch.stack([f.to(largest) for f in flags], 1)).T.tolist()
+        flags = torch.tensor([[any(row), bool(faults)] for row in there], dtype=torch.float64, device="cpu")
+        own = [sent(flags, self.device), largest[:, None].double()] + ([] if told is None else [told])
+        # A (K, 3 + c) gather tells every process the state of every shard, so that all refuse alike.
+        table = gather_shards(torch.cat(own, dim=1)).tolist()                   # waits once
+        trained, faulty, size = zip(*(row[:3] for row in table))
+        told = [row[3:] for row in table]
         if any(faulty):
             raise ValueError("merge_: " + max(everywhere(lambda: faults)))
+        if not finite(told):
+            return told, True
         if self.phase in ("empty", "detached"):
             raise ValueError(f"merge_: the adapters are {self.phase}: call load_state_dict after "
                              "attach(decompose=None), nothing after detach_()")
@@ -510,14 +530,14 @@ class Adapters:
                              "gradients; merge only where optimizer.step() ran (accelerate: if accelerator."
                              "sync_gradients), with adapters.parameters() and a learning rate above 0")
         if self.phase == "filled":      # at the first merge: layers that no backward has reached
-            reached = gather_shards(there).any(dim=0).tolist()
+            reached = gather_shards(sent(torch.tensor(there, device="cpu"), self.device)).any(dim=0).tolist()
             dead = [slot.name for slot, yes in zip(self.slots, reached) if not yes]
             if dead and process_index() == 0:
                 warnings.warn(f"{len(dead)} of {len(reached)} adapted layers got no gradient, {dead[:4]}: "
                               "the model does not call them; leave them out with exclude=", stacklevel=3)
             send_model(self.model, self.device)     # somebody may have loaded weights on one process
             self.phase = "running"
-        return idle and self.increments._version == self.merged
+        return told, idle and self.increments._version == self.merged
 
     def exchange_and_fold(self) -> None:
         """W += share sum_i dU_i: gather the factors and multiply, or multiply and sum the products."""
@@ -624,13 +644,15 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
     if head is None and linear and HEADS & {linear[-1].split(".")[0], linear[-1].split(".")[-1]}:
         head = named[linear[-1]]        # it ends the model
     uses = collections.Counter(id(p) for x in named.values() for p in x._parameters.values())
+    weights = sum(p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p))
     attention = {id(x.out_proj) for x in named.values() if isinstance(x, nn.MultiheadAttention)}
     for name, module in named.items():
         kind, W = type(module), module._parameters.get("weight")
         conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
         if not conv1d and not isinstance(module, nn.Linear):
-            skipped |= {f"{name}.{key}": "a 3-D parameter (experts), no linear layer" for key, p in
-                        module._parameters.items() if p is not None and p.dim() == 3 and key != "weight"}
+            skipped |= {f"{name}.{key}": f"a 3-D parameter (experts), {p.numel() / weights:.1%} of the model"
+                        for key, p in module._parameters.items()
+                        if p is not None and p.dim() == 3 and key != "weight"}
             continue
         hits, outs = ({t for t in ts if f".{name}".endswith(f".{t}")} for ts in (targets, exclude))
         used |= hits | outs
@@ -804,7 +826,8 @@ def pad(rows, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets (b, t) of `rows`, padded on the right: causal attention needs no mask there."""
     x = pad_sequence([torch.tensor(row[0][:-1], device="cpu") for row in rows], True)
     y = pad_sequence([torch.tensor(targets_of(row), device="cpu") for row in rows], True, -100)
-    return x.to(device), y.to(device)
+    x, y = sent(torch.stack((x, y)), device)
+    return x, y
 
 def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """(b, t) -> (b, t, vocabulary), float32 or wider, of a model that returns a tensor or `.logits`."""
@@ -864,22 +887,27 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
                     (loss / norm).backward()
                 losses[i] += loss.detach()
         norm = adapters.clip_grad_norm_(max_grad_norm or math.inf)
-        *sums, grad_norm = torch.cat((gather_shards(losses), norm.view(1))).tolist()    # waits once
+        told = torch.stack((losses, norm.to(losses).expand(S)), dim=1)                  # (S, 2)
+        # merge_ reads it with its own flags, in the one wait of a step. A NaN has then reached the
+        # optimizer's state: where steps may be left out, or no merge protects W, it is read before.
+        early = skip_nonfinite > 0 or not isinstance(adapters, Adapters)
+        rows = gather_shards(told).tolist() if early else []                            # K of (loss, norm)
 
         # AdamW turns gradients into dA_i, dB_i; all shards go into the one W.
         factor = lr_factor(step - 1, max_steps, warmup, schedule)
-        if math.isfinite(grad_norm + sum(sums)):
+        if finite(rows):
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = peak * factor
             optimizer.step()
-            adapters.merge_()
-        else:
+            rows = adapters.merge_(told)
+        sums, grad_norm = [row[0] for row in rows], rows[0][1]
+        if not finite(rows):
             bad = [i for i, value in enumerate(sums) if not math.isfinite(value)]
             text = f"step {step}: not finite: loss of shards {bad} or a gradient; W is untouched by this step"
+            adapters.next_step()
             if (skip_nonfinite := skip_nonfinite - 1) < 0:
                 raise ValueError(f"{text}. Lower lr, clip, or look at these rows of the batch")
             bar.write(text)
-            adapters.next_step()
         optimizer.zero_grad(set_to_none=True)
 
         loss = sum(sums) / sum(counts)                                  # token mean over the step batch

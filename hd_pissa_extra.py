@@ -10,6 +10,7 @@
 hd_pissa.py knows nothing of this file. Notation as there.
 """
 
+import functools
 import math
 import os
 import shutil
@@ -83,6 +84,18 @@ def fold_rows_(W: torch.Tensor, rows: slice, left: torch.Tensor, right: torch.Te
         if block is not part:
             part.copy_(block[here.start - a:here.stop - a])
 
+def gather_later(local: torch.Tensor):
+    """Begin `gather_shards`, and return a function that waits for its result."""
+    if world_size() == 1:
+        return lambda: local
+    out, local = local.new_empty((world_size() * local.shape[0], *local.shape[1:])), local.contiguous()
+    work = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, local, async_op=True)
+
+    def result(sent=local):             # what is sent must live until it has arrived
+        work.wait()
+        return out
+    return result
+
 def reduce_shards(whole: torch.Tensor) -> torch.Tensor:
     """(K, ...) on each process -> its own (S, ...), summed over the processes."""
     if world_size() == 1:
@@ -92,6 +105,8 @@ def reduce_shards(whole: torch.Tensor) -> torch.Tensor:
     return out
 
 # ---- W in bfloat16, exactly ----------------------------------------------------------------------
+
+TENSOR_CORES = "dtype" in torch.ops.aten.mm.overloads()     # since torch 2.8: bfloat16 in, float32 out
 
 def split(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 W as a bfloat16 high half, rounded half up, and the int16 rest: exact, in W's 4 bytes.
@@ -106,6 +121,32 @@ def split(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     """The float32 weight of its halves, inverse of `split`."""
     return ((high.contiguous().view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
+
+def add_to_halves_(high: torch.Tensor, low: torch.Tensor, dU: torch.Tensor, share: float) -> None:
+    """high, low <- split(join(high, low) + share dU)."""
+    new_high, new_low = split(join(high, low) + share * dU)
+    high.copy_(new_high)
+    low.copy_(new_low)
+
+@functools.cache
+def fused(function):
+    """`function` as one kernel where Triton can make it. Elementwise work on W is as slow as its traffic."""
+    from torch.utils._triton import has_triton
+    return torch.compile(function, dynamic=True) if has_triton() else function
+
+def pieces(x: torch.Tensor, dim: int, order: tuple[int, ...]) -> torch.Tensor:
+    """float32 as bfloat16 and the bfloat16 of its rest, side by side in `order`."""
+    parts = x.bfloat16(), (x - x.bfloat16().float()).bfloat16()
+    return torch.cat([parts[i] for i in order], dim)
+
+def product(left: torch.Tensor, right: torch.Tensor, rows: slice) -> torch.Tensor:
+    """left[rows] right in float32. On a GPU a b + a b' + a' b of bfloat16 pieces, by tensor cores.
+
+    Off by 4e-6 of dW; float32 W's own rounding is 7e-4 of it at the paper's rate. (TF32: 3e-4.)
+    """
+    if left.dtype == torch.bfloat16:
+        return torch.mm(left[rows], right, out_dtype=torch.float32)
+    return left[rows] @ right
 
 class Slot(hd_pissa.Slot):
     """A layer whose W may be bfloat16, with its exact rest in `low`, or sharded by FSDP2 after attach."""
@@ -151,32 +192,50 @@ class Slot(hd_pissa.Slot):
     def note(self) -> None:
         """The low halves belong to the weight as it is now."""
         W, _ = own_rows(self.module.weight)
-        self.noted, self.sampled = (W.data_ptr(), W._version), self.sample()
+        self.noted, self.sampled = (W.data_ptr(), W._version), self.sample().clone()
 
     def sample(self) -> torch.Tensor:
         """Some 64 numbers of W: `weight.data.copy_` changes them, and tells no version counter."""
         W, _ = own_rows(self.module.weight.detach())
-        return W.flatten()[::max(1, W.numel() // 64)].clone()
+        return W.flatten()[::max(1, W.numel() // 64)]
 
     def read(self) -> tuple[torch.Tensor, slice]:
         """W to its last bit, in float32 if it is halved, of the rows on this process, and which."""
         W, rows = self.local()
         if self.low is not None:
-            return join(W, self.low), rows
+            return fused(join)(W, self.low) if W.is_cuda else join(W, self.low), rows
         return (W.float() if W.dtype == torch.bfloat16 else W), rows
 
     def write(self, W: torch.Tensor) -> None:
         """Put back what `read` gave."""
         local, rows = own_rows(self.module.weight)
         if self.low is not None:
-            high, self.low = split(W)
+            high, self.low = fused(split)(W) if W.is_cuda else split(W)
             local.copy_(high)
             self.note()
         elif local.dtype == torch.bfloat16:
             seed = hd_pissa.seed_of("rounding", self.adapters.seed, self.adapters.step, self.name)
             local.copy_(round_stochastically(W, seed, rows.start * W.shape[1]))
 
+    def add_halves_(self, left, right, share) -> None:
+        """On a GPU: dU in parts of up to 32 MiB, which stay in its cache, so that memory sees W twice.
+
+        Parts are cut from the whole weight: a product rounds by its shape, and FSDP2's rows get the same.
+        """
+        (W, rows), n = self.local(), len(left)
+        if TENSOR_CORES:
+            left, right = fused(pieces)(left, 1, (0, 0, 1)), fused(pieces)(right, 0, (0, 1, 0))
+        step = 1 << max(8, (2**23 // W.shape[1]).bit_length() - 1)
+        for a in range(rows.start - rows.start % step, rows.stop, step):
+            here = slice(max(a, rows.start), min(a + step, n, rows.stop))
+            dU = product(left, right, slice(a, min(a + step, n)))[here.start - a:here.stop - a]
+            own = slice(here.start - rows.start, here.stop - rows.start)
+            fused(add_to_halves_)(W[own], self.low[own], dU, share)
+        self.note()
+
     def add_(self, left, right, share) -> None:
+        if self.low is not None and self.low.is_cuda:
+            return self.add_halves_(left, right, share)
         W, rows = self.read()
         if hasattr(self.module.weight, "to_local"):
             fold_rows_(W, rows, left, right, share)
@@ -296,13 +355,26 @@ def seeded_columns(size: int, first: int, count: int, seed: int, device, dtype) 
 
     whose column c is frequency (c + offset) mod size; signs and offset come from `seed` alone.
     """
+    odd, table = cosines(size, torch.device(device), dtype)
+    f, low, signs = ingredients(size, first, count, seed, torch.device(device), dtype)
+    C = table[odd * f % (4 * size)]
+    if low is not None:
+        C[low] *= math.sqrt(0.5)                # frequency 0
+    return C.mul_(signs)
+
+@functools.lru_cache(4096)
+def ingredients(size: int, first: int, count: int, seed: int, device, dtype):
+    """What `seeded_columns` looks up: a few numbers a column and row, kept; the matrix itself is not."""
     j = torch.arange(size, device=device)
-    f = (torch.arange(first, first + count, device=device) + seed % size) % size
-    table = torch.cos(torch.arange(4 * size, device=device, dtype=torch.float64) * (math.pi / (2 * size)))
-    C = table.to(dtype)[(2 * j + 1) * f[:, None] % (4 * size)] * math.sqrt(2 / size)
-    C = torch.where(f[:, None] == 0, C * math.sqrt(0.5), C)
+    f = [(c + seed % size) % size for c in range(first, first + count)]
     signs = 1 - 2 * (scramble(j.int() ^ (seed >> 20 & 0x7FFFFFFF)) & 1)
-    return C * signs.to(dtype)
+    return (hd_pissa.sent(torch.tensor(f, device="cpu")[:, None], device), f.index(0) if 0 in f else None,
+            signs.to(dtype))
+
+@functools.lru_cache(64)
+def cosines(size: int, device, dtype):
+    table = torch.cos(torch.arange(4 * size, device=device, dtype=torch.float64) * (math.pi / (2 * size)))
+    return 2 * torch.arange(size, device=device) + 1, table.to(dtype) * math.sqrt(2 / size)
 
 class Seeded:
     """A_i (k, m, r) and B_i (k, r, n) of shards first .. first + k - 1, made when they are asked for."""
@@ -503,36 +575,50 @@ class Adapters(hd_pissa.Adapters):
 
     # -- the merge
 
-    def refuse(self) -> bool:
+    def refuse(self, told=None):
         # Weights that an evaluation has gathered whole are copies: they would get the update.
         reshard(self.model)
-        self.halved()
         self.collect_()                 # where this process has left the optimizer's step out
-        return super().refuse()
+        slots = [slot for slot in self.slots if slot.low is not None]
+        for slot in slots:
+            slot.local()
+        if not slots:
+            return super().refuse(told)
+        then, now = (torch.cat(parts) for parts in zip(*((slot.sampled, slot.sample()) for slot in slots)))
+        same = (then == now).all()
+        column = same.double().expand(self.S, 1)            # travels with what the processes agree about
+        told, waits = super().refuse(column if told is None else torch.cat((told, column), dim=1))
+        if not told[self.first][-1]:
+            self.halved()
+        return [row[:-1] for row in told], waits
 
     def halved(self) -> list[Slot]:
         """Slots with low halves, which are those of W as it is now."""
         slots = [slot for slot in self.slots if slot.low is not None]
         for slot in slots:
             slot.local()
-        same = [(slot.sampled == slot.sample()).all() for slot in slots]
-        for slot, yes in zip(slots, torch.stack(same).tolist() if same else ()):    # waits once
-            if not yes:
+            if not torch.equal(slot.sampled, slot.sample()):
                 slot.drop_low()
         return slots
 
     def exchange_and_fold(self) -> None:
-        """As the core does, a bucket of layers at a time."""
+        """As the core does, a bucket of layers at a time; the next one travels while one is folded."""
         factors = self.exchange == "all_gather"
-        for slots in self.buckets:
-            a, b = slots[0].start, slots[-1].start + slots[-1].size     # the bucket's columns
-            increments, basis = self.increments[:, a:b], self.basis[:, a:b]
-            first, k = (0, self.K) if factors else (self.first, self.S)
-            if factors:
-                increments = gather_shards(increments)                  # (S, ...) -> (K, ...)
-                basis = gather_shards(basis) if 0 < len(basis) < self.K else basis  # basis="resend"
-            else:
-                basis = self.own[:, a:b]
+        first, k = (0, self.K) if factors else (self.first, self.S)
+        columns = [slice(slots[0].start, slots[-1].start + slots[-1].size) for slots in self.buckets]
+
+        def begin(c: slice):
+            """Functions that give the bucket's increments and basis, of all K shards where factors travel."""
+            if not factors:
+                return lambda: self.increments[:, c], lambda: self.own[:, c]
+            resend = 0 < len(self.basis) < self.K                       # basis="resend"
+            return (gather_later(self.increments[:, c]),   # (S, ...) -> (K, ...)
+                    gather_later(self.basis[:, c]) if resend else lambda: self.basis[:, c])
+
+        ahead = begin(columns[0])
+        for slots, a, after in zip(self.buckets, (c.start for c in columns), [*columns[1:], None]):
+            here, ahead = ahead, after and begin(after)
+            increments, basis = (wait() for wait in here)
             for slot in slots:
                 A, B = (Seeded(slot, self.seed, first, k).make(self.device, self.increments.dtype)
                         if self.init == "random" else slot.views(basis, a))

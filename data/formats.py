@@ -31,6 +31,8 @@ KNOWN = ("domain", "answer", "id")          # of use elsewhere, or no text
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
          "assistant": "assistant",
          "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+SPOKEN = ("role", "content", "from", "value")       # the fields of a turn
+CALLS = ("tool_calls", "function_call")             # of an answer that is none in words
 NEEDED = "rows need " + ", ".join("+".join(fields) for fields in FORMATS.values())
 FILES = "a JSONL, JSON, CSV or Parquet file (.gz too), or a folder saved by datasets"
 PACKED = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\3\4": "zip", b"\x28\xb5\x2f\xfd": "zstd"}
@@ -243,6 +245,7 @@ def turns_of(value, field: str) -> list[dict]:
     for turn in value:
         keys = ("from", "value") if "from" in turn else ("role", "content")
         role, content = text_of(turn.get(keys[0]), keys[0]), turn.get(keys[1])
+        role = next((field for field in CALLS if turn.get(field)), role)
         made.append({"role": ROLES.get(role.lower(), role), "content": text_of(content, keys[1])})
     return made
 
@@ -339,6 +342,10 @@ def usable(pairs, path, form: str | None, account: dict):
         for field, value in raw.items():
             if field not in used and value is not None:
                 note(account, f"field {field[:40]!r} is not used")
+            turns = value if field in used and isinstance(value, list) else ()
+            for name in dict.fromkeys(name for turn in turns if isinstance(turn, dict) for name in turn
+                                      if turn[name] is not None and name not in (*SPOKEN, *CALLS)):
+                note(account, f"field {str(name)[:40]!r} of a turn is not used")
         try:
             turns = conversation(raw, form)
         except ValueError as e:

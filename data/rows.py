@@ -586,3 +586,36 @@ def step_batches(rows, batch_size: int, seed: int, start: int = 0):
         for a in range(skipped * batch_size, len(rows) - batch_size + 1, batch_size):
             yield [rows[j][:2] for j in order[a:a + batch_size]]
         epoch, skipped = epoch + 1, 0
+
+
+def packed_batches(batches, K: int, block_size: int, vocabulary: int):
+    """The step batches with the rows of each shard one after the other, in as few blocks as fit.
+
+    Shards get equally many blocks, of at most block_size tokens. The token that begins a row is
+    `vocabulary` more than it is, which no target ever is: by that a model keeps rows apart.
+    """
+    def joined(rows):
+        tokens, places = [], []
+        for row, loss in rows:
+            spans = [(loss, len(row))] if isinstance(loss, int) else loss
+            places += [(max(a, 1) + len(tokens), min(b, len(row)) + len(tokens)) for a, b in spans]
+            tokens += [row[0] + vocabulary, *row[1:]]
+        return tokens, places
+
+    def dealt(rows, number):
+        """`number` blocks of these rows, the longest first into the emptiest; None if one overflows."""
+        made, sizes = [[] for _ in range(number)], [0] * number
+        for row in sorted(rows, key=lambda row: -len(row[0])):
+            k = sizes.index(min(sizes))
+            made[k].append(row)
+            sizes[k] += len(row[0])
+        return made if max(sizes) <= block_size else None
+
+    for batch in batches:
+        size = len(batch) // K
+        mini = [batch[i * size:(i + 1) * size] for i in range(K)]
+        least = max(-(-sum(len(row[0]) for row in rows) // block_size) for rows in mini)
+        for number in range(max(1, least), size + 1):
+            if all(shards := [dealt(rows, number) for rows in mini]):
+                break
+        yield [joined(rows) for shard in shards for rows in shard]

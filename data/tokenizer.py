@@ -8,10 +8,13 @@ import base64
 import collections
 import contextlib
 import hashlib
+import importlib.util
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -23,7 +26,8 @@ TOKENIZER = Path(__file__).with_name("tokenizer.tiktoken")
 PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # tiktoken's regular expressions overflow its stack at some 500,000 blanks: long runs go in pieces.
 LONG = re.compile(r"\s{50000}(?=\s)|\S{50000}(?=\S)")
-SECONDS = 10.0          # that a chat template may take for two questions
+SECONDS, LATE = 10.0, 3         # that a chat template may take for a conversation; how often it may not
+MOST = 1_000_000                # characters that it may write beside the text it is given
 
 
 class TemplateError(ValueError):
@@ -145,13 +149,27 @@ class GPTTokenizer(Tokenizer):
 
 @contextlib.contextmanager
 def within(seconds: float):
-    """TimeoutError in Python code of the block that runs longer: a template may loop for ever."""
-    def trace(frame, event, arg):
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"no end within {seconds:g} s")
-        return trace
+    """TimeoutError in Python code of the block that runs longer: a template may loop for ever.
 
-    before, deadline = sys.gettrace(), time.monotonic() + seconds
+    By the alarm clock of the process; a thread that has none, or Windows, looks at the time in every line.
+    """
+    def late(*_):
+        raise TimeoutError(f"no end within {seconds:g} s")
+
+    def trace(frame, event, arg):
+        return late() if time.monotonic() > deadline else trace
+
+    deadline = time.monotonic() + seconds
+    if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
+        before = signal.signal(signal.SIGALRM, late)
+        rest, every = signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, rest, every)
+            signal.signal(signal.SIGALRM, before)
+        return
+    before = sys.gettrace()
     sys.settrace(trace)
     try:
         yield
@@ -184,7 +202,7 @@ class HFTokenizer(Tokenizer):
         self.control = set(hf.convert_tokens_to_ids(self.special))
         self.spelled = re.compile("|".join(map(re.escape, self.special)))
         self.ends, self.turn_ends = [hf.eos_token_id], []
-        self.takes_system, self.marks = True, False
+        self.takes_system, self.marks, self.late = True, False, 0
         # What the tokenizer puts before a text (bos). What it puts behind (eos) is no prompt's.
         bare, full = (hf("a", add_special_tokens=add)["input_ids"] for add in (False, True))
         starts = (full[:k] for k in range(len(full)) if full[k:k + len(bare)] == bare)
@@ -240,11 +258,25 @@ class HFTokenizer(Tokenizer):
 
     # -- The chat template
 
-    def write(self, turns: list[dict], **how) -> str:
+    def applied(self, turns: list[dict], **how):
+        """What the template makes of turns, within a time; TemplateError where it fails, ValueError where it
+        is late again and again."""
         try:
-            return self.hf.apply_chat_template(turns, tokenize=False, **how)
-        except Exception as e:
+            with within(SECONDS):
+                return self.hf.apply_chat_template(turns, **how)
+        except Exception as e:      # the time of a row may run out in a library that renames the error
+            self.late += "no end within" in str(e)
+            if self.late == LATE:
+                raise ValueError(f"{self.name}: its chat template had no end within {SECONDS:g} s, "
+                                 f"{LATE} times; mend chat_template.jinja (or chat_template in "
+                                 "tokenizer_config.json)") from None
             raise TemplateError(" ".join(str(e).split())[:200] or type(e).__name__) from e
+
+    def write(self, turns: list[dict], **how) -> str:
+        text = self.applied(turns, tokenize=False, **how)
+        if len(text) > MOST + 10 * sum(len(turn["content"]) for turn in turns):
+            raise TemplateError(f"it writes {len(text)} characters for a conversation of {len(turns)} turns")
+        return text
 
     def parts(self, turns: list[dict]) -> tuple[str, list[int]]:
         """What the template writes, and where in it each answer begins."""
@@ -267,32 +299,32 @@ class HFTokenizer(Tokenizer):
         template = self.hf.get_chat_template() if hasattr(self.hf, "get_chat_template") else ""
         self.marks = self.hf.is_fast and bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
         try:
-            with within(SECONDS):
-                if self.marks:
-                    tokens, spans = self.marked(one)
-                    asked = self.decode(tokens[:spans[0][0]])
-                    told = self.decode(tokens[spans[0][0]:spans[-1][1]])
-                else:
-                    text, starts = self.parts(one)
-                    asked, told = text[:starts[0]], text[starts[0]:]
-                if "First?" not in asked or "Yes1." not in told or len(asked + told) > 100_000:
-                    raise TemplateError("it does not write the question and then the answer")
-                found = [told.split("Yes1.")[-1]]
-                with contextlib.suppress(TemplateError):        # one that takes a single question
-                    text, starts = self.parts(two)
-                    found += [text[starts[0]:].split("Yes1.")[1].split("Second?")[0]]
-                try:
-                    system = {"role": "system", "content": "Be3."}
-                    chat = [system, *(two if len(found) > 1 else one)]
-                    text = self.write(chat) if self.marks else self.parts(chat)[0]
-                    self.takes_system = "Be3." in text
-                except TemplateError:
-                    self.takes_system = False
-        except (TemplateError, TimeoutError, IndexError) as e:
+            if self.marks:
+                tokens, spans = self.marked(one)
+                asked = self.decode(tokens[:spans[0][0]])
+                told = self.decode(tokens[spans[0][0]:spans[-1][1]])
+            else:
+                text, starts = self.parts(one)
+                asked, told = text[:starts[0]], text[starts[0]:]
+            if "First?" not in asked or "Yes1." not in told or len(asked + told) > 100_000:
+                raise TemplateError("it does not write the question and then the answer")
+            found = [told.split("Yes1.")[-1]]
+            with contextlib.suppress(TemplateError):        # one that takes a single question
+                text, starts = self.parts(two)
+                found += [text[starts[0]:].split("Yes1.")[1].split("Second?")[0]]
+            try:
+                system = {"role": "system", "content": "Be3."}
+                chat = [system, *(two if len(found) > 1 else one)]
+                text = self.write(chat) if self.marks else self.parts(chat)[0]
+                self.takes_system = "Be3." in text
+            except TemplateError:
+                self.takes_system = False
+        except (TemplateError, IndexError) as e:
             raise ValueError(f"{self.name}: its chat template fails on a question and an answer "
                              f"({e}); mend chat_template.jinja (or chat_template in "
                              "tokenizer_config.json), or remove it for the plain prompt of a base "
                              "model") from None
+        self.late = 0
         ends = [next((t for t in self.tokens(behind) if t in self.control), None)
                 for behind in found]
         if ends[0] is not None:         # else nothing ends an answer that generation could stop at
@@ -351,11 +383,7 @@ class HFTokenizer(Tokenizer):
 
     def marked(self, turns: list[dict]) -> tuple[list[int], list[tuple[int, int]]]:
         """Tokens, and the spans that the template's own {% generation %} marks."""
-        try:
-            made = self.hf.apply_chat_template(turns, return_dict=True,
-                                               return_assistant_tokens_mask=True)
-        except Exception as e:
-            raise TemplateError(" ".join(str(e).split())[:200] or type(e).__name__) from e
+        made = self.applied(turns, return_dict=True, return_assistant_tokens_mask=True)
         mask = [0, *made["assistant_masks"], 0]
         edges = [i for i in range(len(mask) - 1) if mask[i] != mask[i + 1]]
         if not edges:
@@ -366,29 +394,42 @@ class HFTokenizer(Tokenizer):
 # ---- The tokenizer of a --model ------------------------------------------------------------------
 
 
-def open_tokenizer(model: str, name: str | None = None):
-    """The tokenizer of train.py's --model and --tokenizer; no weights are read, no code is run."""
-    if model == "scratch" or model.endswith(".pt"):
-        return GPTTokenizer(name)
-    what, folder = f"--model {model}", model
+TEXTS = ["*.json", "*.txt", "*.jinja", "tokenizer*", "*.model"]     # of a model: all but its weights
+
+
+def folder_of(model: str, name: str | None = None) -> str:
+    """The folder of a Hugging Face --model: itself, or the hub's cache, with its texts.
+
+    Once for the whole model: from_pretrained with an id would ask the hub again for each file, and without
+    a network spend 23 s on each.
+    """
+    what = f"--model {model}"
+    if importlib.util.find_spec("transformers") is None:
+        raise ValueError(f"{what} is not a .pt file, and Hugging Face models need transformers: "
+                         "pip install -r requirements-extra.txt")
     if name is not None:
         raise ValueError(f"--tokenizer {name}: {what} comes with its own; leave the flag out")
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise ValueError(f"{what} is not a .pt file, and Hugging Face models need transformers: "
-                         "pip install -r requirements-extra.txt") from None
-    if not os.path.isdir(model):
-        if os.path.exists(model) or model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise ValueError(f"{what}: no such directory; give a folder with config.json, or a hub "
-                             "id")
-        from huggingface_hub import snapshot_download
-        remedy = ("it is no directory: give a hub id that exists and that you may read (hf auth "
-                  f"login); without a network run `hf download {model} --local-dir DIR` elsewhere, "
-                  "copy it here, give --model DIR")
-        with one_line(what, remedy):
-            folder = snapshot_download(model, allow_patterns=["*.json", "*.txt", "*.jinja",
-                                                              "tokenizer*", "*.model"])
-    with one_line(f"{what}: its tokenizer", "download it again"):
+    if os.path.isdir(model):
+        return model
+    if os.path.exists(model) or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ValueError(f"{what}: no such directory; give a folder with config.json, or a hub id")
+    from huggingface_hub import snapshot_download
+    remedy = ("it is no directory: give a hub id that exists and that you may read (hf auth login); without "
+              f"a network run `hf download {model} --local-dir DIR` elsewhere, copy it here, --model DIR")
+    with one_line(what, remedy):
+        return snapshot_download(model, allow_patterns=TEXTS)
+
+
+def read_tokenizer(model: str, folder: str) -> HFTokenizer:
+    """The tokenizer in the folder of a --model; no code of the folder's is run."""
+    from transformers import AutoTokenizer
+    with one_line(f"--model {model}: its tokenizer", "download it again"):
         hf = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return HFTokenizer(model, hf)
+
+
+def open_tokenizer(model: str, name: str | None = None) -> Tokenizer:
+    """The tokenizer of train.py's --model and --tokenizer; no weights are read."""
+    if model == "scratch" or model.endswith(".pt"):
+        return GPTTokenizer(name)
+    return read_tokenizer(model, folder_of(model, name))

@@ -1,5 +1,7 @@
 """What a user of train.py meets: help, default folder, threads, devices, one sentence for an error."""
 
+import importlib.util
+import json
 import os
 import re
 import socket
@@ -123,3 +125,48 @@ def main(): raise MemoryError("out of memory in a step")
 {tail}"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20)
     assert done.returncode == 1 and "MemoryError: out of memory in a step" in done.stderr
+
+
+def test_flags_of_a_file(tmp_path, capsys):
+    """As in a shell: lines, quotes, comments; what comes later wins, in the file or behind it."""
+    file = tmp_path / "my flags.txt"
+    file.write_text("--rank 4  # r\n--max_steps 7\n\n--out 'a folder'\n# --rank 9\n", "utf-8")
+    args = train.parse(["--rank", "3", f"@{file}", "--max_steps", "8"])
+    assert (args.rank, args.max_steps, args.out) == (4, 8, "a folder")
+    file.write_text("--recipe paper-math --model a/llama")
+    assert train.parse([f"@{file}"]).rank == 16
+    os.mkfifo(tmp_path / "pipe")
+    file.write_text("--out 'no end")
+    for bad, words in ((tmp_path / "none", "No such file"), (tmp_path, "Is a directory"),
+                       (tmp_path / "pipe", "no file"), (file, "No closing quotation")):
+        with pytest.raises(SystemExit) as exit:
+            train.parse([f"@{bad}"])
+        lines = capsys.readouterr().err.splitlines()
+        assert exit.value.code == 2 and len(lines) == 1 and words in lines[0] and str(bad) in lines[0]
+
+
+def test_tensorboard_without_the_package_is_refused_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as exit:
+        train.parse(["--log", "tensorboard"])
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and "needs tensorboard: pip install tensorboard" in message
+
+
+def test_tensorboard_has_what_the_log_has(tmp_path):
+    """Every number of log.jsonl and the held-out losses, read back by tensorboard's own reader; a new run in
+    the folder leaves none of the old one."""
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    argv = ["--max_steps", "4", "--batch_size", "16", "--eval_rows", "8", "--eval_every", "2", "--threads",
+            "1", "--log", "tensorboard", "--out", str(tmp_path)]  # fmt: skip
+    train.main([*argv, "--seed", "1"])
+    train.main([*argv, "--resume", "never"])
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    events = reader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    for name in log[0].keys() - {"step"}:
+        there = [(event.step, event.value) for event in events.Scalars(name)]
+        assert there == [(line["step"], pytest.approx(line[name], rel=1e-6)) for line in log]
+    exams = [json.loads(line) for line in (tmp_path / "eval.jsonl").read_text().splitlines()]
+    (event,) = events.Scalars("held out: loss")
+    assert (event.step, event.value) == (2, pytest.approx(exams[1]["loss"], rel=1e-6))

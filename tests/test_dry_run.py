@@ -121,6 +121,10 @@ def test_numbers_beside_lora_are_those_of_llama_7b():
     assert rounded(numbers(factors, 8, 8)) == [1.28, 0.16, 0.16, 0.32, 1.12]
     best = numbers(factors, 8, 8, gradients="global", init="random")
     assert rounded(best) == [0, 0.16, 1.28, 0.32, 2.24]
+    every = numbers(factors, 8, 8, gradients="global", init="random", send="backward")
+    assert rounded(every) == [0, 0.16, 0.16, 0.32, 2.24]
+    cached = numbers(factors, 8, 8, gradients="global", send="backward", micro_batches=8)
+    assert rounded(cached) == [1.28, 0.16, 0.16, 0.32, 10.07]
 
 
 @pytest.mark.parametrize("options", [{}, {"gradients": "global"}, {"init": "random"},

@@ -367,8 +367,11 @@ def test_sets_of_one_name_are_refused(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "set.jsonl").write_text('{"instruction": "a", "response": "b", "answer": "c"}\n')
-    with pytest.raises(ValueError, match="two files are called set"):
+    with pytest.raises(ValueError, match="two sets are called set"):
         evaluate.read_sets(f"{tmp_path}/a/set.jsonl,{tmp_path}/b/set.jsonl", 500, False)
+    (tmp_path / "a" / "set.jsonl").rename(tmp_path / "held out.jsonl")
+    with pytest.raises(ValueError, match="two sets are called held out"):
+        evaluate.read_sets(f"{tmp_path}/held out.jsonl", 500, False)
 
 
 def test_command_line(tmp_path, capsys):
@@ -390,9 +393,11 @@ def test_command_line(tmp_path, capsys):
     out, asking = tmp_path / "out", ["--eval", f"{one},{two}", "--eval_every", "2", "--eval_tokens", "12"]
     result = train.main([*common, *asking, "--out", str(out)])
 
-    lines = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
-    assert [(e["step"], e["set"]) for e in lines] == [(s, n) for s in (0, 2, 4) for n in ("one", "two")]
-    assert result["eval"] == lines == json.loads((out / "result.json").read_text())["eval"]
+    every = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    sets = ("held out", "one", "two")
+    assert [(e["step"], e["set"]) for e in every] == [(s, name) for s in (0, 2, 4) for name in sets]
+    assert result["eval"] == every == json.loads((out / "result.json").read_text())["eval"]
+    lines = [e for e in every if e["set"] != "held out"]
     trained = train.GPT.from_state_dict(torch.load(out / "model.pt", weights_only=True)).eval()
     for step, there in ((0, model), (4, trained)):
         file = (out / "answers" / f"one.step_{step}.jsonl").read_text().splitlines()
@@ -428,8 +433,8 @@ def test_command_line(tmp_path, capsys):
         with pytest.raises(SystemExit):
             train.main([*common, *asking, "--save_every", "1", "--resume", "never", "--out", str(out)])
     steps = [json.loads(line)["step"] for line in (out / "eval.jsonl").read_text().splitlines()]
-    assert steps == [0, 0, 2, 2] and not (out / "result.json").exists()
-    assert train.main([*common, *asking, "--out", str(out)])["eval"] == lines
+    assert steps == [0, 0, 0, 2, 2, 2] and not (out / "result.json").exists()
+    assert train.main([*common, *asking, "--out", str(out)])["eval"] == every
 
 
 def folder_of(path: Path, model, template=True) -> list[str]:
@@ -461,7 +466,7 @@ def test_saved_folder_is_the_trained_model(make, dtype, tmp_path, monkeypatch):
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         with torch.no_grad():
             kept.append((model.eval()(x).logits, type(model), state))
-        save(out, model, *rest)
+        return save(out, model, *rest)
 
     monkeypatch.setattr(train, "save", keeping)
     train.main([*flags, "--dtype", dtype, "--out", str(tmp_path / "out")])

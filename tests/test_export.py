@@ -270,4 +270,63 @@ def test_command_line_resume_and_changed_base(tmp_path, capsys):
         train.report.rank_of_update = rank_of_update
     message = capsys.readouterr().err
     assert calls and "mlp.up_proj.weight differs" in message and "Traceback" not in message
-    assert not (tmp_path / "spoilt" / "lora").exists() and not (tmp_path / "spoilt" / "model").exists()
+    assert not (tmp_path / "spoilt" / "lora").exists() and not (tmp_path / "spoilt" / "result.json").exists()
+    assert (tmp_path / "spoilt" / "model" / "model.safetensors").exists(), "what was trained is there"
+
+
+def deepseek(**changes):
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**dict(
+        hidden_size=32, intermediate_size=48, moe_intermediate_size=32, num_hidden_layers=2, vocab_size=64,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=8, num_experts_per_tok=2, n_group=2,
+        topk_group=1, n_shared_experts=1, first_k_dense_replace=1, q_lora_rank=16, kv_lora_rank=16,
+        qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, pad_token_id=0,
+        max_position_embeddings=64) | changes))  # fmt: skip
+
+
+def test_layers_that_peft_leaves_out_are_refused_before_training(tmp_path, capsys):
+    """PEFT takes DeepSeek's dense and shared layers for experts. The sentence's own --targets are taken, and
+    what PEFT then gives is what was trained."""
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers", "5")
+    flags = [*small_llama(tmp_path), "2", "--rank", "1", "--shards", "2"]
+    torch.manual_seed(0)
+    deepseek().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        train.main([*flags, "--out", str(tmp_path / "out")])
+    text = capsys.readouterr()
+    message = text.err.splitlines()[-1]
+    assert "PEFT leaves out 6 of 16 layers" in message and "model.layers.0.mlp.down_proj the first" in message
+    assert "SVD" not in text.err and not (tmp_path / "out").exists()
+    targets = message.rpartition("--targets ")[2].split()[0]
+    result = train.main([*flags, "--targets", targets, "--out", str(tmp_path / "out")])
+    assert 0 < result["lora_error"] < 0.05 and "in PEFT its logits are" in capsys.readouterr().out
+    rest = [flag for flag in flags if flag != "--export_lora"]
+    assert train.main([*rest, "--out", str(tmp_path / "b")])["after"], "what the sentence offers, too"
+
+
+@pytest.mark.parametrize("fault, words", [("scale", "gives logits"), ("names", "out model.layers.0.mlp.up")])
+def test_a_lora_that_peft_reads_otherwise_is_not_called_done(fault, words, tmp_path, monkeypatch, capsys):
+    """Planted where the file is written: factors twice as large, or layers of other names."""
+    pytest.importorskip("peft")
+    from safetensors.torch import load_file, save_file
+    write = hd_pissa_extra.export_lora
+
+    def spoil(adapters, folder, *rest):
+        error, file = write(adapters, folder, *rest), f"{folder}/adapter_model.safetensors"
+        if fault == "scale":
+            save_file({k: 2 * v if "lora_B" in k else v for k, v in load_file(file).items()}, file)
+        else:
+            path = folder + "/adapter_config.json"
+            config = json.load(open(path))
+            kept = [name for name in config["target_modules"] if not name.endswith("0.mlp.up_proj")]
+            json.dump(config | {"target_modules": kept}, open(path, "w"))
+        return error
+
+    monkeypatch.setattr(hd_pissa_extra, "export_lora", spoil)
+    with pytest.raises(SystemExit):
+        train.main([*small_llama(tmp_path), "3", "--out", str(tmp_path / "out")])
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert words in message and "does not read them" in message and "is whole" in message, message
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+    assert not (tmp_path / "out" / "lora" / "adapter_model.safetensors").exists()

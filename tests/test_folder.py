@@ -1,6 +1,7 @@
 """Nothing of anyone's is lost: whose OUT is, what is deleted in it, and that any kill leaves a whole end."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -13,13 +14,14 @@ import families
 import pytest
 import torch
 from conftest import ROOT
+from few_rows import ROWS
 
 import hd_pissa
 import train
 from training import checkpoint, folder
 
 TINY = ["--device", "cpu", "--threads", "1", "--shards", "2", "--rank", "1", "--batch_size", "4",
-        "--micro_batch_size", "4", "--eval_rows", "2", "--max_steps", "2"]  # fmt: skip
+        "--micro_batch_size", "4", "--eval_rows", "2", "--max_steps", "2", "--data", str(ROWS)]  # fmt: skip
 
 
 class Killed(BaseException):
@@ -71,26 +73,20 @@ def copy(done, tmp_path):
 # ---- Whose folder it is ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [
-    "checkpoint/epoch=3.ckpt", "checkpoint/step_2/mine", "lora/adapter_model.safetensors", "answers/mine.txt",
-    "model/config.json", "model.pt", "log.jsonl", "result.json", "files.json", "thesis.tex"])  # fmt: skip
-@pytest.mark.parametrize("flags", [[], ["--resume", "never"]])
-def test_a_foreign_folder_is_refused_before_anything_is_loaded(name, flags, tmp_path, capsys, monkeypatch):
+def test_a_foreign_folder_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    """Whatever its files are called; Hugging Face's folders have a config.json too."""
     monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("a model was loaded"))
-    out = tmp_path / "out"
-    (out / name).parent.mkdir(parents=True)
-    (out / name).write_text("precious")
-    error = refused(capsys, out, *flags)
-    assert name.split("/")[0] in error and "new or an empty folder" in error
-    assert contents(out) == {name: b"precious"}
-
-
-def test_a_config_of_something_else_is_no_mark(tmp_path, capsys):
-    """Hugging Face's folders have a config.json too."""
-    families.model("llama").save_pretrained(tmp_path / "out")
-    before = contents(tmp_path / "out")
-    assert "not a run's" in refused(capsys, tmp_path / "out")
-    assert contents(tmp_path / "out") == before
+    names = ["checkpoint/epoch=3.ckpt", "checkpoint/step_2/mine", "lora/adapter_model.safetensors",
+             "answers/mine.txt", "model/config.json", "model.pt", "log.jsonl", "result.json", "files.json",
+             "thesis.tex", "config.json"]  # fmt: skip
+    for number, name in enumerate(names):
+        out = tmp_path / str(number)
+        (out / name).parent.mkdir(parents=True)
+        (out / name).write_text('{"model_type": "llama"}')
+        for flags in ([], ["--resume", "never"]):
+            error = refused(capsys, out, *flags)
+            assert name.split("/")[0] in error and "new or an empty folder" in error
+        assert contents(out) == {name: b'{"model_type": "llama"}'}
 
 
 def test_an_empty_name_is_the_current_folder(tmp_path, capsys, monkeypatch):
@@ -126,35 +122,87 @@ def test_a_failed_command_leaves_no_folder(tmp_path, capsys):
     assert not (tmp_path / "a").exists()
 
 
-def test_an_out_that_cannot_be_made_is_known_at_once(capsys, monkeypatch):
+def test_what_a_run_cannot_write_is_known_at_once(done, tmp_path, capsys, monkeypatch):
+    """No folder, or one with folders where a run writes files, and the reverse: else hours later."""
     monkeypatch.setattr(train, "load_model", lambda *_: pytest.fail("a model was loaded"))
-    assert "/proc/nowhere" in refused(capsys, "/proc/nowhere")
+    (tmp_path / "file").write_text("precious")
+    for out in ("/proc/nowhere", tmp_path / "file", tmp_path / "file" / "out"):
+        assert f"--out {out} is no folder" in refused(capsys, out)
+    assert (tmp_path / "file").read_text() == "precious"
+    spoil = {"model.pt": Path.mkdir, "result.json.tmp": Path.mkdir, "log.jsonl": os.mkfifo,
+             "checkpoint": lambda path: path.write_text(""), "answers": lambda path: path.write_text(""),
+             "model": lambda path: path.symlink_to("no disk")}  # fmt: skip
+    for name, make in spoil.items():
+        out = tmp_path / f"out {name}"
+        out.mkdir()
+        shutil.copy(done / "config.json", out)
+        make(out / name)
+        before = os.listdir(out)
+        assert f"{out / name} is no" in refused(capsys, out)
+        assert os.listdir(out) == before
+
+
+def test_nothing_is_written_through_a_link_at_an_unfinished_file(tmp_path, done):
+    """What a kill has left there, or someone has put there, is replaced."""
+    (tmp_path / "thesis.txt").write_text("precious")
+    (tmp_path / "out").mkdir()
+    shutil.copy(done / "config.json", tmp_path / "out")
+    for name in ("config.json", "log.jsonl", "model.pt", "result.json"):
+        (tmp_path / "out" / f"{name}.tmp").symlink_to(tmp_path / "thesis.txt")
+    run(tmp_path / "out")
+    assert (tmp_path / "thesis.txt").read_text() == "precious" and folder.read_result(tmp_path / "out")
+    assert not (tmp_path / "out" / "model.pt").is_symlink()
 
 
 def test_a_folder_named_like_a_checkpoint_is_an_output_folder(tmp_path, capsys):
-    run(tmp_path / "step_5")
-    run(tmp_path / "step_5")
-    assert "is the end of this run" in capsys.readouterr().out
+    """To write, to look at again, and to go on from."""
+    for _ in range(2):
+        run(tmp_path / "step_5")
+    assert "step_5/checkpoint/step_2 is the end of this run" in capsys.readouterr().out
+    run(tmp_path / "out", "--resume", tmp_path / "step_5")
+    assert f"going on after step 2 of {tmp_path}/step_5/checkpoint/step_2" in capsys.readouterr().out
 
 
 def test_the_lock_covers_the_whole_run(tmp_path, capsys, monkeypatch):
     """A second command is refused while the first loads its model, and while it writes its result."""
-    seen, load, save = [], train.load_model, train.save
+    out, errors = tmp_path / "out", []
 
-    def meanwhile(work):
+    def meanwhile(name):
+        work = getattr(train, name)
+
         def at_work(*args):
-            process = subprocess.run(
-                [sys.executable, str(ROOT / "train.py"), *TINY, "--resume", "never", "--out", str(out)],
-                capture_output=True, text=True)  # fmt: skip
-            seen.append((process.returncode, "another run is writing to" in process.stderr))
+            with monkeypatch.context() as patch:
+                patch.setattr(train, name, lambda *_: pytest.fail("no lock"))
+                errors.append(refused(capsys, out, "--resume", "never"))
             return work(*args)
-        return at_work  # fmt: skip
 
-    out = tmp_path / "out"
-    monkeypatch.setattr(train, "load_model", meanwhile(load))
-    monkeypatch.setattr(train, "save", meanwhile(save))
+        monkeypatch.setattr(train, name, at_work)
+
+    meanwhile("load_model")
+    meanwhile("save")
     run(out)
-    assert seen == [(2, True), (2, True)] and (out / "result.json").exists()
+    assert len(errors) == 2 and all(f"another run is writing to {out}" in error for error in errors)
+    assert folder.read_result(out)
+
+
+def test_a_folder_that_another_run_has_taken_is_left(tmp_path, capsys, monkeypatch):
+    """Removed and made again meanwhile, or on a disk without locks: the first ends at its next step."""
+    out, inner = tmp_path / "out", train.hd_pissa.train
+
+    def meanwhile(*args, **kwargs):
+        for record in inner(*args, **kwargs):
+            if record["step"] == 2:
+                shutil.rmtree(out)
+                with monkeypatch.context() as patch:
+                    patch.setattr(train.hd_pissa, "train", inner)
+                    run(out, "--seed", "5")
+                seen.append(contents(out))
+            yield record
+
+    seen = []
+    monkeypatch.setattr(train.hd_pissa, "train", meanwhile)
+    assert f"another run has taken {out}, begun by process" in refused(capsys, out, *SIX)
+    assert contents(out) == seen[0]
 
 
 # ---- Room --------------------------------------------------------------------------------------------------
@@ -162,11 +210,12 @@ def test_the_lock_covers_the_whole_run(tmp_path, capsys, monkeypatch):
 
 def test_room_is_reckoned_before_the_first_step(tmp_path, capsys, monkeypatch):
     """Too little for one checkpoint and the result: refused with both figures. For all of --keep: said."""
-    free = [0]
-    usage = shutil.disk_usage(tmp_path)
+    free, usage = [0], shutil.disk_usage(tmp_path)
     monkeypatch.setattr(folder.shutil, "disk_usage", lambda path: usage._replace(free=free[0]))
-    error = refused(capsys, tmp_path / "out")
-    assert "has 0 MiB free" in error and "a checkpoint needs about 4 MiB, the result 4 MiB" in error
+    for mib in (0, 6):
+        free[0] = mib << 20
+        error = refused(capsys, tmp_path / "out")
+        assert f"has {mib} MiB free" in error and "a checkpoint needs about 4 MiB, the result 4 MiB" in error
     free[0] = 9 << 20
     run(tmp_path / "out")
     assert "too little for --keep 2" in capsys.readouterr().out
@@ -188,17 +237,21 @@ def test_the_reckoned_size_of_a_checkpoint(flags, tmp_path):
 # ---- What may be deleted -----------------------------------------------------------------------------------
 
 
-def test_beginning_anew_deletes_by_name_alone(copy):
-    """Files that someone has put between a run's own stay; the run's own are replaced."""
-    mine = ["notes.txt", "model/LICENSE", "checkpoint/notes", "checkpoint/step_2/notes", "answers/mine.txt"]
+def test_beginning_anew_deletes_by_name_alone(copy, capsys):
+    """Files that someone has put between a run's own stay; the run's own go, also a later checkpoint."""
+    (copy / "checkpoint" / "step_2").rename(copy / "checkpoint" / "step_7")
+    mine = ["notes.txt", "model/LICENSE", "checkpoint/notes", "checkpoint/step_7/notes", "answers/mine.txt",
+            "checkpoint/step_9/notes"]  # fmt: skip
     for name in mine:
         (copy / name).parent.mkdir(exist_ok=True)
         (copy / name).write_text("precious")
-    (copy / "checkpoint" / "step_9").mkdir()
     run(copy, "--resume", "never", "--seed", "3")
     assert all((copy / name).read_text() == "precious" for name in mine)
-    assert not (copy / "checkpoint" / "step_2" / "manifest.json").exists() or json.loads(
-        (copy / "checkpoint" / "step_2" / "manifest.json").read_text())["config"]["seed"] == 3
+    assert os.listdir(copy / "checkpoint" / "step_7") == ["notes"]
+    capsys.readouterr()
+    run(copy, "--resume", "never", "--seed", "3", "--max_steps", "3")
+    run(copy, "--seed", "3", "--max_steps", "3")
+    assert "is the end of this run" in capsys.readouterr().out
 
 
 def test_names_that_lead_elsewhere_are_not_deleted(copy, tmp_path):
@@ -209,8 +262,8 @@ def test_names_that_lead_elsewhere_are_not_deleted(copy, tmp_path):
         path.write_text("precious")
     (copy / "linked").symlink_to(tmp_path / "real")
     (copy / "checkpoint" / "step_1").symlink_to(tmp_path / "real")
-    names = ["../thesis.txt", str(outside[0]), "linked/thesis.txt", "a/../../thesis.txt", 5, None, "\0", "x"]
-    (copy / "files.json").write_text(json.dumps(names))
+    names = ["../thesis.txt", str(outside[0]), "linked/thesis.txt", "a/../../thesis.txt", "a\0/b", "x"]
+    (copy / "files.json").write_text(json.dumps([*names, 5, None]))
     run(copy, "--resume", "never")
     assert all(path.read_text() == "precious" for path in outside)
 
@@ -260,9 +313,10 @@ def test_a_kill_between_any_two_changes_of_files(flags, done, tmp_path, monkeypa
     """In a new run, and in one over a finished run of another seed: the same command completes."""
     def begin(out):
         if flags:
-            run(out, "--seed", "5")
+            shutil.copytree(tmp_path / "other", out)
         return out
 
+    run(tmp_path / "other", "--seed", "5")
     with monkeypatch.context() as patch:
         out = begin(tmp_path / "counted")
         seen = operations(patch, None)
@@ -274,6 +328,8 @@ def test_a_kill_between_any_two_changes_of_files(flags, done, tmp_path, monkeypa
             operations(patch, stop)
             with pytest.raises(Killed):
                 run(out, *flags)
+        other = (folder.config_of(out) or {}).get("seed") == 5          # no result is taken for another's
+        assert other or not folder.read_result(out) or same(weights(out), weights(done)), what
         run(out, *flags)
         assert same(weights(out), weights(done)), what
         names = {"model.pt", "result.json", "report.html", "spectra.json", "config.json", "log.jsonl"}
@@ -284,7 +340,8 @@ def test_a_kill_between_any_two_changes_of_files(flags, done, tmp_path, monkeypa
 
 @pytest.mark.parametrize("spoil", [
     lambda out: (out / "model.pt").unlink(), lambda out: (out / "model.pt").write_bytes(b""),
-    lambda out: (out / "result.json").write_text('{"before": {"x": 5}, "after": {}}'),
+    lambda out: (out / "result.json").write_text((out / "result.json").read_text().replace(
+        '"exact_match": ', '"exact_match": "0", "x": ', 1)),
     lambda out: (out / "result.json").write_text("5"), lambda out: (out / "result.json").unlink(),
 ])  # fmt: skip
 def test_a_result_that_is_not_whole_is_made_again(spoil, copy, done, capsys):
@@ -304,18 +361,15 @@ def test_a_result_whose_checkpoints_were_deleted_stays(copy, capsys):
     assert contents(copy) == before
 
 
-def test_what_no_terminal_can_show_ends_no_run(tmp_path):
+def test_what_no_terminal_can_show_ends_no_run(tmp_path, monkeypatch):
     """Letters that cp1252 lacks, as domains: printed escaped, after the save."""
     rows = [json.dumps({"instruction": f"a{i}", "response": "b", "domain": ("x\u0394", "\u6570")[i % 2]})
             for i in range(8)]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *TINY, "--eval_rows", "8", "--eval_data",
-         str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out")],
-        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252:strict"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert b"\\u0394" in done.stdout and b"\\u6570" in done.stdout
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, "cp1252", errors="strict"))
+    run(tmp_path / "out", "--eval_rows", "8", "--eval_data", tmp_path / "rows.jsonl")
+    assert b"\\u0394" in printed.getvalue() and b"\\u6570" in printed.getvalue()
     assert folder.read_result(tmp_path / "out") and (tmp_path / "out" / "report.html").exists()
 
 
@@ -365,21 +419,26 @@ def test_another_command_after_a_signal_begins_anew(tmp_path, capsys, monkeypatc
     assert "going on" not in capsys.readouterr().out
 
 
-def test_never_goes_on_under_max_restarts(tmp_path, capsys, monkeypatch):
-    cut(monkeypatch, tmp_path / "out", *SIX, "--resume", "never", after=5)
+def test_never_goes_on_under_max_restarts(copy, capsys, monkeypatch):
+    """From its own checkpoint; killed before there is one, it begins anew over another run's."""
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    run(tmp_path / "out", *SIX, "--resume", "never")
+    cut(monkeypatch, copy, *SIX, "--resume", "never", after=5)
+    assert "going on" not in capsys.readouterr().out
+    run(copy, *SIX, "--resume", "never")
     assert "going on after step 4" in capsys.readouterr().out
 
 
-def test_resume_from_a_path_does_not_touch_another_run(tmp_path, capsys, monkeypatch):
-    """--out holds a finished run of another seed: refused with both values."""
-    run(tmp_path / "valuable", *SIX, "--seed", "2")
-    cut(monkeypatch, tmp_path / "a", *SIX, after=5)
-    before = contents(tmp_path / "valuable")
-    error = refused(capsys, tmp_path / "valuable", *SIX, "--resume", tmp_path / "a" / "checkpoint" / "step_4")
-    assert "--seed is 0 here, 2 there" in error and "would overwrite" in error
-    assert contents(tmp_path / "valuable") == before
+def test_resume_from_a_path_does_not_touch_another_run(done, tmp_path, capsys):
+    """--out holds a finished run of another seed, whose checkpoints are there or were deleted."""
+    run(tmp_path / "valuable", "--seed", "2")
+    for checkpoints in ("kept", "deleted"):
+        if checkpoints == "deleted":
+            shutil.rmtree(tmp_path / "valuable" / "checkpoint")
+        before = contents(tmp_path / "valuable")
+        error = refused(capsys, tmp_path / "valuable", "--resume", done / "checkpoint" / "step_2")
+        assert "--seed is 0 here, 2 there" in error
+        assert ("would overwrite" in error) == (checkpoints == "kept")
+        assert contents(tmp_path / "valuable") == before
 
 
 def test_resume_from_a_path_goes_on_from_its_own_checkpoints(tmp_path, capsys, monkeypatch):
@@ -387,12 +446,9 @@ def test_resume_from_a_path_goes_on_from_its_own_checkpoints(tmp_path, capsys, m
     cut(monkeypatch, tmp_path / "a", *SIX, after=3)
     flags = [*SIX, "--resume", tmp_path / "a"]
     cut(monkeypatch, tmp_path / "b", *flags, after=5)
+    assert f"going on after step 2 of {tmp_path / 'a'}" in capsys.readouterr().out
     run(tmp_path / "b", *flags)
-    text = capsys.readouterr().out
-    assert f"going on after step 2 of {tmp_path / 'a'}" in text
-    assert f"going on after step 4 of {tmp_path / 'b'}" in text
-    run(tmp_path / "whole", *SIX)
-    assert same(weights(tmp_path / "b"), weights(tmp_path / "whole"))
+    assert f"going on after step 4 of {tmp_path / 'b'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("where", ["evaluate", "load_model"])
@@ -413,8 +469,7 @@ def test_a_signal_outside_of_training_has_a_sentence(where, tmp_path, capsys, mo
 # ---- Waiting -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stopped", [False, True])
-def test_a_process_waits_as_long_as_the_other_works(stopped, tmp_path):
+def test_a_process_waits_as_long_as_the_other_works(tmp_path):
     """Process 0 needs three times --timeout: no error. Stopped, it gives no sign of life: one sentence."""
     program = tmp_path / "program.py"
     program.write_text(f"""
@@ -423,23 +478,19 @@ sys.path[:0] = [{str(ROOT)!r}]
 from training import processes
 processes.BEAT = 0.2
 processes.start_processes("cpu", 1, 2.0)
-if os.environ["RANK"] == "0":
-    open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
-def work():
-    if os.environ["RANK"] == "0":
-        os.kill(os.getpid(), signal.SIGSTOP) if {stopped} else time.sleep(6)
+first = os.environ["RANK"] == "0"
+processes.everywhere(lambda: first and open("pid", "w").write(str(os.getpid())))
+processes.everywhere(lambda: first and time.sleep(6))
+print("all there", flush=True)
 try:
-    processes.everywhere(work)
-    print("all there", flush=True)
+    processes.everywhere(lambda: first and os.kill(os.getpid(), signal.SIGSTOP))
 except processes.Lost as e:
     print(e, flush=True)
     os.kill(os.getppid(), signal.SIGKILL)
-    os.kill(int(open({str(tmp_path / "pid")!r}).read()), signal.SIGKILL)
+    os.kill(int(open("pid").read()), signal.SIGKILL)
 """)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(program)],
-        capture_output=True, text=True, timeout=100)  # fmt: skip
-    if stopped:
-        assert "process 0 has shown no sign of life for --timeout 2 s" in done.stdout, done
-    else:
-        assert done.stdout.count("all there") == 2, done.stdout + done.stderr
+        cwd=tmp_path, capture_output=True, text=True, timeout=100)  # fmt: skip
+    assert done.stdout.count("all there") == 2, done.stdout + done.stderr
+    assert "process 0 has shown no sign of life for --timeout 2 s" in done.stdout, done

@@ -15,6 +15,7 @@ import signal
 import sys
 
 import pytest
+from conftest import ROOT
 
 from data import formats, prepare, rows
 from data.tokenizer import GPTTokenizer
@@ -113,6 +114,10 @@ DROPS = {
     "null turn": ({"messages": [TWO[0], {"role": "assistant", "content": None}]}, "no text in 'messages'"),
     "empty turn": ({"messages": [*TWO[:3], {"role": "assistant", "content": ""}]}, "an empty turn"),
     "another role": ({"messages": [*TWO, {"role": "tool", "content": "x"}]}, "a turn of role 'tool'"),
+    "calls": ({"messages": [*TWO, TWO[0], {"role": "assistant", "content": "I see.", "tool_calls": [
+        {"type": "function", "function": {"name": "f"}}]}]}, "a turn of role 'tool_calls'"),
+    "a call without words": ({"messages": [TWO[0], {"role": "assistant", "content": None, "function_call": {
+        "name": "f", "arguments": "{}"}}]}, "a turn of role 'function_call'"),
     "empty text": ({"text": ""}, "no text in 'text'"),
 }  # fmt: skip
 
@@ -133,6 +138,19 @@ def test_rows_without_a_conversation_are_dropped_and_counted(case, tmp_path):
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=f"a.jsonl:1: {reason}, and no row is left of 1; rows need"):
         formats.read_rows(path, name)
+
+
+def test_what_a_turn_has_beside_its_words_is_named(tmp_path):
+    """weight, thinking, ...: rows that have them are counted, once each; null and empty calls are nothing."""
+    chat = [{"role": "user", "content": "a", "name": None}, {"role": "assistant", "content": "b", "weight": 0,
+            "tool_calls": []}, {"role": "user", "content": "c", "weight": 1}, TWO[1]]
+    share_ = [{"from": "human", "value": "a", "markdown": None}, {"from": "gpt", "value": "b", "text": "b"}]
+    for row, field in (({"messages": chat}, "weight"), ({"conversations": share_}, "text"),
+                       ({"prompt": chat[:1], "completion": chat[1:2]}, "weight")):
+        path, report = tmp_path / "a.jsonl", {}
+        path.write_text((json.dumps(row) + "\n") * 3)
+        assert len(formats.read_rows(path, None, report)) == 3
+        assert report[str(path)]["notes"] == {f"field {field!r} of a turn is not used": 3}
 
 
 WRONG = {
@@ -280,6 +298,17 @@ def test_real_rows_in_every_format(name, real_dir, tmp_path):
             found = formats.read_rows(str(path), None, report)
             assert report[str(path)]["format"] == form
             assert [row[:2] for row in rows.encode(found, tokenizer, 600, "a")] == wanted, (form, container)
+
+
+def test_the_table_of_formats_is_current():
+    """Made anew, it is the page that is there; every file gave the same tokens, every odd row was named."""
+    pytest.importorskip("datasets")
+    pytest.importorskip("transformers")
+    sys.path.insert(0, str(ROOT / "tests" / "bench"))
+    import formats_table
+    text = formats_table.PAGE.read_text("utf-8")
+    assert formats_table.page() == text, "run python tests/bench/formats_table.py"
+    assert text.count(" same |") == 14 * 6 + 6 and "OTHER" not in text and "NOTHING" not in text
 
 
 # ---- Refusals ------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ def test_folder_gives_the_training_models_logits(family, tmp_path, monkeypatch):
 
     def recording(out, model, *rest):
         kept.append(model.eval()(x).logits.detach())
-        save(out, model, *rest)
+        return save(out, model, *rest)
 
     monkeypatch.setattr(train, "save", recording)
     train.main(flags(folder(tmp_path / "base", family), "--out", tmp_path / "out"))
@@ -239,9 +239,11 @@ def test_folder_gives_the_training_models_logits(family, tmp_path, monkeypatch):
     assert a(text)["input_ids"] == b(text)["input_ids"] and len(b(text)["input_ids"]) == len(text)
 
 
+HELD = [([72, 101, 108, 108, 111, 256], 2, "all"), ([55, 43, 52, 58, 32, 256], 3, "all")]
+
+
 def test_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """An error in the middle, here a full disk at the tokenizer, leaves a former run's folder as it was."""
-    from training import models
     path, model = folder(tmp_path / "out" / "model", "llama"), families.model("llama")
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     made = models.HFTokenizer(str(path))
@@ -252,13 +254,227 @@ def test_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(made.hf, "save_pretrained", full)
-    with pytest.raises(OSError, match="No space left"):
-        models.save_folder(tmp_path / "out", model, made, model.state_dict())
+    with pytest.raises(ValueError, match="No space left"):
+        models.save(tmp_path / "out", model, made, HELD, "cpu", "trained")
     assert {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()} == before
     monkeypatch.undo()
-    models.save_folder(tmp_path / "out", model, made, model.state_dict())
+    models.save(tmp_path / "out", model, made, HELD, "cpu", "trained")
     assert (path / "model.safetensors").read_bytes() != before["model.safetensors"]
     assert {file.name for file in path.iterdir()} == before.keys()
+
+
+def lose_a_tensor(path):
+    from safetensors.torch import load_file, save_file
+    state = load_file(path / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_a_tensor(path):
+    from safetensors.torch import load_file, save_file
+    state = load_file(path / "model.safetensors")
+    state["model.layers.1.mlp.up_proj.weight"][3, 4] += 1e-6
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_the_config(path):
+    edit(path / "config.json", rms_norm_eps=0.1)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (lose_a_tensor, "1 tensors do not fit, model.layers.1.mlp.up_proj.weight the first"),
+    (change_a_tensor, "1 of 21 tensors are others, model.layers.1.mlp.up_proj.weight the first"),
+    (change_the_config, "gives other logits than the model in memory"),
+])  # fmt: skip
+def test_what_was_saved_is_loaded_once_more(spoil, words, tmp_path, monkeypatch, capsys):
+    """A folder that is not the model in memory is refused, and never takes the place of the one before."""
+    path, save_folder = folder(tmp_path / "out" / "model", "llama"), models.save_folder
+    model, made = families.model("llama"), models.HFTokenizer(str(path))
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+
+    def spoiling(staged, *rest):
+        save_folder(staged, *rest)
+        spoil(staged)
+
+    monkeypatch.setattr(models, "save_folder", spoiling)
+    with pytest.raises(ValueError, match=words) as error:
+        models.save(tmp_path / "out", model, made, HELD, "cpu", "trained")
+    assert "loaded once more" in str(error.value) and "the same command writes them again" in str(error.value)
+    assert {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()} == before
+    monkeypatch.undo()
+    models.save(tmp_path / "out", model, made, HELD, "cpu", "trained")
+    assert "loaded once more, 21 tensors are equal bit for bit, logits too" in capsys.readouterr().out
+
+
+def test_the_small_gpts_file_is_loaded_once_more(tmp_path, monkeypatch):
+    model = train.GPT(300, layers=1, width=32)
+    files = models.save(tmp_path, model, None, HELD, "cpu", "trained")
+    assert files == {"model.pt": (tmp_path / "model.pt").stat().st_size}
+    before, read = (tmp_path / "model.pt").read_bytes(), models.read_state
+    monkeypatch.setattr(models, "read_state", lambda path: read(path) | {"ln_f.bias": torch.ones(32)})
+    with pytest.raises(ValueError, match="ln_f.bias the first"):
+        models.save(tmp_path, model, None, HELD, "cpu", "trained")
+    assert (tmp_path / "model.pt").read_bytes() == before
+
+
+def chat_folder(path):
+    """A Llama of bfloat16 with a chat template that ends turns by <|im_end|>, and an image processor."""
+    base, hf = folder(path, "llama"), families.tokenizer()
+    families.model("llama", torch.bfloat16).save_pretrained(base)
+    hf.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    hf.chat_template = ("{% for m in messages %}{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
+                        "{% if add_generation_prompt %}assistant>{% endif %}")  # fmt: skip
+    hf.save_pretrained(base)
+    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        (base / name).write_text(json.dumps({"from": name}))
+    (base / "notes.json").write_text("{}")
+    return base, hf
+
+
+@pytest.mark.parametrize("save_dtype", ["trained", "base", "float16"])
+def test_the_result_is_whole(save_dtype, tmp_path, monkeypatch):
+    """Shards of SHARD bytes with their index, processors, template, the template's end of turn for
+    generation, the dtype asked for: all there, as anybody's from_pretrained finds it."""
+    import transformers
+    base, hf = chat_folder(tmp_path / "base")
+    monkeypatch.setattr(models, "SHARD", "40KB")
+    train.main(flags(base, "--save_dtype", save_dtype, "--out", tmp_path / "out"))
+    saved = tmp_path / "out" / "model"
+    dtype = {"trained": torch.float32, "base": torch.bfloat16, "float16": torch.float16}[save_dtype]
+    shards = list(saved.glob("model-*-of-*.safetensors"))
+    assert len(shards) > 1 and max(path.stat().st_size for path in shards) < 50_000
+    assert (saved / "model.safetensors.index.json").exists() and not (saved / "model.safetensors").exists()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(saved, dtype="auto")
+    assert {p.dtype for p in loaded.parameters()} == {dtype} == {loaded.config.dtype}
+    for name in ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"):
+        assert (saved / name).read_bytes() == (base / name).read_bytes()
+    assert not (saved / "notes.json").exists()
+    there = transformers.AutoTokenizer.from_pretrained(saved)
+    end = there.convert_tokens_to_ids("<|im_end|>")
+    assert there.chat_template == hf.chat_template
+    assert loaded.generation_config.eos_token_id == [256, end]
+    step, = (tmp_path / "out" / "checkpoint").glob("step_2")
+    manifest = json.loads((step / "manifest.json").read_text())
+    _, shape, parts = manifest["tensors"]["model.model.layers.0.mlp.up_proj.weight"]
+    data = (step / parts[0][0]).read_bytes()[parts[0][1]:][:4 * shape[0] * shape[1]]
+    W = torch.frombuffer(bytearray(data), dtype=torch.float32).view(shape)
+    assert torch.equal(loaded.get_parameter("model.layers.0.mlp.up_proj.weight"), W.to(dtype))
+
+
+def test_a_base_without_a_dtype(tmp_path, capsys):
+    base = folder(tmp_path / "base", "llama")
+    edit(base / "config.json", dtype=None, torch_dtype=None)
+    refused(flags(base, "--save_dtype", "base"), ["no dtype", "_dtype bfloat16"], tmp_path / "o", capsys)
+
+
+# ---- Checkpointed activations, packed rows -----------------------------------------------------------------
+
+
+def weights_of(out) -> dict:
+    if (out / "model.pt").exists():
+        return torch.load(out / "model.pt", weights_only=True)
+    from safetensors.torch import load_file
+    return load_file(out / "model" / "model.safetensors")
+
+
+def losses_of(out) -> list[float]:
+    return [json.loads(line)["loss"] for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+def small(tmp_path, family) -> list[str]:
+    """A command line of two steps for a family, or for the small GPT."""
+    if family != "small":
+        return flags(folder(tmp_path / "base", family))
+    return ["--max_steps", "2", "--batch_size", "16", "--shards", "2", "--eval_rows", "8", "--threads", "1"]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "small"])
+def test_checkpointed_activations_change_no_bit(family, tmp_path, monkeypatch):
+    """Losses and weights are those of a run without; a block runs forward twice a micro-batch in training."""
+    calls = []
+    kind = {"llama": "LlamaMLP", "mistral": "MistralMLP", "qwen2": "Qwen2MLP", "gpt2": "GPT2MLP"}.get(family)
+    if kind:
+        from importlib import import_module
+        cls = getattr(import_module(f"transformers.models.{family}.modeling_{family}"), kind)
+    else:
+        cls = train.Block
+    forward = cls.forward
+    monkeypatch.setattr(cls, "forward", lambda self, *a: (calls.append(self.training), forward(self, *a))[1])
+    argv, counts = small(tmp_path, family), []
+    for name, more in (("a", []), ("b", ["--gradient_checkpointing"])):
+        calls.clear()
+        train.main([*argv, *more, "--out", str(tmp_path / name)])
+        counts.append(sum(calls))
+    assert counts[0] > 0 and counts[1] == 2 * counts[0]
+    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    assert losses_of(tmp_path / "a") == losses_of(tmp_path / "b") and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "small"])
+def test_packed_rows_train_as_unpacked_ones(family, tmp_path):
+    """Losses to 1e-5, weights to a hundredth of what the training moved; in fewer, longer rows."""
+    argv = [*small(tmp_path, family), "--block_size", "60"]
+    if family == "gpt2":        # dropout draws by a row's place
+        edit(tmp_path / "base" / "config.json", attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    before = (train.load_model(str(train.DATA / "base.pt"), 0)[0].state_dict() if family == "small" else
+              families.model(family).state_dict())
+    for name, more in (("a", []), ("b", ["--packing"])):
+        train.main([*argv, *more, "--out", str(tmp_path / name)])
+    assert losses_of(tmp_path / "b") == pytest.approx(losses_of(tmp_path / "a"), rel=1e-5)
+    a, b = weights_of(tmp_path / "a"), weights_of(tmp_path / "b")
+    moved = 0.0
+    for name, W in a.items():
+        change = (W - before[name]).norm()
+        assert (b[name] - W).norm() <= 1e-2 * change
+        moved += float(change)
+    assert moved > 0.1
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "small"])
+def test_a_packed_rows_gradients_are_its_own(family):
+    """float64: loss and every weight's gradient of five rows in two blocks, against one row at a time."""
+    from data.rows import packed_batches
+    if family == "small":
+        model = train.GPT(288, layers=2, width=32).double()
+    else:
+        model = families.model(family, torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    some = [(torch.randint(256, (n,), generator=generator).tolist(), 2) for n in (5, 9, 14, 6, 11)]
+
+    def gradients(rows):
+        model.zero_grad()
+        total = 0.0
+        for row in rows:
+            x, y = hd_pissa.pad([row], "cpu")
+            logits = hd_pissa.logits_of(model, x).flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits, y.flatten(), reduction="sum")
+            loss.backward()
+            total += float(loss.detach())
+        return total, {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    alone, expected = gradients(some)
+    (blocks,) = packed_batches([some], 1, 30, 288)
+    assert [len(tokens) for tokens, _ in blocks] != [len(row[0]) for row in some] and len(blocks) == 2
+    models.take_packed(model, 288, 32)
+    together, got = gradients(blocks)
+    assert together == pytest.approx(alone, rel=1e-9)
+    for name, g in expected.items():
+        torch.testing.assert_close(got[name], g, rtol=1e-6, atol=1e-9 + 1e-7 * float(g.abs().max()))
+
+
+@pytest.mark.parametrize("kind, sizes", [("Mamba", dict(state_size=4)), ("Bloom", dict(n_layer=2, n_head=4))])
+def test_models_that_would_mix_rows_are_refused(kind, sizes):
+    """A state space runs on over the border; ALiBi counts distances from a mask of another shape."""
+    import transformers
+    config = getattr(transformers, kind + "Config")(
+        **dict(hidden_size=32, vocab_size=96, pad_token_id=0, num_hidden_layers=2) | sizes)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    with pytest.raises(ValueError, match="--packing: this model takes neither"):
+        models.take_packed(model, 96, 32)
 
 
 @pytest.mark.slow
@@ -422,6 +638,14 @@ def small_vocabulary(path):
     transformers.LlamaForCausalLM(config).save_pretrained(path)
 
 
+def four_bits(path):
+    edit(path / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+
+
+def eight_bits(path):
+    edit(path / "config.json", quantization_config={"quant_method": "gptq", "bits": 8, "group_size": 128})
+
+
 def infinite(path):
     from safetensors.torch import load_file, save_file
     state = load_file(path / "model.safetensors")
@@ -441,6 +665,8 @@ def infinite(path):
     (own_code, ["custom code", "is not run"]),
     (no_json, ["config.json", "download it again"]),
     (small_vocabulary, ["257 tokens, the model 200 embeddings"]),
+    (four_bits, ["is quantized (bitsandbytes): W itself is trained", "give the model that it was"]),
+    (eight_bits, ["is quantized (gptq)"]),
     (infinite, ["model.layers.1.mlp.up_proj.weight holds NaN or Inf"]),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_a_bad_folder_is_one_line(spoil, parts, tmp_path, capsys):
@@ -484,11 +710,11 @@ def test_a_download_that_was_cut_off_is_asked_for_again(there, tmp_path, monkeyp
         return tmp_path
 
     monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    models.snapshot("some/model", True)
+    models.snapshot("some/model", None, True)
     assert asked[1:2] == [["model*.safetensors"]] and "*.json" in asked[0]
     assert (len(asked) == 3) == (not any("safetensors" in name for name in there))
     asked.clear()
-    models.snapshot("some/model", False)
+    models.snapshot("some/model", None, False)
     assert len(asked) == 1
 
 
@@ -543,7 +769,7 @@ def test_smollm2(real_dir, smollm2, tmp_path, monkeypatch):
     def recording(out, model, *rest):
         with torch.no_grad():
             kept.append(model.eval()(x).logits)
-        save(out, model, *rest)
+        return save(out, model, *rest)
 
     monkeypatch.setattr(train, "save", recording)
     x = batch(3, 2, 24)

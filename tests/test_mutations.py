@@ -45,7 +45,7 @@ def whole(tmp_path_factory):
     rows = [([1 + (i * j) % 50 for j in range(6)], 1) for i in range(1, 5)]
     for record in hd_pissa.train(model, adapters, [rows] * 4, lr=1e-3, max_steps=4, micro_batch_size=4,
                                  optimizer=optimizer, progress=False):  # fmt: skip
-        folder.append_log(out / "log.jsonl", record)
+        folder.append_log(out / "log.jsonl", record, CONFIG)
         if record["step"] % 2 == 0:
             checkpoint.save(out / "checkpoint", record["step"], model, adapters, optimizer, CONFIG,
                             {"before": TABLE, "base": {}}, "cpu")  # fmt: skip
@@ -109,7 +109,10 @@ def spoil(file: Path, draw: random.Random) -> str:
     elif how == "nest":
         data = bytearray(b"[" * 100_000)
     elif how == "retype":
-        data = bytearray(retyped(data.decode(), draw, file.name).encode())
+        text = retyped(data.decode(), draw, file.name)
+        if file.name == "manifest.json" and draw.random() < 0.5:        # by someone who does it on purpose
+            text, how = json.dumps(checkpoint.sealed(json.loads(text))), "sealed"
+        data = bytearray(text.encode())
     else:
         file.unlink()
         how = draw.choice(["pipe", "folder", "loop", "/dev/zero", "/dev/null", "nothing", "nowhere"])

@@ -1,5 +1,6 @@
 """The page about a run: what it draws is what the run's files hold, read back from the drawing."""
 
+import html
 import json
 import math
 import re
@@ -69,13 +70,15 @@ def test_it_draws_what_the_log_holds(out):
         values = [line[key] for line in log]
         assert np.ptp(ys) <= 0.2 if np.ptp(values) < 1e-3 * abs(values[0]) else is_linear(ys, values), title
     exams = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    of = {name: [e for e in exams if e["set"] == name] for name in ("held out", "some <rows>")}
     losses = curves(figures["loss, nats per response token"])
-    assert set(losses) == {"step batch", "some <rows>"} and len(losses["some <rows>"]) == 3
-    together = losses["step batch"] + losses["some <rows>"]
-    assert is_linear([y for _, y in together], [e["loss"] for e in log + exams])
+    assert set(losses) == {"step batch", *of} and [e["step"] for e in of["held out"]] == [0, 3, 6]
+    together = losses["step batch"] + losses["held out"] + losses["some <rows>"]
+    assert is_linear([y for _, y in together], [e["loss"] for e in log + sum(of.values(), [])])
+    assert set(curves(figures["generated answers that are right, %"])) == {"some <rows>"}
     result = json.loads((out / "result.json").read_text())
     cells = [[cell.text for cell in row] for row in tree(text).iter("tr")]
-    for e in exams:
+    for e in of["some <rows>"]:
         assert ["some <rows>", str(e["step"]), "4", f"{e['loss']:.4f}", f"{e['exact_match']:.1f}",
                 str(e["unended"]), "0"] in cells  # fmt: skip
     for domain, before in result["before"].items():
@@ -101,6 +104,49 @@ def test_spectra_against_2r_and_2Kr(out):
         assert len(points) == len(S) == 128
         assert is_linear([y for _, y in points], np.log10(S / S[0]))
         assert [points[3][0], points[31][0]] == marks
+
+
+def test_the_layer_axis_numbers_the_models_layers():
+    """Eight of a 32-layer model's weights stand at their own layers, a colour a kind; a head has none."""
+    names = sampled([f"model.layers.{i}.mlp.{kind}" for i in range(32) for kind in ("up", "down")])
+    at = {name: int(name.split(".")[2]) for name in names}
+    assert len(set(at.values())) > 4 and max(at.values()) > 20
+    ranks = {name: {"effective_rank": 3 * i, "of": 64, "rounding_floor": 1e-7} for name, i in at.items()}
+    ranks["score"] = {"effective_rank": 1, "of": 64, "rounding_floor": 1e-7}
+    text = report_html.update_rank("hd_pissa", 8, 2, ranks, {name: [3.0, 2.0] for name in ranks})
+    svg = drawings(f"<html>{text}</html>")["effective rank of dW: singular values above 1 % of the largest"]
+    dots = sorted((float(dot.get("cx")), float(dot.get("cy"))) for dot in svg.iter("circle"))
+    assert len(dots) == len(names) and len({dot.get("fill") for dot in svg.iter("circle")}) == 2
+    layers = sorted(at.values())
+    slope, shift = np.polyfit(layers, [x for x, _ in dots], 1)
+    assert np.abs(slope * np.array(layers) + shift - [x for x, _ in dots]).max() < 0.11
+    assert is_linear([y for _, y in dots], [3 * i for i in layers])
+    words = [t.text for t in svg.iter("text")]
+    assert "layer of the model" in words and "20" in words
+
+
+def test_it_can_be_read_at_390_pixels(out, tmp_path):
+    """In a frame of a telephone's width nothing is wider than it, and no letter is smaller than 10 pixels."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium here")
+    measure = """<script>addEventListener("load", () => {
+        const page = document.querySelector("iframe").contentDocument, small = [];
+        for (const t of page.querySelectorAll("svg text, p, dd, td, figcaption, .key span")) {
+            const scale = t.closest("svg") ? t.closest("svg").clientWidth / 620 : 1;
+            small.push(parseFloat(page.defaultView.getComputedStyle(t).fontSize) * scale); }
+        document.title = [page.documentElement.scrollWidth, Math.min(...small), small.length].join(" "); })
+        </script>"""
+    frame = '<iframe style="border:0;width:390px;height:900px" srcdoc="{}"></iframe>'
+    text = html.escape((out / "report.html").read_text())
+    (tmp_path / "frame.html").write_text(measure + frame.format(text))
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         "--disable-sync", "--no-first-run", f"--user-data-dir={tmp_path / 'user'}", "--dump-dom",
+         "--virtual-time-budget=3000", (tmp_path / "frame.html").as_uri()],
+        capture_output=True, text=True, timeout=60)  # fmt: skip
+    width, letter, count = map(float, re.search(r"<title>(.*?)</title>", done.stdout)[1].split())
+    assert width <= 390 and letter >= 10 and count > 100, (width, letter, count)
 
 
 def test_it_is_one_file_without_network_or_scripts(out):

@@ -1,6 +1,7 @@
 """A run that is interrupted and started again is, bit for bit, the run that was not."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import ROOT
+from few_rows import ROWS
 from spawned import spawn
 
 import hd_pissa
@@ -17,7 +19,7 @@ import train
 from training import checkpoint
 
 SMALL = ["--max_steps", "6", "--shards", "4", "--batch_size", "16", "--micro_batch_size", "2",
-         "--eval_rows", "8", "--threads", "1", "--save_every", "2"]  # fmt: skip
+         "--eval_rows", "8", "--threads", "1", "--save_every", "2", "--data", str(ROWS)]  # fmt: skip
 
 
 class Killed(Exception):
@@ -150,31 +152,20 @@ def rank_main(flags, out, kill_after=None):
     main(flags, out, kill_after)
 
 
-@pytest.mark.parametrize("before, after, flags", [
-    (4, 1, ""), (2, 1, "--shard_weights"),
+@pytest.mark.parametrize("processes, flags", [
+    ([4, 1], ""), ([2, 1], "--shard_weights"),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        (4, 2, ""), (1, 4, ""), (4, 2, "--shard_weights --dtype bfloat16"), (2, 4, "--shard_weights"))),
+        ([1, 8, 4, 2], "--shards 8 --max_steps 8"), ([4, 2, 4], "--shard_weights --dtype bfloat16"))),
 ])  # fmt: skip
-def test_another_number_of_processes(before, after, flags, tmp_path):
+def test_other_numbers_of_processes(processes, flags, tmp_path):
     """Weights of a run that changed its processes are those of one that did not; sharded ones too."""
-    plain = [flag for flag in flags.split() if flag != "--shard_weights"]
-    main(plain, tmp_path / "whole")
-    spawn(before, rank_main, tmp_path, flags.split(), tmp_path / "cut", 5)
-    if after == 1:
-        main(plain, tmp_path / "cut")
-    else:
-        spawn(after, rank_main, tmp_path, flags.split(), tmp_path / "cut")
-    assert equal(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
-
-
-@pytest.mark.slow
-def test_eight_processes_become_fewer(tmp_path):
-    """K = 8 on 8 processes continues on 4, 2 and 1, one after the other."""
-    flags = ["--shards", "8", "--max_steps", "8"]
-    main(flags, tmp_path / "whole")
-    for processes, kill in ((8, 2), (4, 4), (2, 6)):
-        spawn(processes, rank_main, tmp_path, flags, tmp_path / "cut", kill)
-    main(flags, tmp_path / "cut")
+    flags, kills = flags.split(), [*range(3, 2 * len(processes), 2), None]
+    main([flag for flag in flags if flag != "--shard_weights"], tmp_path / "whole")
+    for count, kill in zip(processes, kills):
+        if count == 1:
+            main([flag for flag in flags if flag != "--shard_weights"], tmp_path / "cut", kill)
+        else:
+            spawn(count, rank_main, tmp_path, flags, tmp_path / "cut", kill)
     assert equal(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
 
 
@@ -244,37 +235,109 @@ def test_another_run_is_refused_with_both_values(flags, words, tmp_path, capsys)
 
 
 def test_another_data_file_is_refused(tmp_path, capsys):
-    rows = (train.DATA / "multi_domain.jsonl").read_text().splitlines(keepends=True)
+    """Under the same name."""
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(rows[:600]))
-    flags = ["--data", str(file)]
-    main(flags, tmp_path / "out", kill_after=5)
-    file.write_text("".join(rows[1:601]))
+    file.write_text(ROWS.read_text())
+    main(["--data", str(file)], tmp_path / "out", kill_after=5)
+    file.write_text("".join(ROWS.read_text().splitlines(keepends=True)[1:]))
     with pytest.raises(SystemExit):
-        main(flags, tmp_path / "out")
-    assert "--rows is" in capsys.readouterr().err
+        main(["--data", str(file)], tmp_path / "out")
+    assert "the digest of --data's rows is" in capsys.readouterr().err
+
+
+def test_model_and_rows_by_other_names_are_the_same_run(tmp_path, capsys):
+    """A moved model, rows, held-out rows and tokenizer: it goes on, says so, and ends with the same bits.
+
+    Another model under the old name is refused.
+    """
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        shutil.copy(train.DATA / "base.pt", tmp_path / place / f"{place}.pt")
+        shutil.copy(train.DATA / "tokenizer.tiktoken", tmp_path / place / "x.tiktoken")
+        (tmp_path / place / "rows.jsonl").write_text(ROWS.read_text())
+
+    def flags(place):
+        given = {"model": f"{place}.pt", "data": "rows.jsonl", "eval_data": "rows.jsonl",
+                 "tokenizer": "x.tiktoken"}  # fmt: skip
+        return ["--lr", "0.02", *(x for k, v in given.items() for x in (f"--{k}", str(tmp_path / place / v)))]
+
+    main(flags("a"), tmp_path / "whole")
+    main(flags("a"), tmp_path / "cut", kill_after=5)
+    capsys.readouterr()
+    main(flags("b"), tmp_path / "cut")
+    text = capsys.readouterr().out
+    assert f"model was {tmp_path}/a/a.pt, is {tmp_path}/b/b.pt; data was " in text
+    assert equal(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
+    main(flags("a"), tmp_path / "other", kill_after=5)
+    state = torch.load(tmp_path / "a" / "a.pt", weights_only=True)
+    state["wpe.weight"][0, 0] += 1
+    torch.save(state, tmp_path / "a" / "a.pt")
+    with pytest.raises(SystemExit):
+        main(flags("a"), tmp_path / "other")
+    assert "the digest of --model's weights is" in capsys.readouterr().err
+
+
+# ---- Another --max_steps -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warmup, first", [("2", None), ("0.3", 5)])
+def test_a_constant_rate_goes_on_longer(warmup, first, tmp_path, capsys):
+    """From the end of a run, or from where it was killed; with the warm-up in steps, as if never ended.
+
+    A share of the steps was another number of them: what is past is past, the later rates are the same.
+    """
+    flags = ["--schedule", "constant", "--warmup", warmup]
+    main(flags, tmp_path / "out", kill_after=first)
+    done = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    capsys.readouterr()
+    main([*flags, "--max_steps", "9"], tmp_path / "out")
+    start = 6 if first is None else 4
+    said = capsys.readouterr().out
+    assert f"going on after step {start} of" in said and "max_steps was 6, is 9" in said
+    weights, losses = outcome(tmp_path / "out")
+    log = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert len(losses) == 9 and log[:start] == done[:start]
+    if first is None:
+        main([*flags, "--max_steps", "9"], tmp_path / "whole")
+        assert equal((weights, losses), outcome(tmp_path / "whole"))
+    else:
+        assert [lr for _, lr, _ in losses] == [0.01, *[0.02] * 8]
+
+
+@pytest.mark.parametrize("flags, other", [
+    ("", "--max_steps 9"), ("--schedule linear", "--max_steps 9"), ("--warmup 5", "--max_steps 9"),
+    ("--schedule constant", "--max_steps 2"),                           # it is at step 4
+    ("--schedule constant --warmup 0.5", "--max_steps 12"),             # would warm up again
+    ("--schedule constant --warmup 2", "--max_steps 9 --schedule cosine"),
+])  # fmt: skip
+def test_other_rates_are_another_run(flags, other, tmp_path, capsys):
+    main(flags.split(), tmp_path / "out", kill_after=5)
+    with pytest.raises(SystemExit):
+        main([*flags.split(), *other.split()], tmp_path / "out")
+    error = capsys.readouterr().err
+    assert f"--max_steps is {other.split()[1]} here, 6" in error and "--schedule constant, after its" in error
 
 
 # ---- Signals -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(number, tmp_path):
-    flags = [*SMALL, "--max_steps", "40", "--save_every", "0"]
-    command = [sys.executable, str(ROOT / "train.py"), *flags, "--out", str(tmp_path / "cut")]
-    run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    log, deadline = tmp_path / "cut" / "log.jsonl", time.monotonic() + 60
-    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
-        assert run.poll() is None and time.monotonic() < deadline, run.communicate()
-        time.sleep(0.01)
-    run.send_signal(number)
-    text, error = run.communicate(timeout=60)
-    assert run.returncode == 128 + number and f"stopped by {number.name} after step" in text, text + error
-    assert "Traceback" not in error
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "going on after step" in done.stdout
-    main(["--max_steps", "40", "--save_every", "0"], tmp_path / "whole")
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path):
+    """SIGTERM, then SIGINT to the run that goes on, then to the end: the bits of a run left alone."""
+    flags, log = ["--max_steps", "40", "--save_every", "0"], tmp_path / "cut" / "log.jsonl"
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *flags, "--out", str(tmp_path / "cut")]
+    for number, step in ((signal.SIGTERM, 2), (signal.SIGINT, 20)):
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while not (log.exists() and len(log.read_text().splitlines()) >= step):
+            assert run.poll() is None and time.monotonic() < deadline, run.communicate()
+            time.sleep(0.01)
+        run.send_signal(number)
+        text, error = run.communicate(timeout=60)
+        assert run.returncode == 128 + number and f"stopped by {number.name} after step" in text, text + error
+        assert "Traceback" not in error and ("going on after step" in text) == (step == 20)
+    main(flags, tmp_path / "cut")
+    main(flags, tmp_path / "whole")
     assert equal(outcome(tmp_path / "whole"), outcome(tmp_path / "cut"))
 
 

@@ -9,6 +9,8 @@ import hashlib
 import itertools
 import json
 import os
+import signal
+import threading
 
 import families
 import pytest
@@ -281,7 +283,7 @@ BAD_TEMPLATES = {
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
         "no end within",
     ),
-    "huge": (LOOP + "{{ m.content * 99999 }}" + END, "does not write the question"),
+    "huge": (LOOP + "{{ m.content * 99999 }}" + END, "it writes 1099989 characters"),
     "another header": (
         LOOP + "{{ m.role }}>{{ m.content }}" + END + ASK + "think{% endif %}",
         "{% generation %}",
@@ -316,6 +318,56 @@ def test_a_conversation_that_the_template_refuses_is_dropped():
     some = [{"messages": CHAT[1:3]}, {"messages": [CHAT[1], CHAT[1], CHAT[2]]}]
     assert len(rows.encode(some, tokenizer, 200, "train", report=report)) == 1
     assert report["train"]["dropped"] == {"refused by the chat template (must alternate)": [1, ""]}
+
+
+# Ends without a word of LONG; with it, never, or with far too much.
+LATE = TEMPLATES["chatml"][0].replace(LOOP, LOOP + "{% if 'LONG' in m.content %}{% for a in range(99999) %}"
+                                      "{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}")
+HUGE = TEMPLATES["chatml"][0].replace("{{ m.content }}", "{{ m.content * 9999 if 'LONG' in m.content else "
+                                      "m.content }}")  # fmt: skip
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("thread", [False, True])
+def test_the_time_of_a_template_is_bounded_in_every_row(thread, marked, monkeypatch):
+    """The probe knows nothing of LONG. Such a row is dropped, the third ends the reading; the alarm clock of
+    the process, and what it was set to, are as before. The same in a thread, which has no alarm clock."""
+    answer = "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}{% else %}"
+    template = LATE.replace("{{ m.content }}", answer + "{{ m.content }}{% endif %}") if marked else LATE
+    tokenizer, result = HFTokenizer("DIR", byte_tokenizer(template)), []
+    assert tokenizer.marks == marked
+    monkeypatch.setattr(tokenizers_, "SECONDS", 0.3)
+    good, bad = ({"messages": [CHAT[1], {"role": "assistant", "content": text}]} for text in ("4", "LONG"))
+
+    def work():
+        report = {}
+        made = rows.encode([good, bad, good, bad], tokenizer, 200, "train", report=report)
+        result.append((len(made), report["train"]["dropped"]))
+        with pytest.raises(ValueError, match="DIR: its chat template had no end within 0.3 s, 3 times"):
+            rows.encode([bad, good], tokenizer, 200, "train")
+
+    before = signal.getsignal(signal.SIGALRM)
+    signal.setitimer(signal.ITIMER_REAL, 1000)
+    try:
+        if thread:
+            runner = threading.Thread(target=work)
+            runner.start()
+            runner.join()
+        else:
+            work()
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 900 and signal.getsignal(signal.SIGALRM) is before
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    assert result == [(2, {"refused by the chat template (no end within 0.3 s)": [2, ""]})]
+
+
+def test_a_template_that_writes_too_much_for_a_row(monkeypatch):
+    """300,000 times as much as it is given: that row is dropped before it is tokenized."""
+    tokenizer, report = HFTokenizer("DIR", byte_tokenizer(HUGE)), {}
+    some = [{"messages": [CHAT[1], {"role": "assistant", "content": text}]} for text in ("4", "LONG" * 99)]
+    assert len(rows.encode(some, tokenizer, 200, "train", report=report)) == 1
+    (reason,) = report["train"]["dropped"]
+    assert "it writes 39" in reason and "characters for a conversation of 2 turns" in reason
 
 
 # ---- Special tokens in the text, eos, long runs --------------------------------------------------
@@ -634,3 +686,37 @@ def test_families_with_a_template_train(tmp_path):
     tokens, spans = tokenizer.conversation(CHAT[1:3])
     assert tokenizer.decode(tokens) == "Hi, 2+2?: 4: <|endoftext|>" and tokens[-1] == tokenizer.ends[0]
     assert torch.is_tensor(hd_pissa.pad([rows.trained(tokens, spans, 99)], "cpu")[0])
+
+
+def test_packed_batches_hold_the_same_rows():
+    """Every row of a shard is in one of its blocks, marked and whole, its loss where it was; blocks are as
+    many for every shard, within block_size, and hardly more than must be."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(high):
+        return int(torch.randint(1, high, (), generator=generator))
+
+    for _ in range(200):
+        K, per, size = draw(5), draw(7), 12 + draw(40)
+        batch = []
+        for _ in range(K * per):
+            length = 1 + draw(min(size, 12))
+            row = torch.randint(50, (length,), generator=generator).tolist()
+            at = draw(length)
+            batch.append((row, at if draw(3) == 1 else [(at, length)]))
+        (blocks,) = rows.packed_batches([batch], K, size, 50)
+        number = len(blocks) // K
+        assert number * K == len(blocks) and max(len(tokens) for tokens, _ in blocks) <= size
+        for i in range(K):
+            found = []
+            for tokens, spans in blocks[i * number:(i + 1) * number]:
+                starts = [j for j, token in enumerate(tokens) if token >= 50]
+                assert starts[0] == 0 and len(spans) == len(starts)
+                for a, b, span in zip(starts, [*starts[1:], len(tokens)], spans):
+                    assert a < span[0] < span[1] == b, "no target is a marked token"
+                    found.append(([tokens[a] - 50, *tokens[a + 1:b]], span[0] - a))
+            wanted = [(row, max(1, at if isinstance(at, int) else at[0][0])) for row, at in
+                      batch[i * per:(i + 1) * per]]
+            assert sorted(found) == sorted(wanted)
+        most = max(sum(len(row) for row, _ in batch[i * per:(i + 1) * per]) for i in range(K))
+        assert number >= -(-most // size) and (number == 1 or number <= -(-2 * most // size) + 1)

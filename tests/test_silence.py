@@ -383,7 +383,9 @@ def test_experts_of_three_dimensions_are_named():
     model = named()
     model.experts = nn.Module()
     model.experts.up = nn.Parameter(torch.zeros(3, 12, 12))
-    assert "experts" in hd_pissa.attach(model, 2).skipped["experts.up"]
+    share = 3 * 144 / sum(p.numel() for p in model.parameters())
+    said = hd_pissa.attach(model, 2).skipped["experts.up"]
+    assert said == f"a 3-D parameter (experts), {share:.1%} of the model"
 
 
 def test_attach_twice_also_on_a_part():

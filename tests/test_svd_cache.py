@@ -1,7 +1,14 @@
 """The cache of decompositions: any K r is sliced from it, and it never hands out a wrong or damaged one."""
 
+import os
+import resource
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
+from conftest import ROOT
 from spawned import spawn
 from toy import module, problem
 
@@ -75,6 +82,77 @@ def test_a_spoilt_file_is_named(how, tmp_path):
     W = damaged(tmp_path, how)
     with pytest.raises(ValueError, match=r"\.pt .*delete it"):
         cached_components(tmp_path)(W, 8, "W")
+
+
+WRITER = """
+import signal, sys, torch
+sys.path[:0] = sys.argv[1:2]
+from training.svd_cache import cached_components
+def half(found, file):
+    file.write(b"half")
+    file.flush()
+    print("writing", flush=True)
+    signal.pause()
+torch.save = half
+cached_components(sys.argv[2])(torch.eye(32), 8, "W")
+"""
+
+
+def test_what_killed_runs_were_writing_is_removed(tmp_path):
+    """Not while the writer lives; not another host's, nor anyone's files with or without such a name."""
+    own = f"{'0' * 32}_32x24_float32.{socket.gethostname()}."
+    foreign = ["notes.txt", f"{own}xyz", f"my {own}12", f"{'0' * 32}_32x24_float32.elsewhere.12ab"]
+    for name in foreign:
+        (tmp_path / name).write_text("precious")
+    (tmp_path / f"{own}12").mkdir()
+    (tmp_path / f"{own}34").symlink_to(tmp_path / "notes.txt")
+    os.mkfifo(tmp_path / f"{own}56")
+    before = {*os.listdir(tmp_path)}
+    command = [sys.executable, "-c", WRITER, str(ROOT), str(tmp_path)]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE)
+    try:
+        assert writer.stdout.readline() == b"writing\n"
+        cached_components(tmp_path)
+        (unfinished,) = {*os.listdir(tmp_path)} - before
+    finally:
+        writer.kill()
+        writer.communicate()
+    assert (tmp_path / unfinished).read_bytes() == b"half"
+    cached_components(tmp_path)
+    assert {*os.listdir(tmp_path)} == before
+    assert all((tmp_path / name).read_text() == "precious" for name in foreign)
+
+
+def test_a_file_removed_by_another_host_ends_no_run(tmp_path, monkeypatch):
+    """It is a cache: what was computed is used."""
+    save = torch.save
+
+    def removed(found, file):
+        save(found, file)
+        os.unlink(file.name)
+
+    monkeypatch.setattr(torch, "save", removed)
+    U, S, Vt = cached_components(tmp_path)(torch.eye(32), 8, "W")
+    assert S.shape == (8,) and not os.listdir(tmp_path)
+
+
+def test_a_full_disk_is_named_and_left_clean(tmp_path):
+    """A limit on the size of files stands for it."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, before[1]))
+    try:
+        with pytest.raises(ValueError, match=r"\.pt cannot be written .*another --svd_cache"):
+            cached_components(tmp_path)(torch.eye(32), 8, "W")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_cache_that_is_no_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("precious")
+    for path in (tmp_path / "file", tmp_path / "file" / "cache"):
+        with pytest.raises(ValueError, match=f"--svd_cache {path} is no folder"):
+            cached_components(path)
 
 
 def attach_with(folder):

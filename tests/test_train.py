@@ -277,6 +277,75 @@ def test_the_embedded_job_leaves_room_above_2Kr():
     assert all(row["exact_match"] <= 10 for row in train.evaluate(model, held[::4], "cpu").values())
 
 
+def losses_of(lines):
+    return {line["step"]: line["loss"] for line in lines if line["set"] == "held out"}
+
+
+def test_the_model_of_the_lowest_held_out_loss_is_kept(tmp_path, capsys):
+    """A rate that rises far too high: the loss is lowest in the middle. OUT/best.pt gives that very loss;
+    going on from a checkpoint ends with the same file and sentence."""
+    argv = ["--max_steps", "8", "--batch_size", "16", "--eval_rows", "24", "--eval_every", "2", "--lr", "0.4",
+            "--warmup", "8", "--save_every", "4", "--threads", "1"]  # fmt: skip
+    result = train.main([*argv, "--out", str(tmp_path / "a")])
+    losses = losses_of(result["eval"])
+    best = min(list(losses)[1:], key=losses.get)
+    assert list(losses) == [0, 2, 4, 6, 8] and result["best"]["step"] == best < 8, losses
+    assert losses[0] == result["before"]["all"]["loss"] and losses[8] == result["after"]["all"]["loss"]
+    text = f"lowest held-out loss {losses[best]:.4f} after step {best} of 8: {tmp_path / 'a' / 'best.pt'}"
+    assert text in capsys.readouterr().out
+    model, tokenizer, context = train.load_model(str(tmp_path / "a" / "best.pt"), 0)
+    held = hold_out(read_rows(train.DATA / "multi_domain.jsonl"))[1][:24]
+    held = encode(held, tokenizer, context, "held out")
+    assert train.evaluate(model, held, "cpu", 32)["all"]["loss"] == losses[best]
+
+    fit = train.hd_pissa.train
+    def stopping(*args, **kwargs):
+        for record in fit(*args, **kwargs):
+            yield record
+            if record["step"] == 5:
+                raise ValueError("stopped here")
+
+    out = tmp_path / "b"
+    train.hd_pissa.train = stopping
+    try:
+        with pytest.raises(SystemExit):
+            train.main([*argv, "--out", str(out)])
+    finally:
+        train.hd_pissa.train = fit
+    assert train.main([*argv, "--out", str(out)])["eval"] == result["eval"]
+    a, b = (torch.load(tmp_path / name / "best.pt", weights_only=True) for name in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_where_the_end_is_best_there_is_one_model(tmp_path, capsys):
+    result = train.main(["--max_steps", "4", "--batch_size", "16", "--eval_rows", "24", "--eval_every", "2",
+                         "--threads", "1", "--lr", "4e-3", "--out", str(tmp_path)])  # fmt: skip
+    assert result["best"]["step"] == 4 and "after step 4 of 4: the result" in capsys.readouterr().out
+    assert (tmp_path / "model.pt").exists() and not (tmp_path / "best.pt").exists()
+
+
+def test_three_prompts_are_answered_before_and_after(tmp_path, capsys):
+    """Of different domains; the texts are greedy continuations by the base and by the result."""
+    result = train.main(["--max_steps", "3", "--batch_size", "16", "--eval_rows", "64", "--threads", "1",
+                         "--out", str(tmp_path)])
+    text, some = capsys.readouterr().out, result["samples"]
+    rows = {row["instruction"]: row for row in read_rows(train.DATA / "multi_domain.jsonl")}
+    asked = [rows[sample["prompt"][3:-3]] for sample in some]       # between "Q: " and "\nA:"
+    assert len({row["domain"] for row in asked}) == 3 == len(some)
+    for when, path in (("before", train.DATA / "base.pt"), ("after", tmp_path / "model.pt")):
+        model, tokenizer, context = train.load_model(str(path), 0)
+        for sample, row in zip(some, asked):
+            assert sample["answer"] == " " + row["response"]
+            tokens = tokenizer.prompt(row["instruction"])
+            start = len(tokens)
+            while len(tokens) < start + 64 and (len(tokens) == start or tokens[-1] != tokenizer.eot):
+                tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+            assert tokenizer.decode([t for t in tokens[start:] if t != tokenizer.eot]) == sample[when]
+    assert all(f"before  {json.dumps(sample['before'])[1:41]}" in text for sample in some)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<dl>") == 3 and page.count("<dt>before</dt>") == 3
+
+
 @pytest.mark.slow
 def test_real_model_and_data(real_dir, smollm2, tmp_path):
     """Two steps on SmolLM2-135M and GSM8K rows: the held-out loss falls, the folder gives the same loss."""

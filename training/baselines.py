@@ -86,9 +86,10 @@ class Baseline:
             nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
         return norm
 
-    def merge_(self):
-        """The optimizer has already changed what is trained."""
+    def merge_(self, told: torch.Tensor) -> list:
+        """The optimizer has already changed what is trained; `told` of all shards."""
         self.next_step()
+        return hd_pissa.gather_shards(told).tolist()
 
     def next_step(self):
         self.step += 1

@@ -28,14 +28,17 @@ from training.folder import digest, sync
 from training.processes import everywhere, say
 
 FORMAT = 2
-NAMES = r"tensors_\d+\.bin|manifest\.json"            # of the files in a checkpoint
 DTYPES = {str(d)[6:]: d for d in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool,
                                   torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)}
-# What may differ when a run goes on; the last three lose bit equality. Anything else is another run.
+# What may differ when a run goes on; the last three lose bit equality. Anything else is another run. Of
+# model, data and tokenizer not the path counts but what was read there: the digests "weights" and "rows".
 MAY_CHANGE = {"out", "resume", "save_every", "save_minutes", "keep", "check_every", "skip_nonfinite",
               "heartbeat", "timeout", "bucket_mb", "basis", "svd_cache", "shard_weights", "dry_run", "torch",
-              "processes", "eval", "eval_every", "eval_tokens", "execute_generated_code", "threads",
+              "processes", "eval", "eval_every", "eval_tokens", "execute_generated_code", "threads", "begun",
+              "model", "data", "eval_data", "tokenizer", "epochs",
               "device", "exchange", "micro_batch_size"}  # fmt: skip
+CHANGES = ("model", "data", "max_steps", "warmup", "shards", "processes", "device", "exchange",
+           "micro_batch_size")                          # what is said of them where a run goes on
 
 
 # ---- Checksums: one flipped bit in one replica changes them ------------------------------------------------
@@ -139,7 +142,7 @@ def save(folder_: Path, step: int, model, adapters, optimizer, config: dict, ext
     def prepare():
         if hd_pissa.process_index() == 0:
             for stale in [*folder_.glob("step_*.tmp")]:                 # what a killed save has left
-                folder.remove_folder(stale, NAMES)
+                folder.remove_folder(stale, folder.CHECKPOINT)
             temporary.mkdir(parents=True)
 
     def visible():
@@ -155,7 +158,7 @@ def save(folder_: Path, step: int, model, adapters, optimizer, config: dict, ext
             (temporary / "manifest.json").write_text(json.dumps(manifest) + "\n")
             sync(temporary / "manifest.json")
             sync(temporary)
-            folder.remove_folder(final, NAMES)                          # one that was found damaged
+            folder.remove_folder(final, folder.CHECKPOINT)              # one that was found damaged
             if final.exists():                                          # someone's file is in it
                 for path in sorted(temporary.iterdir(), key=lambda path: path.suffix == ".json"):
                     os.replace(path, final / path.name)
@@ -165,7 +168,7 @@ def save(folder_: Path, step: int, model, adapters, optimizer, config: dict, ext
             sync(folder_)
             before = [path for path in steps(folder_) if int(path.name[5:]) <= step]
             for path in before[:-keep]:
-                folder.remove_folder(path, NAMES)
+                folder.remove_folder(path, folder.CHECKPOINT)
 
     state = tensors_of(model, adapters, optimizer)          # first: it lets go of weights gathered whole
     sums = check_replicas(adapters, device)
@@ -182,7 +185,7 @@ def save(folder_: Path, step: int, model, adapters, optimizer, config: dict, ext
         everywhere(finish)
     except ValueError as e:
         if hd_pissa.process_index() == 0:
-            folder.remove_folder(temporary, NAMES)
+            folder.remove_folder(temporary, folder.CHECKPOINT)
         before = [path.name for path in steps(folder_) if path != final]
         kept = f"{before[-1]} is whole, the same command continues from it" if before else "no other yet"
         raise ValueError(f"the checkpoint of step {step} was not written: {e}. Make room or repair "
@@ -279,16 +282,42 @@ def misfit(manifest: dict) -> str:
     return ""
 
 
-def same_run(there: dict, config: dict, what) -> None:
-    """Raise ValueError with both values where `config` is not `there`, that of the run of `what`."""
+def weights_of(model) -> str:
+    """A digest of the model's parameters, which its path may not tell."""
+    sums = [(name, hd_pissa.checksum(p)) for name, p in model.named_parameters()]
+    return hashlib.blake2b(repr(sums).encode(), digest_size=16).hexdigest()
+
+
+def same_rates(there: dict, config: dict, step: int) -> bool:
+    """Has every step after `step` the same rate under both, although --max_steps or --warmup differ?"""
+    try:
+        a, b = (hd_pissa.lr_factor(step, c["max_steps"], c["warmup"], c["schedule"]) for c in (there, config))
+    except (KeyError, TypeError, ValueError, ArithmeticError):
+        return False
+    return a == b and there["schedule"] == config["schedule"] == "constant" and step <= config["max_steps"]
+
+
+def same_run(there: dict, config: dict, what, step: int | None = None) -> None:
+    """Raise ValueError with both values where `config` is not `there`, that of the run of `what`.
+
+    step        of the checkpoint to go on from: then only the rates of later steps count
+    """
     config = json.loads(json.dumps(config))
     other = {key for key in config.keys() | there.keys() if config.get(key) != there.get(key)} - MAY_CHANGE
+    if "weights" not in there:              # written before there was this digest
+        other -= {"weights"}
+    if step is not None and same_rates(there, config, step):
+        other -= {"max_steps", "warmup"}
     plain = config.get("method") == config.get("init") == "hd_pissa" and config.get("alpha") is None
     counts = [c.get(key) for c in (config, there) for key in ("shards", "rank")]
     if plain and all(type(n) is int for n in counts) and math.prod(counts[:2]) == math.prod(counts[2:]):
         other -= {"shards", "rank"}         # the same K r components, dealt anew
     if other:
-        pairs = "; ".join(f"--{k} is {config.get(k)} here, {there.get(k)} there" for k in sorted(other))
+        of = {"weights": "the digest of --model's weights", "rows": "the digest of --data's rows"}
+        pairs = "; ".join(f"{of.get(k, '--' + k)} is {config.get(k)} here, {there.get(k)} there"
+                          for k in sorted(other))
+        if "max_steps" in other:
+            pairs += " (a run goes on to another --max_steps with --schedule constant, after its warm-up)"
         raise ValueError(f"{what} is of another run: {pairs}. Give its values, or another --out, or "
                          "--resume never to overwrite it")
 
@@ -325,38 +354,41 @@ def look(resume: str, out: Path, config: dict) -> tuple[Path, dict] | None:
     """
     own = everywhere(lambda: steps(out / "checkpoint"))
     if resume == "never":
-        if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) == 0 and not promised(own, config):
+        if not interrupted(own, config):
             return None
         say("--resume never: this command was interrupted and goes on; to begin anew, give another --out")
     elif resume != "auto":
         paths = everywhere(lambda: given(Path(resume)))
         if own and not folder.inside(Path(resume), out):
             path, manifest = newest_whole(own)
-            same_run(manifest["config"], config, f"{path}, which --resume {resume} would overwrite,")
+            same_run(manifest["config"], config, f"{path}, which --resume {resume} would overwrite,",
+                     manifest["step"])
         else:
             own = paths
     found = newest_whole(own)
     if found:
-        same_run(found[1]["config"], config, found[0])
+        same_run(found[1]["config"], config, found[0], found[1]["step"])
     return found
 
 
 def finished(resume: str, out: Path, resumed, config: dict) -> dict | None:
     """The result of this very run where it has ended: nothing is done again, or overwritten."""
-    there = folder.config_of(out) if resume == "auto" and not resumed else None
     if resumed and resumed[0] == out / "checkpoint" / f"step_{config['max_steps']}":
         return report.finished(out, resumed[0])
+    own = resumed and resumed[0].parent == out / "checkpoint"
+    there = None if own or resume == "never" else folder.config_of(out)
     if there and everywhere(lambda: bool(folder.read_result(out))):     # its checkpoints were deleted
         same_run(there, config, out)
         return report.finished(out, out)
     return None
 
 
-def promised(own: list[Path], config: dict) -> bool:
-    """Was the newest checkpoint written because a signal stopped this very command?"""
+def interrupted(own: list[Path], config: dict) -> bool:
+    """Is the newest checkpoint of this very command, which a signal has stopped or torchrun started again?"""
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
     try:
         manifest = read_manifest(own[-1]) if own else None
-        if not manifest or not manifest["extra"].get("stopped"):
+        if not manifest or not again and not manifest["extra"].get("stopped"):
             return False
         same_run(manifest["config"], config, own[-1])
     except ValueError:
@@ -370,10 +402,9 @@ def promised(own: list[Path], config: dict) -> bool:
 def go_on(path: Path, manifest: dict, model, adapters, optimizer, config: dict, device) -> tuple[int, dict]:
     """Load the checkpoint; (its step, what the run knew from its start), and say what has changed since."""
     start = load(path, manifest, model, adapters, optimizer, config, device)
-    was = {key: manifest["config"].get(key) for key in ("exchange", "device", "shards", "processes",
-                                                            "micro_batch_size")}
+    pairs = [(key, manifest["config"].get(key), config.get(key)) for key in CHANGES]
     say(f"going on after step {start} of {path}" + "".join(
-        f"; {key} was {value}, is {config[key]}" for key, value in was.items() if value != config[key]))
+        f"; {key} was {was}, is {now}" for key, was, now in pairs if was != now))
     return start, {key: manifest["extra"][key] for key in ("before", "base")}
 
 

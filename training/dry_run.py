@@ -57,14 +57,16 @@ def lora(factors: int, K: int, times: int, zero: int) -> dict[str, float]:
             "moments": 2 * n / K if zero >= 1 else 2 * n, "received": (3 if zero == 3 else 2) * there * n}
 
 
-def hd_pissa_numbers(factors: int, K: int, processes: int, *, gradients="local", init="hd_pissa",
-                     exchange="auto", basis="cached") -> dict[str, float]:
+def hd_pissa_numbers(factors: int, K: int, processes: int, *, gradients="local", send="step",
+                     micro_batches=1, init="hd_pissa", exchange="auto", basis="cached") -> dict[str, float]:
     """The same of HD-PiSSA: K shards over `processes`, without W and its low halves."""
     S, there = K // processes, (processes - 1) / processes
     whole = gradients == "global"
     every = whole or exchange != "all_reduce" and basis == "cached"
-    caught = K * factors if whole and processes > 1 else 0     # the own part is replaced by the sums
-    gathers = (basis == "resend" and init != "random" and not whole) + 1 + whole
+    # What is caught lives until it is sent; the own part is replaced by the sums.
+    caught = K * factors if whole and processes > 1 and send == "step" else 0
+    sent = whole * (1 if send == "step" else micro_batches)
+    gathers = (basis == "resend" and init != "random" and not whole) + 1 + sent
     return {"factors": 0 if init == "random" else (K if every else S) * factors, "increments": S * factors,
             "gradients": max(caught, S * factors), "moments": 2 * S * factors,
             "received": gathers * there * K * factors}

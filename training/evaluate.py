@@ -1,6 +1,7 @@
 """Held-out loss and exact match of a language model, and the answers that it generates."""
 
 import contextlib
+import itertools
 import json
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from data.rows import questions, split_list
 from training import folder
 from training.answers import is_right, isolation, kind_of
 from training.processes import everywhere, say, together
+
+HELD = "held out"               # its name beside the --eval sets
+SAMPLES, SAMPLE_TOKENS = 3, 64  # held-out prompts that are answered before and after, tokens of an answer
 
 
 def dealt(lengths: list[int], batch_size: int, desc: str):
@@ -67,12 +71,16 @@ def evaluate(model, rows, device, batch_size: int = 32, desc: str = "evaluate") 
     return table
 
 
-@torch.no_grad()
 def first_logits(model, rows, device) -> torch.Tensor:
-    """Logits of eight held-out rows of the frozen model, of which `attach` must not change a bit."""
-    model.requires_grad_(False)         # torch picks some matmuls by whether a weight is trained
-    x, _ = hd_pissa.pad([row[:2] for row in rows[:8]], device)
-    return hd_pissa.logits_of(model.eval(), x)
+    """Logits of eight rows, the weights frozen meanwhile: some matmuls differ by whether one is trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    try:
+        with evaluating(model):
+            return hd_pissa.logits_of(model, hd_pissa.pad([row[:2] for row in rows[:8]], device)[0])
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
 
 
 # ---- Generated answers -------------------------------------------------------------------------------------
@@ -91,8 +99,8 @@ def read_sets(paths: str | None, limit: int, run_code: bool) -> dict[str, list[d
                 raise ValueError(f"{path}: row {i} is answered by a program that would have to be run; leave "
                                  "the file out of --eval, or, on a machine where that does no harm, give "
                                  "--execute_generated_code")
-        if name in sets:
-            raise ValueError(f"--eval {paths}: two files are called {name}; rename one")
+        if name in (HELD, *sets):
+            raise ValueError(f"--eval {paths}: two sets are called {name}; rename one")
         sets[name] = rows
     return sets
 
@@ -144,18 +152,45 @@ def generate(model, prompts: list[list[int]], ends: list[int], new_tokens: int, 
     return [row[:k] for row, k in zip(said, cut)]
 
 
+def ends_of(model, tokenizer) -> list[int]:
+    """Tokens that end an answer: the tokenizer's, and an instruction model may have more."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or []
+    return list(dict.fromkeys([*tokenizer.ends, *(own if isinstance(own, list) else [own])]))
+
+
+def text_of(row: list[int], tokenizer, ends) -> str:
+    """The text of generated tokens, without what ended it."""
+    if hasattr(tokenizer, "hf"):
+        return tokenizer.hf.decode(row, skip_special_tokens=True)
+    return tokenizer.decode(row[:-1] if row and row[-1] in ends else row)
+
+
+def answered(model, tokenizer, held, device, context: int, new_tokens: int) -> list[dict]:
+    """{"prompt", "answer", "text"} of a few held-out rows of different domains: what the model generates."""
+    new_tokens = min(new_tokens, SAMPLE_TOKENS, context // 2)
+    queues: dict[str, dict] = {}
+    for tokens, loss, domain in held:
+        start, stop = (loss, len(tokens)) if isinstance(loss, int) else loss[0]
+        if 1 < start <= context - new_tokens:           # a text for continued training has no prompt
+            queues.setdefault(domain, {})[tuple(tokens[:start])] = tokens[:start], tokens[start:stop]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*(q.values() for q in queues.values())))
+    rows = list(itertools.islice(filter(None, turns), SAMPLES))
+    if not rows:
+        return []
+    ends = ends_of(model, tokenizer)
+    with evaluating(model):
+        said = generate(model, [prompt for prompt, _ in rows], ends, new_tokens, device)
+    return [{"prompt": tokenizer.decode(prompt), "answer": text_of(answer, tokenizer, ends),
+             "text": text_of(row, tokenizer, ends)} for (prompt, answer), row in zip(rows, said)]
+
+
 def ask(model, tokenizer, rows, device, context: int, new_tokens: int, batch_size: int, desc="answers",
         beat=lambda: None) -> list[dict]:
     """Per row what the model generates: {"text", "right", "ended"}; collective, the same on every process.
 
     A row whose prompt and `new_tokens` exceed `context` is not asked: its text is None, and it is not right.
     """
-    if hasattr(model, "generate"):
-        own = model.generation_config.eos_token_id                      # instruction models may have several
-        own = own if isinstance(own, list) else [] if own is None else [own]
-        ends = list(dict.fromkeys([*tokenizer.ends, *own]))
-    else:
-        ends = [tokenizer.eot]
+    ends = ends_of(model, tokenizer)
     prompts = [tokenizer.prompt(row["instruction"]) for row in rows]
     fit = [j for j, prompt in enumerate(prompts) if len(prompt) + new_tokens <= context]
     said = {}
@@ -164,9 +199,7 @@ def ask(model, tokenizer, rows, device, context: int, new_tokens: int, batch_siz
             batch = [fit[j] for j in chosen]
             tokens = generate(model, [prompts[j] for j in batch], ends, new_tokens, device)
             for j, row in zip(batch, tokens) if new else ():
-                ended = bool(row) and row[-1] in ends
-                text = (tokenizer.hf.decode(row, skip_special_tokens=True) if hasattr(tokenizer, "hf") else
-                        tokenizer.encoding.decode(row[:-1] if ended else row))
+                ended, text = bool(row) and row[-1] in ends, text_of(row, tokenizer, ends)
                 beat()                                                  # running a program may take seconds
                 said[j] = {"text": text, "right": is_right(text, rows[j]), "ended": ended}
     said = {j: answer for part in hd_pissa.everywhere(said.copy) for j, answer in part.items()}
@@ -174,10 +207,11 @@ def ask(model, tokenizer, rows, device, context: int, new_tokens: int, batch_siz
 
 
 def examiner(args, tokenizer, context: int, device):
-    """A function (model, step, beat) that asks all sets of --eval, adds to OUT/eval.jsonl, returns its lines.
+    """A function that asks all sets of --eval, adds to OUT/eval.jsonl, and returns its lines.
 
-    The texts go to OUT/answers/SET.step_N.jsonl. Lines of this step and later ones are replaced: a run that
-    goes on does them again. `beat` is called between rows, as a sign of life.
+    With --eval_every the held-out loss has a line too. The texts, and at both ends of the training the
+    answers to some held-out prompts, go to OUT/answers/SET.step_N.jsonl. Lines of this step and later ones
+    are replaced: a run that goes on does them again.
     """
     out, size, encoded = Path(args.out), max(8, args.micro_batch_size), {}
     sets = everywhere(
@@ -192,18 +226,27 @@ def examiner(args, tokenizer, context: int, device):
             raise ValueError(f"--eval: no prompt of {name} fits the model's context of {context} tokens; "
                              "leave that set out")
 
-    def examine(model, step: int, beat=lambda: None) -> list[dict]:
+    def examine(model, held, step: int, table=None, beat=lambda: None) -> list[dict]:
+        """table: of `evaluate` for the held-out rows, where it is known; beat: called as a sign of life."""
         lines, texts = [], {}
+        if step in (0, args.max_steps):
+            said = answered(model, tokenizer, held, device, context, args.eval_tokens)
+            texts |= {HELD: [json.dumps(sample) for sample in said]} if said else {}
+        if args.eval_every:
+            table = table or evaluate(model, held, device, size, f"{HELD}: loss")
+            lines.append({"step": step, "set": HELD, **table["all"], "unended": 0, "not_asked": 0})
+            beat()
         for name, rows in sets.items():
             loss = evaluate(model, encoded[name], device, size, f"{name}: loss")["all"]["loss"]
             beat()
-            texts[name] = said = ask(model, tokenizer, rows, device, context, new_tokens, size, name, beat)
+            said = ask(model, tokenizer, rows, device, context, new_tokens, size, name, beat)
+            texts[name] = [json.dumps({"answer": row["answer"], **answer}) for row, answer in zip(rows, said)]
             lines.append({"step": step, "set": name, "loss": loss,
                           "exact_match": 100 * sum(answer["right"] for answer in said) / len(rows),
                           "rows": len(rows), "unended": sum(not answer["ended"] for answer in said),
                           "not_asked": sum(answer["text"] is None for answer in said)})
-            if hd_pissa.process_index() == 0:
-                tqdm.write(describe(lines[-1], new_tokens, context))        # above the bar of the training
+        for line in lines if hd_pissa.process_index() == 0 else ():
+            tqdm.write(describe(line, new_tokens, context))         # above the bar of the training
 
         def write():
             path, kept = out / "eval.jsonl", []
@@ -211,14 +254,13 @@ def examiner(args, tokenizer, context: int, device):
                 return []
             if step:
                 kept = [line for line in folder.read_lines(path) if fits(line) and line["step"] < step]
+            if texts:
+                (out / "answers").mkdir(exist_ok=True)
+                folder.remember(out, [f"answers/{name}.step_{step}.jsonl" for name in texts])
+            for name, said in texts.items():
+                folder.write(out / "answers" / f"{name}.step_{step}.jsonl", "\n".join(said) + "\n")
             if not lines:
                 return kept
-            (out / "answers").mkdir(exist_ok=True)
-            folder.remember(out, [f"answers/{name}.step_{step}.jsonl" for name in texts])
-            for name, said in texts.items():
-                folder.write(out / "answers" / f"{name}.step_{step}.jsonl", "".join(
-                    json.dumps({"answer": row["answer"], **answer}) + "\n"
-                    for row, answer in zip(sets[name], said)))
             folder.write(path, "".join(json.dumps(line) + "\n" for line in kept + lines))
             return kept + lines
 
@@ -226,6 +268,12 @@ def examiner(args, tokenizer, context: int, device):
         return hd_pissa.everywhere(lambda: lines)[0]
 
     return examine
+
+
+def lowest(exams: list[dict]) -> dict | None:
+    """The line of eval.jsonl with the lowest held-out loss after a step; None without such lines."""
+    lines = [line for line in exams if line["set"] == HELD and line["step"] > 0]
+    return min(lines, key=lambda line: line["loss"], default=None)
 
 
 def fits(line: dict) -> bool:

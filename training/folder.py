@@ -12,14 +12,19 @@ import math
 import os
 import re
 import shutil
+import socket
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 import hd_pissa
 from training.processes import everywhere, say
 
 FIXED = ("result.json", "spectra.json", "report.html", "eval.jsonl", "model.pt")
+MARKS = ("config.json", "log.jsonl", "files.json")
+FOLDERS = ("checkpoint", "model", "lora", "answers")
+CHECKPOINT = r"tensors_\d+\.bin|manifest\.json"       # names of the files in a checkpoint
 
 
 # ---- Whole files -----------------------------------------------------------------------------------
@@ -50,6 +55,8 @@ def put(path: Path, write) -> None:
     """write(temporary path), then the file under its name: the whole new one, or the one before."""
     path = Path(os.path.realpath(path))                                 # a link is followed
     unfinished = path.with_name(path.name + ".tmp")
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(unfinished)           # left by a kill; and through a link or pipe nothing is written
     write(unfinished)
     sync(unfinished)
     os.replace(unfinished, path)
@@ -105,9 +112,12 @@ def alone(out: Path):
     def lock():
         if hd_pissa.process_index() > 0:
             return None, []
-        made = [path for path in (out, *out.parents) if not path.exists()]
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
+        try:
+            made = [path for path in (out, *out.parents) if not path.exists()]
+            out.mkdir(parents=True, exist_ok=True)
+            handle = os.open(out, os.O_RDONLY)
+        except OSError as e:
+            raise ValueError(f"--out {out} is no folder and cannot be made one ({e}); give another") from e
         try:
             import fcntl
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -146,26 +156,45 @@ def check_ours(out: Path, model: str) -> None:
         if config_of(out) is None and (others := sorted(p.name for p in out.iterdir() if foreign(p))):
             raise ValueError(f"--out {out} holds {', '.join(others[:3])} and no config.json of a run: it "
                              "is not a run's; give a new or an empty folder")
-        tempfile.TemporaryFile(dir=out).close()
+        for path in (out / (name + end) for name in (*FIXED, *MARKS) for end in ("", ".tmp")):
+            if path.exists() and not path.is_file():
+                raise ValueError(f"{path} is no file, but a run writes one there; move it away, or give "
+                                 "another --out")
+        for path in (out, *(out / name for name in FOLDERS)):
+            try:
+                if os.path.lexists(path):
+                    tempfile.TemporaryFile(dir=path).close()
+            except OSError as e:
+                raise ValueError(f"{path} is no folder that can be written ({e}); mend or remove it, or "
+                                 "give another --out") from e
 
     everywhere(check)
 
 
-def check_room(out: Path, checkpoint: int, result: int, keep: int) -> None:
-    """ValueError unless OUT has room for a checkpoint and the result; a warning if not for all of them.
+def check_room(out: Path, checkpoint: int, result: int, keep: int, anew: bool) -> None:
+    """ValueError unless there is room for a checkpoint and the result; a warning if not for all of them.
 
     checkpoint, result  their bytes      keep  checkpoints that stay, while one more is written
+    anew                the run's old checkpoints are removed before the first one
     """
     def check():
-        free = shutil.disk_usage(out).free
-        free += sum(path.stat().st_size for path in out.glob("checkpoint/step_*/*"))    # replaced
-        needed, all_of_it = checkpoint + result, (keep + 1) * checkpoint + result
-        text = (f"--out {out} has {free / 2**20:,.0f} MiB free; a checkpoint needs about "
-                f"{checkpoint / 2**20:,.0f} MiB, the result {result / 2**20:,.0f} MiB")
-        if free < needed:
-            raise ValueError(f"{text}; make room, or give an --out on another disk")
-        if free < all_of_it:
-            say(f"{text}: too little for --keep {keep} of them and one being written")
+        needs = {}                      # of each disk: a folder on it, least, all; links may lead to others
+        for name, least, most in (("checkpoint", checkpoint, (keep + 1) * checkpoint),
+                                  ("model", result, result)):
+            place = out / name if (out / name).is_dir() else out
+            entry = needs.setdefault(place.stat().st_dev, [place, 0, 0])
+            if anew and name == "checkpoint":
+                old = sum(path.stat().st_size for path in out.glob("checkpoint/step_*/*"))
+                least, most = least - old, most - old
+            entry[1:] = entry[1] + least, entry[2] + most
+        for place, least, most in needs.values():
+            free = shutil.disk_usage(place).free
+            text = (f"{place} has {free / 2**20:,.0f} MiB free; a checkpoint needs about "
+                    f"{checkpoint / 2**20:,.0f} MiB, the result {result / 2**20:,.0f} MiB")
+            if free < least:
+                raise ValueError(f"{text}; make room, or give an --out on another disk")
+            if free < most:
+                say(f"{text}: too little for --keep {keep} of them and one being written")
 
     everywhere(lambda: hd_pissa.process_index() or check())
 
@@ -238,7 +267,7 @@ def settle(out: Path, name: str) -> dict[str, int]:
 
 
 def forget(out: Path) -> None:
-    """Delete what the run before has left as results."""
+    """Delete what the run before has left: results and checkpoints."""
     for name in FIXED:
         remove(out / name)
     for name in listed(out):
@@ -246,16 +275,19 @@ def forget(out: Path) -> None:
         with contextlib.suppress(OSError):
             (out / name).parent.rmdir()
     remove(out / "files.json")
+    for path in [*out.glob("checkpoint/step_*")]:
+        remove_folder(path, CHECKPOINT)
 
 
 def begin(out: Path, config: dict, start: int) -> None:
-    """Process 0 makes OUT what it is after step `start`: nothing of later steps or of another run."""
+    """Process 0 makes OUT what it is after step `start`, with nothing of another run, and marks it."""
     if hd_pissa.process_index() > 0:
         return
     if start:
         remove(out / "result.json")
     else:
         forget(out)
+    config["begun"] = f"by process {os.getpid()} on {socket.gethostname()}, {time.strftime('%F %T')}"
     write(out / "config.json", json.dumps(config, indent=1) + "\n")
     cut_log(out / "log.jsonl", start)
 
@@ -272,12 +304,19 @@ def cut_log(path: Path, step: int) -> None:
     write(path, "".join(kept))
 
 
-def append_log(path: Path, record: dict) -> OSError | None:
-    """Process 0 adds a line; an error is returned, for all processes to raise together."""
+def append_log(path: Path, record: dict, config: dict) -> OSError | None:
+    """Process 0 adds a line; an error is returned, for all processes to raise together.
+
+    It is one too if the folder has another run's mark by now: someone has removed and made it again, or
+    it lies on a disk without locks.
+    """
     if hd_pissa.process_index() > 0:
         return None
     line = {k: v if math.isfinite(v) else None for k, v in record.items()}
     try:
+        if (there := config_of(path.parent)) and there.get("begun") != config.get("begun"):
+            raise OSError(f"another run has taken {path.parent}, begun {there.get('begun')}; give this one "
+                          "another --out")
         with open(path, "a") as log:
             log.write(json.dumps(line) + "\n")
     except OSError as e:

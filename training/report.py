@@ -1,12 +1,16 @@
 """What a run prints and logs: what is trained, losses, the rank of dW."""
 
+import contextlib
 import itertools
+import json
 import math
 from pathlib import Path
 
 import torch
 
 import hd_pissa
+from training import folder
+from training.evaluate import HELD, SAMPLE_TOKENS, lowest
 from training.folder import read_result
 from training.processes import say
 from training.report_html import write_report
@@ -88,6 +92,59 @@ def report_rank(args, table: dict) -> None:
             text += (f", sigma_{row['edge'] + 1}/sigma_1 = {row['beyond_edge']:.1e} (rounding alone: "
                      f"{row['rounding_floor']:.0e})")
         say(text)
+
+
+def samples(out: Path, last: int) -> list[dict]:
+    """{"prompt", "answer", "before", "after"} of the held-out prompts answered at step 0 and the last."""
+    before, after = (folder.read_lines(out / "answers" / f"{HELD}.step_{step}.jsonl") for step in (0, last))
+    told = {line.get("prompt"): line.get("text") for line in before}
+    return [{"prompt": line["prompt"], "answer": line["answer"], "before": told.get(line["prompt"]),
+             "after": line["text"]} for line in after]
+
+
+def report_samples(some: list[dict]) -> None:
+    def short(text, width=240):
+        text = json.dumps(text, ensure_ascii=False)[1:-1] if text is not None else "?"
+        return text if len(text) <= width else f"{text[:width // 2]} ... {text[-width // 2:]}"
+
+    if some:
+        say(f"\nheld-out prompts, and greedy answers of at most {SAMPLE_TOKENS} tokens")
+    for sample in some:
+        say("\n".join((f"  prompt  {short(sample['prompt'])}", f"  row     {short(sample['answer'])}",
+                       f"  before  {short(sample['before'])}", f"  after   {short(sample['after'])}")))
+
+
+def report_best(out: Path, exams: list[dict], last: int, small: bool) -> None:
+    """Where the model of the lowest held-out loss is; one that the last is not above leaves none behind."""
+    if (best := lowest(exams)) is None:
+        return
+    where = out / ("best.pt" if small else "best")
+    if best["step"] == last and hd_pissa.process_index() == 0:
+        for name in folder.listed(out):
+            if Path(name).parts[0] == where.name:
+                folder.remove(out / name)
+        with contextlib.suppress(OSError):
+            where.rmdir()
+    text = "the result" if best["step"] == last else str(where) if where.exists() else "not kept"
+    say(f"\nlowest held-out loss {best['loss']:.4f} after step {best['step']} of {last}: {text}")
+
+
+@contextlib.contextmanager
+def board(log: str | None, out: Path, start: int):
+    """Yields write(step, {name: number}): to OUT/tensorboard on process 0, or nowhere without --log."""
+    if log is None or hd_pissa.process_index() > 0:
+        yield lambda step, values: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+    with SummaryWriter(str(out / "tensorboard"), purge_step=start + 1) as writer:
+        folder.remember(out, [f"tensorboard/{path.name}" for path in (out / "tensorboard").iterdir()])
+
+        def write(step, values):
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and math.isfinite(value) and name != "step":
+                    writer.add_scalar(name, value, step)
+
+        yield write
 
 
 def report_files(out: Path, small: bool) -> None:

@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c564b", "#7f7f7f")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 620, 300, 64, 14, 30, 44        # of a drawing, in its own units
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 620, 290, 64, 14, 10, 48        # of a drawing, in its own units
+HELD = "held out"       # its name in eval.jsonl, beside the --eval sets
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --faint: #d9d9d9; --paper: #ffffff; --soft: #666666; }
@@ -24,19 +25,23 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 1320px; margin: 2em auto; padding: 0 1em; }
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
-.drawings { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 1em; }
-figure { margin: 0; } svg { width: 100%; height: auto; display: block; }
+.drawings { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr)); gap: 1em; }
+figure { margin: 0; min-width: 0; } svg { width: 100%; height: auto; display: block; overflow: visible; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }
-svg .title { font-weight: 600; font-size: 13px; }
-figure p { font-size: 12px; margin: 0; padding-left: 64px; color: var(--soft); }
+figcaption { font-weight: 600; font-size: 13px; }
+figure p { font-size: 12px; margin: 0; color: var(--soft); }
 svg .soft { fill: var(--soft); }
-.key { display: flex; flex-wrap: wrap; gap: 0 1.2em; font-size: 12px; padding-left: 64px; }
+.key { display: flex; flex-wrap: wrap; gap: 0 1.2em; font-size: 12px; }
 .key span::before { content: ""; display: inline-block; width: 14px; height: 3px; margin-right: 5px;
   vertical-align: middle; background: var(--c); }
 .table { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: 2px 12px; border-bottom: 1px solid var(--faint); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
-p { max-width: 75ch; } pre { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px; }
+p { max-width: 75ch; overflow-wrap: anywhere; }
+pre, dd { white-space: pre-wrap; overflow-wrap: anywhere; font-size: 12px; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 0 1em; }
+dd { margin: 0; } dt { color: var(--soft); }
+@media (max-width: 480px) { svg text { font-size: 20px; } }     /* drawings shrink, their letters do not */
 """
 
 
@@ -89,10 +94,11 @@ def drawing(title: str, series, *, x_label="step", log=False, marks=(), levels=(
     series = [(label, [(x, height(y)) for x, y in points], style) for label, points, style in series]
     levels = [(label, height(y)) for label, y in levels if height(y) is not None]
     values = [y for _, points, _ in series for _, y in points if y is not None]
-    parts, escape = [f'<text class="title" x="{LEFT}" y="16">{html.escape(title)}</text>'], html.escape
+    parts, escape = [], html.escape
 
     def figure(keys=()):
-        return (f'<figure><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
+        return (f'<figure><figcaption>{escape(title)}</figcaption>'
+                f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">'
                 + "".join(parts) + f'</svg><div class="key">{"".join(keys)}</div>'
                 + (f"<p>{escape(note)}</p>" if note else "") + "</figure>")
 
@@ -115,18 +121,20 @@ def drawing(title: str, series, *, x_label="step", log=False, marks=(), levels=(
         parts.append(f'<path d="M{LEFT} {b:.1f}H{right}" stroke="var(--faint)"/>'
                      f'<text x="{LEFT - 6}" y="{b + 4:.1f}" text-anchor="end">{text}</text>')
     for x in ticks(x0, x1, False):
-        parts.append(f'<text x="{at(x, y0)[0]:.1f}" y="{bottom + 16}" text-anchor="middle">{x:.6g}</text>')
-    parts.append(f'<text x="{(LEFT + right) // 2}" y="{HEIGHT - 8}" text-anchor="middle">'
+        if abs(x - round(x)) < 1e-6:        # there is no half step or layer
+            parts.append(f'<text x="{at(x, y0)[0]:.1f}" y="{bottom + 18}" text-anchor="middle">{x:.6g}'
+                         "</text>")
+    parts.append(f'<text x="{(LEFT + right) // 2}" y="{HEIGHT - 6}" text-anchor="middle">'
                  f"{escape(x_label)}</text>")
     for i, (label, x) in enumerate(marks):
         a, side = at(x, y0)[0], (4, "start") if x < (x0 + x1) / 2 else (-4, "end")
         parts.append(f'<path class="mark" d="M{a:.1f} {TOP}V{bottom}" stroke="var(--soft)" '
                      f'stroke-dasharray="4 3"/><text class="soft" x="{a + side[0]:.1f}" '
-                     f'y="{TOP + 10 + 14 * i}" text-anchor="{side[1]}">{escape(label)}</text>')
+                     f'y="{TOP + 14 + 20 * i}" text-anchor="{side[1]}">{escape(label)}</text>')
     for label, y in levels:
         b = at(x0, y)[1]
         parts.append(f'<path class="level" d="M{LEFT} {b:.1f}H{right}" stroke="var(--soft)" '
-                     f'stroke-dasharray="1 3"/><text class="soft" x="{LEFT + 4}" y="{b + 13:.1f}">'
+                     f'stroke-dasharray="1 3"/><text class="soft" x="{LEFT + 4}" y="{b - 3:.1f}">'
                      f"{escape(label)}</text>")
     names = list(dict.fromkeys(label for label, _, _ in series))
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(names)}
@@ -167,11 +175,12 @@ def training(log: list[dict], result: dict, exams: list[dict]) -> str:
     if size > 3:
         mean = running_mean(column("loss"), size)
         loss = [("step batch", column("loss"), "faint"), ("step batch", mean, "line")]
-    if result:
-        ends = (0, "before"), (log[-1]["step"] if log else 0, "after")
-        loss.append(("held out", [(step, result[when]["all"]["loss"]) for step, when in ends], "points"))
     sets = {name: [line for line in exams if line["set"] == name] for name in names_of(exams)}
+    if result and HELD not in sets:
+        ends = (0, "before"), (log[-1]["step"] if log else 0, "after")
+        loss.append((HELD, [(step, result[when]["all"]["loss"]) for step, when in ends], "points"))
     loss += [(name, [(e["step"], e["loss"]) for e in lines], "dots") for name, lines in sets.items()]
+    sets.pop(HELD, None)
     right = [(name, [(e["step"], e["exact_match"]) for e in lines], "dots") for name, lines in sets.items()]
     return '<h2>Training</h2><div class="drawings">' + "".join((
         drawing("loss, nats per response token", loss,
@@ -182,7 +191,7 @@ def training(log: list[dict], result: dict, exams: list[dict]) -> str:
         drawing("tokens per second, all processes", [("tokens", column("tokens_per_second"), "line")],
                 within=[0]),
         drawing("gradient norm before clipping", [("norm", column("grad_norm"), "line")], log=True),
-        drawing("generated answers that are right, %", right, within=[0]) if exams else "")) + "</div>"
+        drawing("generated answers that are right, %", right, within=[0]) if sets else "")) + "</div>"
 
 
 def names_of(exams: list[dict]) -> list[str]:
@@ -191,6 +200,7 @@ def names_of(exams: list[dict]) -> list[str]:
 
 def answers(exams: list[dict]) -> str:
     """What was generated for the --eval sets, by set and step."""
+    exams = [e for e in exams if e["set"] != HELD]
     rows = [(e["set"], e["step"], e["rows"], f"{e['loss']:.4f}", f"{e['exact_match']:.1f}", e["unended"],
              e["not_asked"]) for e in sorted(exams, key=lambda e: names_of(exams).index(e["set"]))]
     head = "set", "step", "rows", "loss", "right, %", "not ended", "not asked"
@@ -206,6 +216,22 @@ def held_out(before: dict, after: dict) -> str:
          f"{after[domain]['exact_match']:.1f}") for domain, a in before.items()])
 
 
+def samples(some: list[dict]) -> str:
+    """Held-out prompts with the row's answer and the model's, before and after."""
+    def entry(sample):
+        texts = (("prompt", sample["prompt"]), ("row", sample["answer"]), ("before", sample["before"]),
+                 ("after", sample["after"]))
+        return "<dl>" + "".join(f"<dt>{name}</dt><dd>{html.escape(str(text or '').strip())}</dd>"
+                                for name, text in texts) + "</dl>"
+
+    return "<h2>Answers before and after</h2>" + "".join(map(entry, some)) if some else ""
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the model's layer in a module's name."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
 def update_rank(method: str, K: int, r: int, ranks: dict, spectra: dict) -> str:
     """The spectrum of each layer's dW against 2r and 2Kr, and its effective rank."""
     longest = max(map(len, spectra.values()))
@@ -215,16 +241,20 @@ def update_rank(method: str, K: int, r: int, ranks: dict, spectra: dict) -> str:
     curves = [(name, list(enumerate((sigma / S[0] for sigma in S), 1)), "line")
               for name, S in spectra.items() if S[0] > 0]
     floor = [("rounding of W alone", max(v["rounding_floor"] for v in ranks.values()))] if ranks else []
-    effective = [("layer", [(i, v["effective_rank"]) for i, v in enumerate(ranks.values(), 1)], "points")]
-    rows = [(name, i, v["effective_rank"], v["of"], f"{v['beyond_edge']:.1e}" if "beyond_edge" in v else "",
-             f"{v['rounding_floor']:.0e}") for i, (name, v) in enumerate(ranks.items(), 1)]
-    head = "weight", "layer", "effective rank", "of", "first value beyond the edge", "rounding alone"
+    kinds: dict[str, list] = {}
+    for name, v in ranks.items():
+        if layer_of(name) is not None:
+            kinds.setdefault(name.rpartition(".")[2], []).append((layer_of(name), v["effective_rank"]))
+    effective = [(kind, points, "points") for kind, points in kinds.items()]
+    rows = [(name, v["effective_rank"], v["of"], f"{v['beyond_edge']:.1e}" if "beyond_edge" in v else "",
+             f"{v['rounding_floor']:.0e}") for name, v in ranks.items()]
+    head = "weight", "effective rank", "of", "first value beyond the edge", "rounding alone"
     return '<h2>Rank of the whole update dW</h2><div class="drawings">' + drawing(
         "singular values of dW, over the largest", curves, x_label="index", log=True, marks=lines,
         levels=floor, note="The updates of a run lie in one space of rank 2Kr, but for terms of second order "
                            "in the learning rate.") + drawing(
-        "effective rank of dW: singular values above 1 % of the largest", effective, x_label="layer",
-        levels=lines, within=[0]) + "</div>" + table(head, rows)
+        "effective rank of dW: singular values above 1 % of the largest", effective,
+        x_label="layer of the model", levels=lines, within=[0]) + "</div>" + table(head, rows)
 
 
 def page(config: dict, log: list[dict], result: dict, exams: list[dict], spectra: dict) -> str:
@@ -242,7 +272,7 @@ def page(config: dict, log: list[dict], result: dict, exams: list[dict], spectra
     parts = [f"<h1>{html.escape(title)}</h1><p>{html.escape(text)}</p>", training(log, result, exams),
              answers(exams)]
     if result:
-        parts.append(held_out(result["before"], result["after"]))
+        parts += held_out(result["before"], result["after"]), samples(result.get("samples", []))
     if spectra:
         parts.append(update_rank(method, K, r, result.get("effective_rank", {}), spectra))
     parts.append("<h2>Settings</h2><details><summary>config.json</summary><pre>"

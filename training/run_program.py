@@ -24,7 +24,8 @@ def isolate() -> None:
     with contextlib.suppress(OSError, AttributeError):
         system = ctypes.CDLL(None)
         system.prctl(ADOPT_ORPHANS, 1, 0, 0, 0)         # those that leave the session come to us
-        system.unshare(NEW_USER | NEW_PROCESSES | NEW_NETWORK)
+        for what in (NEW_USER, NEW_PROCESSES, NEW_NETWORK):     # one may be forbidden, and the next allowed
+            system.unshare(what)
 
 
 def limit(seconds: float) -> None:

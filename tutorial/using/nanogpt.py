@@ -4,8 +4,8 @@
     torchrun --nproc_per_node=2 tutorial/using/nanogpt.py
 
 Such a script joins the process group by hand, draws random blocks from a token file, steps through
-micro-batches and saves model.state_dict(). Gone are the DDP wrapper with its gradient synchronisation, the
-weight-decay groups, and the float16 scaler, which may skip a step on one process alone.
+micro-batches and saves model and optimizer in one file. Gone are the DDP wrapper with its gradient
+synchronisation, the weight-decay groups, and the float16 scaler, which may skip a step on one process alone.
 """
 
 import contextlib
@@ -18,7 +18,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parent)]
+
+from shards import bind  # noqa: E402
 
 import hd_pissa  # noqa: E402
 import train  # noqa: E402
@@ -45,13 +47,15 @@ def get_lr(it: int) -> float:
     return learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def main(out: str | None = None) -> float:
-    """Train; save to `out` if given; the validation loss."""
+def main(out: str | None = None, init_from: str | None = None, stop: int = max_iters) -> float:
+    """Train to step `stop`, from the checkpoint `init_from` if given, save to `out`; the validation loss."""
     torch.set_num_threads(1)
     ddp = "RANK" in os.environ
     if ddp:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if "cuda" in device:
+        torch.cuda.set_device(device)               # collectives run on the current device
     master_process = not ddp or dist.get_rank() == 0
     ctx = torch.autocast("cuda", torch.bfloat16) if "cuda" in device else contextlib.nullcontext()
 
@@ -70,8 +74,14 @@ def main(out: str | None = None) -> float:
     model = GPT.from_state_dict(torch.load(train.DATA / "base.pt", weights_only=True)).to(device)
     adapters = hd_pissa.attach(model, rank, shards=shards)                                      # <-
     optimizer = torch.optim.AdamW(adapters.parameters(), learning_rate, weight_decay=0.0)       # <-
-    optimizer.register_step_post_hook(lambda *_: adapters.merge_())                             # <-
+    bind(adapters, optimizer)                       # merges after every step                   # <-
     # No DDP(model): processes exchange increments in merge_, and W stays equal everywhere      # <-
+    iter_num = 0
+    if init_from:
+        checkpoint = torch.load(init_from, map_location=device, weights_only=True)
+        model.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        iter_num = checkpoint["iter_num"]
 
     @torch.no_grad()
     def estimate_loss() -> float:
@@ -81,7 +91,7 @@ def main(out: str | None = None) -> float:
         return sum(losses) / len(losses)
 
     before = estimate_loss()
-    for it in range(max_iters):
+    for it in range(iter_num, stop):
         for group in optimizer.param_groups:
             group["lr"] = get_lr(it)
         for s in range(adapters.S):                                                             # <-
@@ -90,18 +100,20 @@ def main(out: str | None = None) -> float:
                 with adapters.shard(s), ctx:                                                    # <-
                     logits, loss = model(X, Y)
                 (loss / micro_steps).backward()
-        adapters.clip_grad_norm_(grad_clip)                                                     # <-
+        grad_norm = float(adapters.clip_grad_norm_(grad_clip))                                  # <-
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     after = estimate_loss()
 
     checksum = torch.stack([p.double().sum() for p in model.parameters()])[None]
     equal = bool((hd_pissa.gather_shards(checksum) == checksum).all())
+    checkpoint = {"model": model.state_dict(), "iter_num": stop,
+                  "optimizer": optimizer.state_dict()}      # on every process: it gathers      # <-
     if master_process:
-        print(f"validation loss {before:.4f} -> {after:.4f}\n"
+        print(f"validation loss {before:.4f} -> {after:.4f}, norm of the last gradient {grad_norm:.3f}\n"
               f"CHECK W is the same on all {hd_pissa.world_size()} processes: {equal}")
         if out:
-            torch.save(model.state_dict(), out)
+            torch.save(checkpoint, out)
     if ddp:
         dist.destroy_process_group()
     assert equal and after < before
@@ -109,4 +121,4 @@ def main(out: str | None = None) -> float:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(*sys.argv[1:3], *map(int, sys.argv[3:]))

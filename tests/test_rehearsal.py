@@ -1,0 +1,100 @@
+"""What a GPU would see of a step, rehearsed: devices, waits of the host, launches, bytes, memory. See rehearsal.py.
+
+Oracle: torch's own dispatch of every operation, and the CPU's bits. Budgets are raised knowingly, never to make a
+test pass. A rehearsal runs in a process of its own, since torch asks only once whether there is a CUDA.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytestmark = [
+    pytest.mark.skipif(not shutil.which("g++"), reason="the rehearsal compiles its CUDA: no g++ here"),
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has a CUDA of its own"),
+]
+SMALL = "local,all_reduce,bfloat16,clipped"
+
+
+def rehearse(*words, fails: bool = False, **environment):
+    command = [sys.executable, str(ROOT / "tests" / "rehearsal.py"), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (done.returncode != 0) == fails, done.stdout[-2000:] + done.stderr[-3000:]
+    return done.stderr if fails else json.loads(done.stdout.splitlines()[-1])
+
+
+def within_budget(told) -> None:
+    """The waits and launches that a step may take. `pad` copies rows twice a micro-batch."""
+    forwards = told["micro"] * told["shards"]
+    assert sum(told["waits"].values()) <= 4 + 2 * forwards, told["waits by line"]
+    assert told["launches"]["clip"] <= 12 * told["shards"], told["by line"]
+    assert told["launches"]["adamw"] <= 8 + told["layers"] / 4, told["by line"]
+
+
+def test_what_cuda_and_nccl_refuse_is_refused():
+    assert rehearse("faults") == []
+
+
+def test_a_step_on_a_gpu_gives_the_bits_of_the_cpu():
+    for name, told in rehearse("toy", f"variants={SMALL}").items():
+        assert told["equal"], name
+        within_budget(told)
+        assert told["launches"]["merge"] <= (19 if name == "bfloat16" else 8) * told["layers"], told["by line"]
+
+
+@pytest.mark.slow
+def test_so_do_the_other_variants():
+    everything = rehearse("toy", "variants=global,seed,autocast,Llama")
+    for name, told in everything.items():
+        assert told["equal"] or name == "Llama", name       # its linear layers are other calls on a GPU
+        if name != "Llama":
+            within_budget(told)
+
+
+@pytest.mark.parametrize("fault, said", [("cpu", "tensors of ['cpu', 'cuda:0']"), ("item", ""), ("loose", "")])
+def test_planted_faults_turn_it_red(fault, said):
+    if said:
+        assert said in rehearse("toy", "variants=local", f"plant={fault}", fails=True)
+        return
+    told = rehearse("toy", "variants=local", f"plant={fault}")["local"]
+    with pytest.raises(AssertionError):
+        within_budget(told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["", "--dtype bfloat16 --exchange all_reduce", "--method lora --dropout 0.1",
+                                   "--gradients global --dropout 0.1 --max_grad_norm 1", "--dtype autocast",
+                                   "--init random --dtype bfloat16 --rounding stochastic", "--method full"])
+def test_a_whole_run_on_one_gpu(flags, tmp_path):
+    """attach, steps, checkpoint, evaluation, result: no tensor on a wrong device."""
+    rehearse("command", *few(tmp_path), *flags.split())
+    assert (tmp_path / "out" / "model.pt").is_file()
+
+
+def few(tmp_path):
+    return ["--out", str(tmp_path / "out"), *("--max_steps 2 --batch_size 16 --eval_rows 16 --threads 1 --shards 2 "
+            "--save_every 1 --check_every 1").split()]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["", "--shard_weights --dtype bfloat16", "--basis resend --bucket_mb 0",
+                                   "--gradients global --exchange all_reduce"])
+def test_a_whole_run_on_two_gpus(flags, tmp_path):
+    """Collectives as NCCL takes them: of tensors on this process's GPU, also where torch sends objects."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               str(ROOT / "tests" / "rehearsal.py"), "command", *few(tmp_path), *flags.split()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    from training.models import read_state
+    there = read_state(str(tmp_path / "out" / "model.pt"))
+    import train
+    train.main([*few(tmp_path / "one"), *flags.replace("--shard_weights", "").split(), "--device", "cpu"])
+    here = read_state(str(tmp_path / "one" / "out" / "model.pt"))
+    if "all_reduce" not in flags:       # sums of two parts, in another order
+        assert all(torch.equal(here[name], there[name]) for name in here)
