@@ -73,8 +73,9 @@ def check_replicas(adapters, device) -> dict[str, int]:
         most = collections.Counter(column).most_common(1)[0][0]
         if others := [i for i, s in enumerate(column) if s != most]:
             raise ValueError(f"W differs between processes: {name} on processes {others} is not that of the "
-                             "others. A bit flipped in memory or on a link; start the same command again, it "
-                             "continues from the last checkpoint")
+                             "others. A bit flipped in memory or on a link: start the same command again, it "
+                             "continues from the last checkpoint. Or the processors are unlike, and round a "
+                             "product in other ways: --exchange all_reduce does not mind")
     return {name: s % 2**64 for name, s in zip(names, table[0])}
 
 
