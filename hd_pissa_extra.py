@@ -294,17 +294,6 @@ def components(W: torch.Tensor, k: int, name: str = "W"):
         torch.set_float32_matmul_precision(before)
     return found or hd_pissa.components(W, k, name)
 
-def random_components(W: torch.Tensor, k: int, name: str = "W"):
-    """Random orthonormal U (m, k) and Vt (k, n), S = 1, for attach(decompose=random_components): no SVD.
-
-    Drawn from a seed that the layer's name makes, for every process alike. Not from the paper; measured in
-    tutorial/results.
-    """
-    generator = torch.Generator().manual_seed(hd_pissa.seed_of("basis", name))
-    U, V = (torch.linalg.qr(torch.randn((side, k), generator=generator, dtype=torch.float64, device="cpu")).Q
-            for side in W.shape)                                                # (m, k), (n, k)
-    return U.to(W), torch.ones(k).to(W), V.T.to(W)
-
 def gram_components(W: torch.Tensor, k: int, name: str = "W"):
     """The k largest singular triplets of float32 W (m, n) as `components` gives them, or None if inexact.
 

@@ -5,8 +5,8 @@ import torch
 from torch.func import functional_call
 
 import hd_pissa
-import hd_pissa_extra
 import train
+from tutorial.baselines import bases
 from tutorial.baselines.embedding import LowRank, Shards
 from tutorial.experiments.arms import complete
 
@@ -25,7 +25,7 @@ def loss_at(model, W, x, y):
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
-@pytest.mark.parametrize("decompose", [hd_pissa.components, hd_pissa_extra.random_components])
+@pytest.mark.parametrize("decompose", [hd_pissa.components, bases.drawn()])
 def test_shards_take_the_step_of_k_separate_shards(decompose):
     model, x, y = small()
     W0 = model.wte.weight.detach().clone()

@@ -27,10 +27,10 @@ def interleaved(K: int):
     return decompose
 
 
-def drawn(seed: int):
-    """Random orthonormal U and V, S = 1, drawn anew for each `seed`; hd_pissa_extra has one fixed draw."""
+def drawn(*seed):
+    """Random orthonormal U and V, S = 1, drawn from the layer's name and `seed`; without one, always alike."""
     def decompose(W, k, name="W"):
-        generator = torch.Generator().manual_seed(hd_pissa.seed_of("basis", seed, name))
+        generator = torch.Generator().manual_seed(hd_pissa.seed_of("basis", *seed, name))
         U, V = (torch.linalg.qr(torch.randn((side, k), generator=generator, dtype=torch.float64)).Q
                 for side in W.shape)                                        # (m, k), (n, k)
         return U.to(W), torch.ones(k).to(W), V.T.to(W)

@@ -75,7 +75,7 @@ def attach(model, c: dict):
     if method == "hd_pissa":
         decompose = {"svd": hd_pissa_extra.components, "orthonormal": bases.orthonormal,
                      "interleaved": bases.interleaved(c["K"]),
-                     "random": hd_pissa_extra.random_components, "drawn": bases.drawn(c["seed"]),
+                     "random": bases.drawn(), "drawn": bases.drawn(c["seed"]),
                      "dct": bases.dct(c["seed"])}[c["basis"]]
         adapters = hd_pissa_extra.attach(model, r, shards=c["K"], init=c["init"], aggregate=c["aggregate"],
                                          gradients=c["gradients"], seed=c["seed"], decompose=decompose)
