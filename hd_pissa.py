@@ -641,8 +641,11 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
     named = dict(model.named_modules())
     linear = [name for name, module in named.items() if isinstance(module, nn.Linear)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None and linear and HEADS & {linear[-1].split(".")[0], linear[-1].split(".")[-1]}:
-        head = named[linear[-1]]        # it ends the model
+    inside = {id(module) for module in getattr(model, "base_model", model).modules()}       # transformers'
+    heads = [name for name in linear if named[name] is head or head is None and id(named[name]) not in inside]
+    last = linear[-1].split(".") if linear else [""]
+    if not heads and head is None and HEADS & {last[0], last[-1]}:
+        heads = linear[-1:]             # it ends the model
     uses = collections.Counter(id(p) for x in named.values() for p in x._parameters.values())
     weights = sum(p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p))
     attention = {id(x.out_proj) for x in named.values() if isinstance(x, nn.MultiheadAttention)}
@@ -663,7 +666,7 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
             "nn.MultiheadAttention reads its weight and never calls it": id(module) in attention,
             "a weight or a forward of its own kind": W is None or own, "tied weight": uses[id(W)] > 1,
             "no shape yet: run one forward before attach": nn.parameter.is_lazy(W),
-            "output head": module is head and not hits,
+            "output head": name in heads and not hits,
             f"fewer than K r = {least} components": small and not hits}
         if reason := next((reason for reason, holds in reasons.items() if holds), None):
             skipped[name] = reason
@@ -672,6 +675,11 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
                              f"{min(W.shape)}; lower rank or shards, or use exclude=[{name!r}]")
         else:
             found.append((name, module))
+    loaded = {id(p) for p in model.parameters() if getattr(p, "_is_hf_initialized", False)}
+    if new := [name for name in heads if head is None and loaded and skipped.get(name) == "output head"
+               and id(named[name].weight) not in loaded]:
+        raise ValueError(f"{', '.join(new)}: a head that was drawn, not loaded, and would stay as it is; "
+                         f"hd_pissa_extra.attach(also={new}) trains it whole, exclude={new} leaves it so")
     if unused := sorted({*targets, *exclude} - used):
         raise ValueError(f"{unused[0]!r} (targets, exclude) ends no linear layer's name; they end in "
                          f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}")

@@ -4,12 +4,14 @@ Oracle: plain autograd of the mean loss over all rows through a copy of the mode
 """
 
 import copy
+import re
 
 import pytest
 import torch
 import torch.nn as nn
 from spawned import spawn
 
+import hd_pissa
 import hd_pissa_extra
 
 K, STEPS = 4, 3
@@ -92,3 +94,41 @@ def test_what_trains_beside_is_not_adapted_and_the_model_keeps_its_names():
     adapters = hd_pissa_extra.attach(model, 2, also=["5.weight"])
     assert [slot.name for slot in adapters.slots] == ["0", "3"] and list(model.state_dict()) == names
     assert model[5].weight.requires_grad and not model[5].bias.requires_grad
+
+
+# ---- A head that was drawn, not loaded ---------------------------------------------------------------------
+
+
+def classifiers():
+    transformers = pytest.importorskip("transformers", minversion="5.0")
+    small = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                 vocab_size=64)  # fmt: skip
+    vision = dict(image_size=8, patch_size=4, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                  num_attention_heads=4)  # fmt: skip
+    return {
+        "classifier": (transformers.BertModel(transformers.BertConfig(**small)),
+                       transformers.BertForSequenceClassification),
+        "score": (transformers.LlamaModel(transformers.LlamaConfig(**small, pad_token_id=0)),
+                  transformers.LlamaForSequenceClassification),
+        "qa_outputs": (transformers.BertModel(transformers.BertConfig(**small)),
+                       transformers.BertForQuestionAnswering),
+        "a vision model's": (transformers.ViTModel(transformers.ViTConfig(**vision)),
+                             transformers.ViTForImageClassification),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["classifier", "score", "qa_outputs", "a vision model's"])
+def test_a_fresh_head_is_refused_whatever_its_name_and_the_remedies_work(name, tmp_path):
+    """Loaded from a base model without one. Saved with the head and loaded again, it is one like others."""
+    base, kind = classifiers()[name]
+    base.save_pretrained(tmp_path / "base")
+    fresh = lambda: kind.from_pretrained(tmp_path / "base")     # noqa: E731
+    with pytest.raises(ValueError, match="a head that was drawn, not loaded") as error:
+        hd_pissa.attach(fresh(), 2)
+    also, exclude = (eval(part) for part in re.findall(r"(?:also|exclude)=(\[.+?\])", str(error.value)))
+    adapters = hd_pissa_extra.attach(fresh(), 2, also=also)
+    assert {part for part in also if any(k.startswith(f"{part}.") for k in adapters.also)} == {*also}
+    assert also[0] in hd_pissa.attach(fresh(), 2, exclude=exclude).skipped
+    fresh().save_pretrained(tmp_path / "whole")
+    again = kind.from_pretrained(tmp_path / "whole")
+    assert hd_pissa.attach(again, 2).skipped[also[0]] == "output head"

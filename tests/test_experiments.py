@@ -24,7 +24,6 @@ import torch.nn as nn
 from conftest import ROOT
 
 import hd_pissa
-import hd_pissa_extra
 from tutorial.baselines import bases, intermediate, loraplus, mora, plain, projected
 from tutorial.experiments import arms, job, mute, page, run, speed, table
 

@@ -32,8 +32,9 @@ DTYPES = {str(d)[6:]: d for d in (torch.float16, torch.bfloat16, torch.float32, 
                                   torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)}
 # What may differ when a run goes on; the last three lose bit equality. Anything else is another run. Of
 # model, data and tokenizer not the path counts but what was read there: the digests "weights" and "rows".
-MAY_CHANGE = {"out", "resume", "save_every", "save_minutes", "keep", "check_every", "skip_nonfinite",
-              "heartbeat", "timeout", "bucket_mb", "basis", "svd_cache", "shard_weights", "dry_run", "torch",
+MAY_CHANGE = {"out", "resume", "save_every", "save_minutes", "keep", "check_every", "skip_nonfinite", "log",
+              "save_dtype", "gradient_checkpointing", "packing", "heartbeat", "timeout", "bucket_mb", "basis",
+              "svd_cache", "shard_weights", "dry_run", "torch",
               "processes", "eval", "eval_every", "eval_tokens", "execute_generated_code", "threads", "begun",
               "model", "data", "eval_data", "tokenizer", "epochs",
               "device", "exchange", "micro_batch_size"}  # fmt: skip

@@ -28,7 +28,7 @@ def interleaved(K: int):
 
 
 def drawn(*seed):
-    """Random orthonormal U and V, S = 1, drawn from the layer's name and `seed`; without one, always alike."""
+    """Random orthonormal U and V, S = 1, drawn from the layer and `seed`; without one, always alike."""
     def decompose(W, k, name="W"):
         generator = torch.Generator().manual_seed(hd_pissa.seed_of("basis", *seed, name))
         U, V = (torch.linalg.qr(torch.randn((side, k), generator=generator, dtype=torch.float64)).Q
