@@ -488,7 +488,7 @@ def toy(variants: str) -> dict:
 
 
 def llama(layers: int, world: int = 8, rank: int = 16, rows: int = 128, tokens: int = 512, micro: int = 2,
-          dtype: str = "bfloat16", **options) -> dict:
+          dtype: str = "bfloat16", shard: int = 0, **options) -> dict:
     """LLaMA-2-7B's layers, shapes alone, on process 0 of `world` with a shard each."""
     import transformers
 
@@ -508,6 +508,10 @@ def llama(layers: int, world: int = 8, rank: int = 16, rows: int = 128, tokens: 
         if halves:
             for p in model.parameters():
                 p.data = p.data.bfloat16()
+        if shard:
+            from torch.distributed import device_mesh
+            device_mesh.init_device_mesh = unset_fake_temporarily()(device_mesh.init_device_mesh)   # reads ranks
+            hd_pissa_extra.shard_over_processes(model, torch.device("cuda"))
         for owner, name, phase in ((hd_pissa, "logits_of", "forward"), (torch.Tensor, "backward", "backward")):
             seen.watch(owner, name, phase)
         return steps(model, adapters, [(list(range(1, tokens + 2)), 100)] * rows, seen, "cuda:0", micro,
