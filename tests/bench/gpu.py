@@ -132,9 +132,10 @@ def build(variant: str, args):
     if args.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with (torch.device(args.device), mock.patch.object(
-            hd_pissa_extra, "attach", functools.partial(hd_pissa_extra.attach, **options)), mock.patch.object(
-            hd_pissa, "shard_factors", functools.partial(hd_pissa.shard_factors, decompose=quick))):
+    owner, name, options = ((hd_pissa, "shard_factors", {"decompose": quick}) if variant == "published" else
+                            (hd_pissa_extra, "attach", options))
+    with torch.device(args.device), mock.patch.object(
+            owner, name, functools.partial(getattr(owner, name), **options)):
         return bench.Step(variant, args)
 
 

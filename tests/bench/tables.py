@@ -75,12 +75,32 @@ def real_commands(result) -> str:
     return "\n".join(["```", *lines, "```"])
 
 
+def gpu(result, about: str) -> str:
+    """What gpu.py has measured of a stage; before that, that it has not."""
+    rows = result.get(about, [])
+    if not any("failed" not in row for row in rows):
+        return "Not measured: no GPU has run `python tests/bench/gpu.py` yet."
+    keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("flags", "failed")))
+    cells = [[row.get(key, row.get("failed", "")) if key == keys[-1] else row.get(key) for key in keys]
+             for row in rows]  # fmt: skip
+    cells = [["yes" if c is True else "no" if c is False else c for c in row] for row in cells]
+    here = result["about"]
+    return f"{here['device']}, torch {here['torch']}\n\n" + table(keys, cells)
+
+
+def gpu_tables(path: Path) -> dict[str, str]:
+    result = json.loads(path.read_text()) if path.exists() else {}
+    return {f"gpu {name}": gpu(result, name)
+            for name in ("tests", "main job", "step", "attach", "SmolLM2", "profile")}  # fmt: skip
+
+
 def tables() -> dict[str, str]:
     """{marker: text} of all that has been measured."""
     functions = {"step": step, "network": network, "stress": stress, "real": real,
                  "real output": real_output, "real commands": real_commands}
     found = {name: file for name in functions if (file := HERE / f"{name.split()[0]}.json").exists()}
     made = {name: functions[name](json.loads(path.read_text())) for name, path in found.items()}
+    made |= gpu_tables(HERE / "gpu.json")
     for name, part in json.loads((HERE / "parts.json").read_text()).items():
         made[f"parts {name}"] = table(part["columns"], part["rows"])
     return made
