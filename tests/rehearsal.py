@@ -6,13 +6,14 @@
     with rehearsal.Counts(shapes=True) as seen: # shapes alone (torch's fake tensors): 7B models in a minute
     seen.launches, seen.waits, seen.sent, seen.peak
 
-rehearsal.cpp gives torch a CUDA of eight devices in this machine's memory. Devices, autograd's threads for each of
-them, autocast and generators are then torch's own. Counts raises where a kernel would meet tensors of two devices
-and where NCCL would refuse, and counts kernel launches, waits of the host for the device, bytes of collectives and
-of memory, and the highest sum of allocated memory, each by the project's line. Not seen: time, CUDA's rounding,
-races between streams.
+rehearsal.cpp gives torch a CUDA of eight devices in this machine's memory. Devices, autograd's threads for
+each of them, autocast and generators are then torch's own. Counts raises where a kernel would meet tensors of
+two devices and where NCCL would refuse, and counts kernel launches, waits of the host for the device, bytes
+of collectives and of memory, and the highest sum of allocated memory, each by the project's line. Not seen:
+time, CUDA's rounding, races between streams.
 
-Small tensors keep their numbers among shapes, since the loop reads flags from them; what only large ones know is 1.
+Small tensors keep their numbers among shapes, since the loop reads flags from them; what only large ones know
+is 1.
 """
 
 import collections
@@ -68,7 +69,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only  # noqa: E402
 from torch.utils.weak import WeakIdKeyDictionary  # noqa: E402
 
-# ---- What Python asks of torch.cuda ----------------------------------------------------------------------------
+# ---- What Python asks of torch.cuda ------------------------------------------------------------------------
 
 
 def index_of(device) -> int:
@@ -142,7 +143,8 @@ resize.plain = torch.UntypedStorage.resize_
 properties = types.SimpleNamespace(name="a rehearsal", total_memory=80 << 30, major=9, minor=0,
                                    multi_processor_count=132)
 for name, value in dict(
-        _lazy_init=lambda: None, is_available=lambda: True, is_initialized=lambda: True, device_count=lambda: 8,
+        _lazy_init=lambda: None, is_available=lambda: True, is_initialized=lambda: True,
+        device_count=lambda: 8,
         current_device=gpu.get_device, set_device=lambda device: gpu.set_device(index_of(device)),
         _exchange_device=exchange, _maybe_exchange_device=exchange,
         get_device_properties=lambda *_: properties, get_device_name=lambda *_: properties.name,
@@ -176,13 +178,14 @@ def nccl(begin):
 dist.distributed_c10d._get_object_coll_device = lambda group=None: "cuda"   # as of a group of NCCL's
 dist.init_process_group = dist.distributed_c10d.init_process_group = nccl(dist.init_process_group)
 
-# ---- Counts ----------------------------------------------------------------------------------------------------
+# ---- Counts ------------------------------------------------------------------------------------------------
 
 # Neither a view nor a kernel; and results for which the host waits.
-NOTHING = set("""empty empty_like empty_strided new_empty new_empty_strided _unsafe_view _reshape_alias detach alias
-lift_fresh lift_fresh_copy _local_scalar_dense set_ resize_ is_pinned _pin_memory record_stream bytes_of""".split())
-WAITS = set("""_local_scalar_dense nonzero masked_select equal _unique2 unique_dim bincount _linalg_eigh _linalg_svd
-linalg_qr multinomial""".split())
+NOTHING = set("""empty empty_like empty_strided new_empty new_empty_strided _unsafe_view _reshape_alias detach
+alias lift_fresh lift_fresh_copy _local_scalar_dense set_ resize_ is_pinned _pin_memory record_stream
+bytes_of""".split())
+WAITS = set("""_local_scalar_dense nonzero masked_select equal _unique2 unique_dim bincount _linalg_eigh
+_linalg_svd linalg_qr multinomial""".split())
 NCCL = {torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
         torch.float64, torch.bool}
 SMALL = 4096        # numbers of a tensor that keeps them among shapes
@@ -208,7 +211,8 @@ def kernels(name: str, args) -> int:
     lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)]
     if not name.startswith(("_foreach", "_fused")):
         return 1
-    if any(a.dtype != b.dtype or a.stride() != b.stride() for row in zip(*lists) for a, b in zip(row, row[1:])):
+    pairs = ((a, b) for row in zip(*lists) for a, b in zip(row, row[1:]))
+    if any(a.dtype != b.dtype or a.stride() != b.stride() for a, b in pairs):
         return len(lists[0])
     depth = len(lists) + (not name.endswith("_"))
     most = (110, 64, 48, 36, 30)[min(depth, 5) - 1]         # tensors a launch, as multi_tensor_apply cuts
@@ -327,7 +331,8 @@ class Counts(TorchDispatchMode):
             return
         generators = [g for g in tree_flatten((args, kwargs))[0] if isinstance(g, torch.Generator)]
         if generators and generators[0].device != there[0].device:
-            raise WrongDevice(f"{func} at {project_line()}: a generator of {generators[0].device} for {there[0].device}")
+            raise WrongDevice(f"{func} at {project_line()}: a generator of {generators[0].device}, a tensor "
+                              f"of {there[0].device}")
         cpu_may = name.startswith("index") or name.startswith("_index") or name.startswith("_unsafe_index")
         devices = {t.device for t in tensors if t.device.type == "cuda" or t.dim() and not (
             cpu_may and t is not args[0])}                  # indices come from the host
@@ -360,7 +365,8 @@ class Counts(TorchDispatchMode):
         here = torch.device("cuda", gpu.get_device())
         for t in tensors if name != "barrier" else ():
             if t.device != here:
-                raise WrongDevice(f"{name} at {project_line()}: a tensor of {t.device}, the process is on {here}")
+                raise WrongDevice(f"{name} at {project_line()}: a tensor of {t.device}, the process is on "
+                                  f"{here}")
             if t.dtype not in NCCL or not t.is_contiguous():
                 raise WrongDevice(f"{name} at {project_line()}: NCCL takes no {t.dtype} or no strides")
         self.calls[self.phase, f"{project_line()}: {name}"] += 1
@@ -379,8 +385,8 @@ class Counts(TorchDispatchMode):
     @unset_fake_temporarily()
     def value(self, t):
         if t not in self.known:
-            fake = isinstance(t, FakeTensor)
-            self.known[t] = torch.ones(t.shape if t.numel() <= SMALL else 1, dtype=t.dtype) if fake else t.cpu()
+            shape = t.shape if t.numel() <= SMALL else 1
+            self.known[t] = torch.ones(shape, dtype=t.dtype) if isinstance(t, FakeTensor) else t.cpu()
         return self.known[t]
 
     @unset_fake_temporarily()
@@ -405,11 +411,12 @@ class Counts(TorchDispatchMode):
                     self.known[t] = numbers
 
 
-# ---- What is rehearsed -----------------------------------------------------------------------------------------
+# ---- What is rehearsed -------------------------------------------------------------------------------------
 
 VARIANTS = {
     "local": {}, "all_reduce": dict(exchange="all_reduce"), "global": dict(gradients="global", dropout=0.1),
-    "bfloat16": dict(dtype=torch.bfloat16), "clipped": dict(max_grad_norm=0.1), "autocast": dict(autocast=True),
+    "bfloat16": dict(dtype=torch.bfloat16), "clipped": dict(max_grad_norm=0.1),
+    "autocast": dict(autocast=True),
     "seed": dict(init="random", dtype=torch.bfloat16, rounding="stochastic"), "Llama": {},
 }  # fmt: skip
 
@@ -444,13 +451,15 @@ def steps(model, adapters, rows, seen, device, micro_batch_size, **options) -> d
                 seen.begin()
             yield rows
 
-    records = list(hd_pissa.train(model, adapters, batches(), lr=1e-3, max_steps=3, device=device, progress=False,
-                                  micro_batch_size=micro_batch_size, optimizer=optimizer, **options))
+    records = list(hd_pissa.train(model, adapters, batches(), lr=1e-3, max_steps=3, device=device,
+                                  micro_batch_size=micro_batch_size, optimizer=optimizer, progress=False,
+                                  **options))
     if not seen:
         return {"loss": records[-1]["loss"]}
     return {"loss": records[-1]["loss"], "layers": len(adapters.slots), "shards": adapters.S,
             "micro": -(-len(rows) // adapters.K // micro_batch_size), "launches": total(seen.launches),
-            "waits": total(seen.waits), "waits by line": by_line(seen.waits), "by line": by_line(seen.launches),
+            "waits": total(seen.waits), "waits by line": by_line(seen.waits),
+            "by line": by_line(seen.launches),
             "traffic": total(seen.traffic), "calls": total(seen.calls), "sent": total(seen.sent),
             "at rest": at_rest, "peak": seen.peak, "peaks": dict(seen.peaks)}  # fmt: skip
 
@@ -495,7 +504,7 @@ def llama(layers: int, world: int = 8, rank: int = 16, rows: int = 128, tokens: 
     import hd_pissa
     import hd_pissa_extra
     processes(world)
-    hd_pissa.checksum = lambda tensor, start=0: 0           # at the first merge, of every weight in small parts
+    hd_pissa.checksum = lambda tensor, start=0: 0       # at the first merge, of every weight in small parts
     config = transformers.LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers, num_attention_heads=32,
         num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096, use_cache=False)
@@ -510,10 +519,11 @@ def llama(layers: int, world: int = 8, rank: int = 16, rows: int = 128, tokens: 
                 p.data = p.data.bfloat16()
         if shard:
             from torch.distributed import device_mesh
-            device_mesh.init_device_mesh = unset_fake_temporarily()(device_mesh.init_device_mesh)   # reads ranks
+            # it reads the ranks
+            device_mesh.init_device_mesh = unset_fake_temporarily()(device_mesh.init_device_mesh)
             hd_pissa_extra.shard_over_processes(model, torch.device("cuda"))
-        for owner, name, phase in ((hd_pissa, "logits_of", "forward"), (torch.Tensor, "backward", "backward")):
-            seen.watch(owner, name, phase)
+        seen.watch(hd_pissa, "logits_of", "forward")
+        seen.watch(torch.Tensor, "backward", "backward")
         return steps(model, adapters, [(list(range(1, tokens + 2)), 100)] * rows, seen, "cuda:0", micro,
                      autocast=dtype == "autocast")
 
@@ -526,7 +536,8 @@ def faults() -> list[str]:
             "two GPUs": lambda: a @ torch.randn(4, 4, device="cuda:1"), "NumPy": lambda: a.numpy(),
             "embedding": lambda: torch.nn.functional.embedding(torch.tensor([1]), a),
             "generator": lambda: torch.empty_like(a).bernoulli_(0.5, generator=torch.Generator()),
-            "in place": lambda: torch.zeros(4, 4).add_(a), "foreach": lambda: torch._foreach_add_([a], [a.cpu()]),
+            "in place": lambda: torch.zeros(4, 4).add_(a),
+            "foreach": lambda: torch._foreach_add_([a], [a.cpu()]),
     }.items():  # fmt: skip
         with contextlib.suppress(WrongDevice, TypeError), Counts():
             work()
@@ -535,9 +546,10 @@ def faults() -> list[str]:
         assert (a + torch.tensor(1.0)).device == a.device
         torch.randn(3).pin_memory().to("cuda", non_blocking=True)
         passed += ["a wait too many"] * len(seen.waits)
-        for i, work in enumerate((lambda: a.sum().item(), lambda: a.tolist(), lambda: torch.ones(3).to("cuda"),
-                                  lambda: a[a > 0], lambda: torch.tensor([1.0], device="cuda"), lambda: a.cpu(),
-                                  lambda: torch.ones(3).to("cuda", non_blocking=True))):  # fmt: skip
+        for i, work in enumerate((
+                lambda: a.sum().item(), lambda: a.tolist(), lambda: torch.ones(3).to("cuda"),
+                lambda: a[a > 0], lambda: torch.tensor([1.0], device="cuda"), lambda: a.cpu(),
+                lambda: torch.ones(3).to("cuda", non_blocking=True))):  # fmt: skip
             seen.begin()
             work()
             passed += [f"wait {i}"] * (not seen.waits)

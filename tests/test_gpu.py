@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import toy
 import torch
 import torch.distributed as dist
+import toy
 
 import hd_pissa_extra
 
@@ -87,8 +87,13 @@ def test_what_is_late_or_fails_says_so_and_the_next_stage_begins(tmp_path, monke
         results.add("one", fine=1)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(command, "STAGES", {"one": broken, "two": lambda results, toy: results.add("two", fine=2)})
-    rows = command.main(["--rehearse", "--json", str(tmp_path / "a.json"), "--stages", "one,two"])
-    assert rows["one"] == [{"fine": 1}, {"failed": "RuntimeError: out of memory"}] and rows["two"] == [{"fine": 2}]
-    rows = command.main(["--rehearse", "--json", str(tmp_path / "a.json"), "--stages", "one,two", "--minutes", "0"])
+    def fine(results, toy):
+        results.add("two", fine=2)
+
+    monkeypatch.setattr(command, "STAGES", {"one": broken, "two": fine})
+    flags = ["--rehearse", "--json", str(tmp_path / "a.json"), "--stages", "one,two"]
+    rows = command.main(flags)
+    assert rows["one"] == [{"fine": 1}, {"failed": "RuntimeError: out of memory"}]
+    assert rows["two"] == [{"fine": 2}]
+    rows = command.main([*flags, "--minutes", "0"])
     assert "not reached" in rows["one"][0]["failed"] and "not reached" in rows["two"][0]["failed"]

@@ -81,8 +81,8 @@ def needs(*packages: str) -> None:
 def marked_tests(results, toy) -> None:
     """pytest -m gpu: NCCL with one process, bits of virtual devices, all dtypes."""
     needs("pytest")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py")],
-                          capture_output=True, text=True, timeout=min(120, results.left()))
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=min(120, results.left()))
     results.add("tests", passed=done.returncode == 0, said=done.stdout.strip().splitlines()[-1:])
 
 
@@ -199,8 +199,8 @@ def smollm2(results, toy) -> None:
     model = os.environ.get("HD_PISSA_SMOLLM2", str(ROOT / "smollm2"))
     if not toy and not Path(model, "config.json").is_file():
         raise FileNotFoundError(f"no SmolLM2 at {model}; set HD_PISSA_SMOLLM2")
-    flags = (f"--model {model} --batch_size 32 --micro_batch_size 4 --max_steps 80 --dtype autocast --device cuda "
-             "--eval_rows 200").split()  # fmt: skip
+    flags = (f"--model {model} --batch_size 32 --micro_batch_size 4 --max_steps 80 --dtype autocast "
+             "--device cuda --eval_rows 200").split()  # fmt: skip
     flags = "--max_steps 2 --eval_rows 16 --batch_size 16 --device cpu".split() if toy else flags
     for name, own in ARMS.items():
         results.left()
@@ -224,8 +224,8 @@ def profile(results, toy) -> None:
         results.add("profile", name=event.key[:90], calls=event.count, ms=getattr(event, kind) / 1e3)
 
 
-STAGES = {"tests": marked_tests, "main job": main_job, "step": step_times, "attach": attach, "profile": profile,
-          "SmolLM2": smollm2}  # fmt: skip
+STAGES = {"tests": marked_tests, "main job": main_job, "step": step_times, "attach": attach,
+          "profile": profile, "SmolLM2": smollm2}  # fmt: skip
 
 
 def main(argv=None) -> dict:
