@@ -1,7 +1,7 @@
 """What a GPU would see of a step, rehearsed: devices, waits of the host, launches, bytes, memory.
 
 Oracle: torch's own dispatch of every operation (rehearsal.py), and the CPU's bits. Budgets are raised
-knowingly, never to make a test pass. A rehearsal runs in a process of its own: torch asks only once for a CUDA.
+knowingly, never to make a test pass. A rehearsal runs in a process of its own: torch asks once for a CUDA.
 """
 
 import json
