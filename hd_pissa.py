@@ -189,11 +189,11 @@ class Mute(torch.autograd.Function):
 class Muted:
     """Mixed in front of nn.Linear or Conv1D by `attach`: the same module and W, the muted forward."""
 
-    def forward(self, input):
-        slot = self.hd_pissa
+    def forward(self, *args, **kwargs):
+        slot, (x,) = self.hd_pissa, (*args, *kwargs.values())      # Linear calls it input, Conv1D x
         if not torch.compiler.is_compiling():
-            slot.before_forward(input)
-        return slot.mute.apply(input, self.weight, self.bias, slot.A, slot.B, slot.dA, slot.dB, slot.s,
+            slot.before_forward(x)
+        return slot.mute.apply(x, self.weight, self.bias, slot.A, slot.B, slot.dA, slot.dB, slot.s,
                                slot.conv1d, slot.mask if self.training else None)
 
     def __reduce_ex__(self, protocol):
@@ -266,6 +266,8 @@ class Slot:
         """Raise ValueError where a step was not merged: nothing would ever reach W."""
         if self.adapters.increments._version != self.adapters.merged:
             raise ValueError(UNMERGED)
+        if self.adapters.owner not in (None, threading.get_ident()) and torch._C._current_graph_task_id() < 0:
+            raise ValueError("another thread is inside adapters.shard(); train shards one after another")
 
     @property
     def W(self) -> torch.Tensor | None:
@@ -275,8 +277,16 @@ class Slot:
         W = self.W
         return "no parameter" if W is None else f"{type(W).__name__} {W.dtype} {W.device} {(*W.shape,)}"
 
+    def probe(self) -> torch.Tensor:
+        """Some 64 numbers of W as one whole number, float64: equal where replicas are."""
+        W = self.W.detach().flatten()[::max(1, self.W.numel() // 64)].contiguous()
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[W.element_size()]
+        return W.view(bits).long().sum().remainder(2**52).double()
+
     def fault(self) -> str:
         """Why dU would not reach W, or "". Asked before every merge: somebody may have changed W."""
+        if hasattr(self.W, "to_local"):
+            return "is sharded; hd_pissa_extra.attach, called before fully_shard, adds to sharded weights"
         if self.kind() != self.was:
             return f"is {self.kind()}, was {self.was}; cast, move and parametrize before attach"
         return "was made trainable; only merge_ changes it" if self.module.weight.requires_grad else ""
@@ -287,13 +297,18 @@ LIVE = weakref.WeakSet()        # the adapters that are attached
 UNMERGED = ("increments were filled and not merged, so nothing would reach W; call adapters.merge_() after "
             "every optimizer.step(), before the next forward")
 
+def groups_of(optimizer) -> list:
+    """What somebody may change after the check."""
+    return [(len(g["params"]), g.get("weight_decay")) for g in optimizer.param_groups]
+
 def before_step(optimizer, *_) -> None:
     """Look at an optimizer's first step on increments, and at whether its last one was merged."""
     grads = {id(p): p.grad for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(LIVE):
         adapters.begun = adapters.increments._version
         if adapters.ids & grads.keys():
-            if optimizer not in adapters.known:
+            adapters.held |= grads.keys()
+            if adapters.known.get(optimizer) != groups_of(optimizer):
                 check_optimizer(adapters, optimizer)
             if optimizer in adapters.stepped:
                 raise ValueError(UNMERGED)
@@ -356,7 +371,7 @@ def check_optimizer(adapters, optimizer) -> str:
         raise ValueError(f"{name} {'has weight_decay, which' if decays else 'has a rule that'} reads the "
                          "parameter, but increments begin every step at zero; use AdamW with "
                          "weight_decay=0.0 (the paper's), SGD, RMSprop")
-    adapters.known.add(optimizer)
+    adapters.known[optimizer] = groups_of(optimizer)
     return repr([name, [{k: v for k, v in g.items() if k != "params"} for g in groups]])
 
 # ---- The adapters --------------------------------------------------------------------------------
@@ -377,7 +392,7 @@ class Adapters:
         self.exchange, self.device = "all_gather" if exchange == "auto" else exchange, device
         self.S = self.K // world_size()                 # shards of this process
         self.first = process_index() * self.S           # global index of local shard 0
-        self.step = self.idle = self.current = 0
+        self.step, self.current, self.idle, self.owner = 0, 0, [0] * self.K, None
         self.phase, self.lock, self.slots, width = "empty", threading.RLock(), [], 0
         for name, module in found:
             self.slots.append(self.Slot(name, module, self, width))
@@ -389,7 +404,8 @@ class Adapters:
         self.increments = torch.zeros((self.S, width), **like)
         self.merged = self.increments._version
         self.seen = [[0] * len(found) for _ in range(self.S)]       # backwards since the last merge
-        self.known, self.stepped, self.vain = weakref.WeakSet(), [], set()      # see before_step
+        self.known, self.stepped = weakref.WeakKeyDictionary(), []              # see before_step
+        self.held, self.vain = set(), set()
         for j, slot in enumerate(self.slots):
             A, B = slot.views(self.own)
             slot.factors = [(A[i:i + 1], B[i:i + 1]) for i in range(self.S)]        # (1, m, r), (1, r, n)
@@ -440,27 +456,36 @@ class Adapters:
                              f"{world_size()} processes)")
         if not self.lock.acquire(blocking=False):
             raise ValueError("shard() is in use by another thread; train shards one after another")
-        before = self.current
+        before, owner, self.owner = self.current, self.owner, threading.get_ident()
         self.select(i)
         try:
             yield
         finally:
             self.select(before)
+            self.owner = owner
             self.lock.release()
+
+    def gradients(self) -> list[list[torch.Tensor]]:
+        """Those that there are, for each local shard."""
+        return [[p.grad for slot in self.slots for p in slot.leaves[i] if p.grad is not None]
+                for i in range(self.S)]
+
+    @torch.no_grad()
+    def squares(self) -> torch.Tensor:
+        """Squared 2-norms of the gradients of all K shards, (K,) float64."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.device)
+        return gather_shards(torch.stack([
+            torch.stack(torch._foreach_norm(row)).double().square().sum() if row else zero
+            for row in self.gradients()]))
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients of all K shards to a joint 2-norm of at most `max_norm`; what it was."""
-        squares, rows = torch.zeros(self.S, dtype=torch.float64, device=self.device), []
-        for i in range(self.S):
-            rows.append([p.grad for slot in self.slots for p in slot.leaves[i] if p.grad is not None])
-            if rows[i]:
-                squares[i] = torch.stack(torch._foreach_norm(rows[i])).double().square().sum()
         # Per shard, then in shard order: the sum does not depend on how shards are dealt out.
-        norm = gather_shards(squares).sum().sqrt()
+        norm = self.squares().sum().sqrt()
         if max_norm < math.inf:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0)   # a NaN stays where it is
-            for row in filter(None, rows):
+            for row in filter(None, self.gradients()):
                 torch._foreach_mul_(row, scale.to(row[0]))
         return norm
 
@@ -494,22 +519,28 @@ class Adapters:
     def refuse(self, told=None) -> tuple[list, bool]:
         """Raise where a merge would not do what is meant. `told` of all shards; whether this merge waits:
         gradients are there and no optimizer has stepped, or `told` is not finite."""
-        named = dict(self.model.named_modules())
-        uses = collections.Counter(id(p) for x in named.values() for p in x._parameters.values())
+        modules = [*self.model.modules()]
+        uses, live = uses_of(modules), {*map(id, modules)}
         faults = "; ".join(f"{s.name}.weight {fault}" for s in self.slots if (
-            fault := "is of a layer that was replaced" if named.get(s.name) is not s.module else
-            s.fault() or ("is another module's too; tie before attach" if uses[id(s.W)] > 1 else "")))
+            fault := "is of a layer that was replaced" if id(s.module) not in live else
+            s.fault() or ("is another module's too; tie before attach" if uses[place(s.W)] > 1 else "")))
         there = [[n > 0 or any(p.grad is not None for p in slot.leaves[i])
                   for n, slot in zip(row, self.slots)] for i, row in enumerate(self.seen)]     # (S, layers)
         largest = torch.linalg.vector_norm(self.increments, math.inf, dim=1)    # (S,); NaN, Inf survive
         flags = torch.tensor([[any(row), bool(faults)] for row in there], dtype=torch.float64, device="cpu")
-        own = [sent(flags, self.device), largest[:, None].double()] + ([] if told is None else [told])
-        # A (K, 3 + c) gather tells every process the state of every shard, so that all refuse alike.
+        looked_at = self.slots[self.step % len(self.slots)]
+        probe = torch.zeros_like(largest) if faults else looked_at.probe().to(largest.device).expand(self.S)
+        own = [sent(flags, self.device), torch.stack((largest.double(), probe), dim=1)]
+        own += [] if told is None else [told]
+        # A (K, 4 + c) gather tells every process the state of every shard, so that all refuse alike.
         table = gather_shards(torch.cat(own, dim=1)).tolist()                   # waits once
-        trained, faulty, size = zip(*(row[:3] for row in table))
-        told = [row[3:] for row in table]
+        trained, faulty, size, probes = zip(*(row[:4] for row in table))
+        told = [row[4:] for row in table]
         if any(faulty):
             raise ValueError("merge_: " + max(everywhere(lambda: faults)))
+        if len({*probes}) > 1:
+            raise ValueError(f"merge_: {looked_at.name}.weight differs between processes: load weights on "
+                             "all of them alike, before attach")
         if not finite(told):
             return told, True
         if self.phase in ("empty", "detached"):
@@ -523,21 +554,26 @@ class Adapters:
             raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched. Lower "
                              "the learning rate or clip; adapters.next_step() leaves this step out")
         # A GradScaler that leaves a step out leaves gradients that are not finite: that is not idle.
-        idle = not any(size) and 0 < float(self.clip_grad_norm_(math.inf)) < math.inf
-        self.idle = self.idle + 1 if idle else 0
-        if self.idle >= 2:
-            raise ValueError("merge_: all increments are zero in two successive merges although there are "
-                             "gradients; merge only where optimizer.step() ran (accelerate: if accelerator."
-                             "sync_gradients), with adapters.parameters() and a learning rate above 0")
+        squares = [0.0] * self.K if all(size) else self.squares().tolist()
+        idle = [value == 0 < square < math.inf for value, square in zip(size, squares)]
+        self.idle = [n + 1 if still else 0 for n, still in zip(self.idle, idle)]
+        if still := [i for i, n in enumerate(self.idle) if n >= 2]:
+            raise ValueError(f"merge_: the increments of shards {still} are zero in two successive merges "
+                             "although there are gradients; merge only where optimizer.step() ran "
+                             "(accelerate: if accelerator.sync_gradients), on every process, with all of "
+                             "adapters.parameters() and a learning rate above 0")
         if self.phase == "filled":      # at the first merge: layers that no backward has reached
             reached = gather_shards(sent(torch.tensor(there, device="cpu"), self.device)).any(dim=0).tolist()
             dead = [slot.name for slot, yes in zip(self.slots, reached) if not yes]
             if dead and process_index() == 0:
                 warnings.warn(f"{len(dead)} of {len(reached)} adapted layers got no gradient, {dead[:4]}: "
                               "the model does not call them; leave them out with exclude=", stacklevel=3)
+            if self.held and (lacks := len(self.ids - self.held)):
+                warnings.warn(f"{lacks} of {len(self.ids)} increments are in no optimizer that has stepped; "
+                              "build it from adapters.parameters()", stacklevel=3)
             send_model(self.model, self.device)     # somebody may have loaded weights on one process
             self.phase = "running"
-        return told, idle and not self.stepped and self.increments._version == self.merged
+        return told, all(idle) and not self.stepped and self.increments._version == self.merged
 
     def exchange_and_fold(self) -> None:
         """W += share sum_i dU_i: gather the factors and multiply, or multiply and sum the products."""
@@ -582,6 +618,7 @@ class Adapters:
         wrong = [f"{k} is {v} here, {there.get(k)} there" for k, v in self.config.items()
                  if there.get(k) != v]
         wrong += [k for k, t in own.items() if k not in state or state[k].shape != t.shape]
+        wrong += [] if "step" in state else ["step"]
         if wrong := next(filter(None, everywhere(lambda: ", ".join(wrong[:3]))), None):
             raise ValueError(f"adapter state of another run or model ({wrong}); attach as that run did")
         for name, tensor in own.items():
@@ -593,7 +630,7 @@ class Adapters:
         if len(self.basis) > self.S:
             self.basis.copy_(gather_shards(self.own))
         self.next_step()
-        self.step, self.idle, self.phase = step, 0, "filled"
+        self.step, self.idle, self.phase = step, [0] * self.K, "filled"
 
     def detach_(self) -> None:
         """Make the modules plain again. W keeps what was merged and stays frozen."""
@@ -624,11 +661,19 @@ def check_arguments(rank, shards, alpha=None, **choices) -> None:
     if shards % world:
         raise ValueError(f"shards={shards} is not a multiple of the {world} processes; use "
                          f"shards={max(1, shards // world) * world} or another number of processes")
-    if alpha is not None and not 0 < alpha < math.inf:
-        raise ValueError(f"alpha={alpha}: gradients are scaled by alpha/rank; use more than 0, or None for 1")
+    if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
+        raise ValueError(f"alpha={alpha!r}: gradients are scaled by alpha/rank; use more than 0, or None")
     if world == 1 < int(os.environ.get("WORLD_SIZE", 1)) and not dist.is_initialized():
         raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but no process group: each process would "
                          "train alone; call torch.distributed.init_process_group before attach")
+
+def place(p: torch.Tensor):
+    """Where its numbers lie: the same for weights that are tied, as one object or as one memory."""
+    return type(p) is nn.Parameter and p.data_ptr() or id(p)
+
+def uses_of(modules) -> collections.Counter:
+    """How many of the modules hold the weight at each `place`."""
+    return collections.Counter(place(p) for x in modules for p in x._parameters.values() if p is not None)
 
 def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int = 1):
     """[(name, module)] of the linear layers that `targets` selects, {name: reason} of those left out.
@@ -636,7 +681,7 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
     targets, exclude    name suffixes that begin at a dot, one or a list; targets also "all-linear"
     least               components that a layer must have; "all-linear" leaves out those with fewer
     """
-    targets, exclude = ([t] if isinstance(t, str) else [*t] for t in (targets, exclude))
+    targets, exclude = ([t] if isinstance(t, str) else [*(t or ())] for t in (targets, exclude))
     every, found, skipped, used = "all-linear" in targets, [], {}, {"all-linear"}
     named = dict(model.named_modules())
     linear = [name for name, module in named.items() if isinstance(module, nn.Linear)]
@@ -646,7 +691,7 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
     last = linear[-1].split(".") if linear else [""]
     if not heads and head is None and HEADS & {last[0], last[-1]}:
         heads = linear[-1:]             # it ends the model
-    uses = collections.Counter(id(p) for x in named.values() for p in x._parameters.values())
+    uses = uses_of(named.values())
     weights = sum(p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p))
     attention = {id(x.out_proj) for x in named.values() if isinstance(x, nn.MultiheadAttention)}
     for name, module in named.items():
@@ -664,7 +709,7 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
         reasons = {
             "in exclude": outs, "not in targets": not (every or hits),
             "nn.MultiheadAttention reads its weight and never calls it": id(module) in attention,
-            "a weight or a forward of its own kind": W is None or own, "tied weight": uses[id(W)] > 1,
+            "a weight or a forward of its own kind": W is None or own, "tied weight": uses[place(W)] > 1,
             "no shape yet: run one forward before attach": nn.parameter.is_lazy(W),
             "output head": name in heads and not hits,
             f"fewer than K r = {least} components": small and not hits}
@@ -728,6 +773,8 @@ def deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
         for j in tqdm(own, desc="SVD", unit="layer", disable=not progress or process_index() > 0):
             slot = adapters.slots[j]
             W, seed = slot.module.weight.to(adapters.device), seed_of(adapters.seed, slot.name)
+            if W.is_meta:
+                raise ValueError(f"{slot.name}.weight is on the meta device: load the weights first")
             mine[j] = shard_factors(W if slot.conv1d else W.T, adapters.K, slot.r, init, slot.s, seed,
                                     decompose, slot.name).to(basis)
     everywhere(work)
@@ -775,7 +822,8 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
         made.append(make(model, found, skipped, config, exchange, seed, found[0][1].weight.device))
         shapes = [(name, (*p.shape,), str(p.dtype)) for named in (model.named_parameters(),
                   model.named_buffers()) for name, p in named if not nn.parameter.is_lazy(p)]
-        return [*config.items(), exchange, seed, made[0].agreed, *(name for name, _ in found), *shapes, "end"]
+        return [*config.items(), exchange, seed, decompose is None, made[0].agreed,
+                *(name for name, _ in found), *shapes, "end"]
     first, *others = everywhere(build)
     for i, other in enumerate(others, 1):
         for here, there in zip(first, other):
@@ -827,7 +875,8 @@ def targets_of(row) -> list[int]:
     tokens, where = row[:2]
     y = [-100] * (len(tokens) - 1)
     for a, b in [(where, len(tokens))] if hasattr(where, "__index__") else where:
-        y[max(a, 1) - 1:b - 1] = tokens[max(a, 1):b]
+        if max(a, 1) < b:
+            y[max(a, 1) - 1:b - 1] = tokens[max(a, 1):b]
     return y
 
 def pad(rows, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -873,6 +922,8 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
     model.train()
     for step, batch in zip(range(start + 1, max_steps + 1), batches):
         began, size = time.perf_counter(), len(batch) // K
+        if not model.training:          # whoever takes the records may evaluate in between
+            model.train()
         counts = [len(y) - y.count(-100) for y in map(targets_of, batch)]   # tokens with loss of each row
         if size * K != len(batch) or not all(counts):
             raise ValueError(f"step {step}: {len(batch)} rows for {K} shards, {counts.count(0)} of them cut "
@@ -895,11 +946,13 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
                     (loss / norm).backward()
                 losses[i] += loss.detach()
         norm = adapters.clip_grad_norm_(max_grad_norm or math.inf)
-        told = torch.stack((losses, norm.to(losses).expand(S)), dim=1)                  # (S, 2)
+        looks = [(len(row[0]), int(row[0][-1]), int(row[0][len(row[0]) // 2])) for row in batch]
+        rows_seen = torch.full_like(losses, seed_of(looks) % 2**52)     # alike on every process
+        told = torch.stack((losses, norm.to(losses).expand(S), rows_seen), dim=1)       # (S, 3)
         # merge_ reads it with its own flags, in the one wait of a step. A NaN has then reached the
         # optimizer's state: where steps may be left out, or no merge protects W, it is read before.
         early = skip_nonfinite > 0 or not isinstance(adapters, Adapters)
-        rows = gather_shards(told).tolist() if early else []                            # K of (loss, norm)
+        rows = gather_shards(told).tolist() if early else []                    # K of (loss, norm, rows)
 
         # AdamW turns gradients into dA_i, dB_i; all shards go into the one W.
         factor = lr_factor(step - 1, max_steps, warmup, schedule)
@@ -909,6 +962,9 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
             optimizer.step()
             rows = adapters.merge_(told)
         sums, grad_norm = [row[0] for row in rows], rows[0][1]
+        if len({row[2] for row in rows}) > 1:
+            raise ValueError(f"step {step}: the processes have different rows; give all of them the same "
+                             "batches, each takes its shards' rows itself")
         if not finite(rows):
             bad = [i for i, value in enumerate(sums) if not math.isfinite(value)]
             text = f"step {step}: not finite: loss of shards {bad} or a gradient; W is untouched by this step"

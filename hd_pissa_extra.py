@@ -155,7 +155,7 @@ class Slot(hd_pissa.Slot):
 
     def __init__(self, *args):
         super().__init__(*args)
-        self.low, self.exact = None, self.adapters.rounding == "exact"
+        self.low, self.exact, self.dtype = None, self.adapters.rounding == "exact", self.module.weight.dtype
         if self.adapters.init == "random":
             self.mute = MuteFromSeed
         if self.module.weight.dtype == torch.bfloat16 and self.exact:
@@ -165,7 +165,7 @@ class Slot(hd_pissa.Slot):
     def halve_(self) -> None:
         """Turn a float32 weight into halves, or for rounding="stochastic" into the high one alone."""
         self.module.weight.data, low = split(self.module.weight)
-        self.was = self.kind()
+        self.was, self.dtype = self.kind(), self.module.weight.dtype
         if self.exact:
             self.low = low
             self.note()
@@ -173,10 +173,10 @@ class Slot(hd_pissa.Slot):
     def local(self) -> tuple[torch.Tensor, slice]:
         """W as it is stored here and its rows. Low halves of another W than `note` saw are dropped."""
         W, rows = own_rows(self.module.weight)
-        if self.low is not None and self.low.shape != W.shape:
+        if self.low is not None and hasattr(self.module.weight, "to_local") > self.noted[2]:
             self.low = self.low[rows].to(W.device, copy=True)           # FSDP2 has sharded W since
             self.note()
-        elif self.low is not None and self.noted != (W.data_ptr(), W._version):
+        elif self.low is not None and self.noted[:2] != (W.data_ptr(), W._version):
             self.drop_low()
         return W, rows
 
@@ -192,7 +192,14 @@ class Slot(hd_pissa.Slot):
     def note(self) -> None:
         """The low halves belong to the weight as it is now."""
         W, _ = own_rows(self.module.weight)
-        self.noted, self.sampled = (W.data_ptr(), W._version), self.sample().clone()
+        sharded = hasattr(self.module.weight, "to_local")
+        self.noted, self.sampled = (W.data_ptr(), W._version, sharded), self.sample().clone()
+
+    def probe(self) -> torch.Tensor:
+        """Slices of W are no replicas."""
+        if hasattr(self.module.weight, "to_local"):
+            return torch.zeros((), dtype=torch.float64)
+        return super().probe()
 
     def sample(self) -> torch.Tensor:
         """Some 64 numbers of W: `weight.data.copy_` changes them, and tells no version counter."""
@@ -259,13 +266,16 @@ class Slot(hd_pissa.Slot):
         super().before_forward(x)
         halved = self.module.weight.dtype == torch.bfloat16
         if halved and x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"{self.name} is bfloat16, its input {x.dtype}; cast the rest of the model too "
-                             "(its parameters, not its buffers), or run it under torch.autocast")
+            raise ValueError(f"{self.name} is bfloat16, its input {x.dtype}; run the model under "
+                             "torch.autocast, or cast the rest of it too (parameters but those of also=, no "
+                             "buffers)")
 
     def fault(self) -> str:
         W = self.module._parameters.get("weight")
         if not hasattr(W, "to_local"):
             return super().fault()
+        if W.dtype != self.dtype:
+            return f"is {W.dtype}, was {self.dtype}; cast before attach"
         try:
             own_rows(W)
         except ValueError as e:
@@ -472,6 +482,9 @@ class Adapters(hd_pissa.Adapters):
             if live.get(name) is not p:
                 raise ValueError(f"{name} of also= was replaced after attach (fully_shard, assign=True), so "
                                  "it would not train; load it in place, or leave it out of fully_shard")
+            if p.element_size() < 4:
+                raise ValueError(f"{name} of also= was cast to {p.dtype}, where small updates are lost; "
+                                 "leave it in float32")
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             if world_size() > 1:
                 dist.all_reduce(p.grad)
