@@ -18,7 +18,7 @@ def elsewhere():
     torch.set_default_device(None)
 
 
-OPTIONS = [{}, {"init": "lora"}, {"init": "random"}, {"gradients": "global"}, {"dropout": 0.5},
+OPTIONS = [{}, {"init": "lora"}, {"init": "random"}, {"gradients": "global"},
            {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "rounding": "stochastic"}]  # fmt: skip
 
 

@@ -42,15 +42,16 @@ def test_columns_are_a_signed_dct(size):
     torch.testing.assert_close(Q, torch.from_numpy(orthogonal(size, seed)), rtol=0, atol=1e-12)
 
 
-def test_bases_differ_by_seed_layer_and_side_and_half_the_signs_are_negative():
-    def signs(*parts):
-        seed = hd_pissa.seed_of("basis", *parts)
-        return hd_pissa_extra.scramble(torch.arange(4000).int() ^ (seed >> 20 & 0x7FFFFFFF)) & 1
+def test_signs_are_even_and_their_own_for_every_seed():
+    """Read off the column of frequency 0, which is constant but for them."""
+    def signs(seed):
+        constant = -seed % 4000
+        return hd_pissa_extra.seeded_columns(4000, constant, 1, seed, "cpu", torch.float64)[0].sign()
 
-    draws = [signs(0, "a", "A"), signs(1, "a", "A"), signs(0, "b", "A"), signs(0, "a", "B")]
+    draws = [signs(hd_pissa.seed_of(i)) for i in range(4)]
     for i, a in enumerate(draws):
-        assert 0.46 < a.float().mean() < 0.54
-        assert all(0.46 < (a == b).float().mean() < 0.54 for b in draws[:i])
+        assert 0.46 < (a > 0).double().mean() < 0.54
+        assert all(0.46 < (a == b).double().mean() < 0.54 for b in draws[:i])
 
 
 @pytest.mark.parametrize("exchange", ["all_gather", "all_reduce"])
@@ -109,11 +110,12 @@ def test_rows_round_alike_whoever_holds_them():
     assert not torch.equal(hd_pissa_extra.round_stochastically(W, 6), whole)
 
 
-def test_two_bytes_a_weight_keep_the_mean_of_small_updates():
+@pytest.mark.parametrize("loaded", [torch.float32, torch.bfloat16])
+def test_two_bytes_a_weight_keep_the_mean_of_small_updates(loaded):
     """Steps of 1e-3 of a unit of bfloat16: nearest rounding loses all, stochastic none in the mean."""
     weights, bias, _ = toy.problem(torch.float32)
     share = []
-    model = toy.module(weights, bias)
+    model = toy.module(weights, bias).to(loaded)
     adapters = toy.attach(model, 2, shards=toy.K, dtype=torch.bfloat16, rounding="stochastic")
     assert model[0].weight.dtype == torch.bfloat16 and not any("low" in name for name in adapters.tensors())
     g = torch.Generator().manual_seed(1)
@@ -122,3 +124,19 @@ def test_two_bytes_a_weight_keep_the_mean_of_small_updates():
         adapters.merge_()
         share.append(float(adapters.applied))
     assert abs(sum(share) / len(share) - 1) < 4 * torch.tensor(share).std() / len(share) ** 0.5 < 1
+
+
+def test_every_seed_step_and_layer_rounds_by_bits_of_its_own():
+    """Weights half way between two neighbours: which go up in one draw says nothing of another."""
+    half_way, draws = torch.full((64, 64), 1 + 2**-8), []
+    for seed in (0, 1):
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+        adapters = toy.attach(model, 2, dtype=torch.bfloat16, rounding="stochastic", init="random", seed=seed)
+        for _ in range(2):
+            for slot in adapters.slots:
+                slot.write(half_way)
+                draws.append(slot.W > 1)
+            adapters.next_step()
+    for i, a in enumerate(draws):
+        assert 0.46 < a.double().mean() < 0.54
+        assert all(0.46 < (a == b).double().mean() < 0.54 for b in draws[:i])
