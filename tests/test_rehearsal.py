@@ -85,6 +85,27 @@ def test_a_whole_run_on_one_gpu(flags, tmp_path):
     assert (tmp_path / "out" / "model.pt").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, dict(dtype="autocast"), dict(dtype="bfloat16"),
+                                     dict(dtype="bfloat16", gradients="global"),
+                                     dict(dtype="bfloat16", shard_weights=True)])
+def test_peak_memory_is_the_dry_runs(options, monkeypatch):
+    """LLaMA-2-7B's shapes, two layers, process 0 of 8: the highest allocated memory against the formula."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+    import hardware
+
+    from training.dry_run import needs
+    dtype = options.get("dtype", "float32")
+    shapes, everything, units, kept = hardware.sizes("LLaMA-2-7B", 2, dtype, rows=4, tokens=512)
+    memory, own = needs(shapes, everything, units, kept, rank=16, shards=8, processes=8, gpu=True, **options)
+    words = [f"{key}={value}".replace("shard_weights=True", "shard=1") for key, value in options.items()]
+    told = rehearse("llama", "layers=2", "micro=4", f"dtype={dtype}", *(w for w in words if "dtype" not in w))
+    assert 0.95 < told["peak"] / sum(memory.values()) < 1.05, (told["peaks"], memory)
+    # What a process receives: 7 of 8 parts of what is gathered.
+    increments = sum(n for line, n in told["sent"].items() if line == "merge")
+    assert increments < 1.01 * own["received"] * 4 * 8 / 7
+
+
 def few(tmp_path):
     return ["--out", str(tmp_path / "out"), *("--max_steps 2 --batch_size 16 --eval_rows 16 --threads 1 "
             "--shards 2 --save_every 1 --check_every 1").split()]  # fmt: skip
