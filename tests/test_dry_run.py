@@ -161,8 +161,8 @@ def test_units_of_fsdp2_are_blocks_and_the_rest():
 
 def test_a_sharded_run_gathers_two_blocks_and_the_rest():
     shapes, common = [(10, 10)], dict(rank=1, shards=4, processes=4)
-    plain, _ = dry_run.needs(shapes, 1000, (100, 50, 400), 0, **common)
-    cut, _ = dry_run.needs(shapes, 1000, (100, 50, 400), 0, shard_weights=True, **common)
+    plain, _ = dry_run.needs(shapes, 1000, (100, 50, 400), (0, 0), **common)
+    cut, _ = dry_run.needs(shapes, 1000, (100, 50, 400), (0, 0), shard_weights=True, **common)
     key = "weights that FSDP2 gathers: two blocks and the rest"
     assert (plain[key], cut[key]) == (0, 4 * (100 + 2 * 50))
     assert (plain["W and all other weights"], cut["W and all other weights"]) == (4000, 1000)

@@ -18,8 +18,9 @@ from training.report import sampled
 SPARE = 4 * 2**30       # of a GPU's memory: CUDA itself, fragments between tensors, a step's small ones
 
 
-def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool) -> int:
-    """Bytes that one forward of the muted model keeps for its backward, by autograd's own hooks.
+def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool) -> tuple[int, int]:
+    """Bytes that one forward of the muted model keeps for its backward, by autograd's own hooks, and bytes
+    that are alive beside them while the backward passes the head.
 
     layers      (name, module) pairs that are muted, as `hd_pissa.attach` does; parameters do not count
     """
@@ -45,8 +46,8 @@ def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool) -> in
         with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
             logits = hd_pissa.logits_of(model, x)
         nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="sum")
-    # The backward begins with the logits and the gradients before and behind the softmax beside what was saved.
-    return sum(seen.values()) + 3 * logits.numel() * logits.element_size()
+    # The logits, and the gradients before and behind the softmax.
+    return sum(seen.values()), 3 * logits.numel() * logits.element_size()
 
 
 def lora(factors: int, K: int, times: int, zero: int) -> dict[str, float]:
@@ -91,13 +92,13 @@ def units(model: nn.Module) -> tuple[int, int, int]:
     return rest, max(sizes.values(), default=0), sum(sizes.values())
 
 
-def needs(shapes, everything: int, gathered, activations: int, *, rank: int, shards: int, processes: int,
+def needs(shapes, everything: int, gathered, activations, *, rank: int, shards: int, processes: int,
           dtype="float32", rounding="exact", shard_weights=False, exchange="auto", basis="cached",
           bucket_mb=256, micro_batches=1, gpu=False, export_lora=False, watched=0, **options):
     """Bytes that a process holds, by what they are, and `hd_pissa_numbers` of these options.
 
     shapes          of the adapted weights; everything: numbers of all weights; gathered: `units`
-    activations     bytes that a forward keeps; watched: numbers of W copied for the rank of dW at the end
+    activations     `saved_bytes`; watched: numbers of W copied for the rank of dW at the end
     """
     S, width = shards // processes, 8 if dtype == "float64" else 4
     factors, adapted = rank * sum(a + b for a, b in shapes), sum(a * b for a, b in shapes)
@@ -106,6 +107,7 @@ def needs(shapes, everything: int, gathered, activations: int, *, rank: int, sha
     each = 2 if dtype == "bfloat16" else width                          # bytes of a weight
     low = 2 * adapted if dtype == "bfloat16" and rounding == "exact" else 0
     cut, (rest, largest, _) = processes if shard_weights else 1, gathered
+    whole = (rest + largest) * each + max(0, largest * each - activations[1])   # a second one behind the head
     # gloo receives into a copy of its own, a GPU folds one bucket while it receives the next; the largest
     # layer's factors are concatenated for the fold.
     sent = min(bucket_mb * 2**20, shards * factors * width) * (1 if basis == "cached" else 2)
@@ -117,10 +119,10 @@ def needs(shapes, everything: int, gathered, activations: int, *, rank: int, sha
     return {"W and all other weights": everything * each // cut, "low halves": low // cut,
             "A_i, B_i": own["factors"] * width, f"increments of {S} shards": own["increments"] * width,
             "gradients": own["gradients"] * width, "AdamW moments": own["moments"] * width,
-            "weights that FSDP2 gathers: two blocks and the rest": (rest + 2 * largest) * each * (cut > 1),
+            "weights that FSDP2 gathers: two blocks and the rest": whole * (cut > 1),
             "sums of increments, for --export_lora": S * factors * width * export_lora,
             "copies of up to 8 weights, for the rank of dW at the end": watched * width,
-            "the larger of activations and exchange": max(activations, fold)}, own
+            "the larger of activations and exchange": max(sum(activations), fold)}, own
 
 
 def available(device: str) -> tuple[int, str]:

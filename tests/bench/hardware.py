@@ -41,7 +41,7 @@ PLACES = {  # GiB, processes, and what may be tried there: model, options
 
 
 def sizes(name: str, layers: int, dtype: str, rows: int = 1, tokens: int = 1024):
-    """(shapes of adapted weights, numbers of all weights, units, bytes that a forward keeps)."""
+    """(shapes of adapted weights, numbers of all weights, units, saved_bytes)."""
     import transformers
     width, ffn, _, heads, kv, vocabulary = MODELS[name]
     config = transformers.LlamaConfig(
@@ -68,12 +68,13 @@ def row(place: str, name: str, options: dict) -> dict:
     layers, dtype = MODELS[name][2], options.get("dtype", "float32")
     two, three = (sizes(name, n, dtype) for n in (2, 3))
     shapes = two[0] + (layers - 2) * two[0][len(two[0]) // 2:]
-    everything, kept = (a + (layers - 2) * (b - a) for a, b in ((two[1], three[1]), (two[3], three[3])))
+    everything, kept = (a + (layers - 2) * (b - a) for a, b in ((two[1], three[1]), (two[3][0], three[3][0])))
     units = (two[2][0], two[2][1], layers * two[2][1])
     flags = [f"--{key}" + ("" if value is True else f" {value}") for key, value in options.items()]
     options = {"shards": max(8, processes)} | options
     gpu = "GPU" in place
-    memory, _ = dry_run.needs(shapes, everything, units, kept, rank=16, processes=processes, gpu=gpu, **options)
+    memory, _ = dry_run.needs(shapes, everything, units, (kept, two[3][1]), rank=16, processes=processes,
+                              gpu=gpu, **options)
     needed = sum(memory.values())
     return {"where": place, "model": name, "flags": " ".join(flags) or "(none)",
             "GiB": round(needed / 2**30, 1), "fits": needed + gpu * dry_run.SPARE <= room * 2**30}
