@@ -145,3 +145,34 @@ def test_numbers_are_those_that_tensors_hold(options):
     assert adapters.basis.numel() == expected["factors"]
     assert [adapters.increments.numel(), sum(storages.values()), moments] == [
         expected["increments"], expected["gradients"], expected["moments"]]
+
+
+def test_units_of_fsdp2_are_blocks_and_the_rest():
+    """Inner lists are units of their own, as in shard_over_processes; a tied weight counts once."""
+    model = torch.nn.Module()
+    model.head = torch.nn.Linear(5, 3, bias=False)
+    model.blocks = torch.nn.ModuleList(torch.nn.Linear(4, n, bias=False) for n in (2, 6))
+    model.blocks[1].experts = torch.nn.ModuleList([torch.nn.Linear(7, 1, bias=False)])
+    model.blocks[0].tied = model.head
+    assert dry_run.units(model) == (0, 24, 8 + 24 + 7 + 15)
+    del model.blocks[0].tied
+    assert dry_run.units(model) == (15, 24, 8 + 24 + 7)
+
+
+def test_a_sharded_run_gathers_two_blocks_and_the_rest():
+    shapes, common = [(10, 10)], dict(rank=1, shards=4, processes=4)
+    plain, _ = dry_run.needs(shapes, 1000, (100, 50, 400), (0, 0), **common)
+    cut, _ = dry_run.needs(shapes, 1000, (100, 50, 400), (0, 0), shard_weights=True, **common)
+    key = "weights that FSDP2 gathers: two blocks and the rest"
+    assert (plain[key], cut[key]) == (0, 4 * (100 + 2 * 50))
+    assert (plain["W and all other weights"], cut["W and all other weights"]) == (4000, 1000)
+
+
+@pytest.mark.slow
+def test_the_table_by_hardware_is_computed(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+    import hardware
+    there = json.loads((ROOT / "tests" / "bench" / "hardware.json").read_text())
+    assert hardware.rows() == there, "run python tests/bench/hardware.py and tables.py"
+    assert {row["fits"] for row in there} == {True, False}

@@ -30,10 +30,9 @@ def rehearse(*words, fails: bool = False, **environment):
 
 
 def within_budget(told) -> None:
-    """The waits and launches that a step may take. `pad` copies rows twice a micro-batch."""
-    forwards = told["micro"] * told["shards"]
-    assert sum(told["waits"].values()) <= 4 + 2 * forwards, told["waits by line"]
-    assert told["launches"]["clip"] <= 12 * told["shards"], told["by line"]
+    """What a step may take: the host waits once, for what all processes agree about."""
+    assert sum(told["waits"].values()) == 1, told["waits by line"]
+    assert told["launches"]["clip"] <= 14 * told["shards"], told["by line"]
     assert told["launches"]["adamw"] <= 8 + told["layers"] / 4, told["by line"]
 
 
@@ -43,19 +42,26 @@ def test_what_cuda_and_nccl_refuse_is_refused():
 
 def test_a_step_on_a_gpu_gives_the_bits_of_the_cpu():
     for name, told in rehearse("toy", f"variants={SMALL}").items():
-        assert told["equal"], name
+        # Halves are merged by tensor cores there, off by 4e-6 of dU: a high half may round otherwise.
+        assert told["other"] < (0.02 if name == "bfloat16" else 1e-9), name
         within_budget(told)
-        most = 19 if name == "bfloat16" else 8
+        most = 14 if name == "bfloat16" else 8
         assert told["launches"]["merge"] <= most * told["layers"], told["by line"]
+
+
+@pytest.mark.slow
+def test_halves_take_dU_to_five_digits():
+    assert rehearse("halves") < 1e-5 < 1e-3 < rehearse("halves", "plant=piece")
 
 
 @pytest.mark.slow
 def test_so_do_the_other_variants():
     everything = rehearse("toy", "variants=global,seed,autocast,Llama")
+    llama = everything.pop("Llama")     # transformers reads a number in every forward, to find packed rows
+    assert sum(llama["waits"].values()) == 1 + llama["micro"] * llama["shards"], llama["waits by line"]
     for name, told in everything.items():
-        assert told["equal"] or name == "Llama", name       # its linear layers are other calls on a GPU
-        if name != "Llama":
-            within_budget(told)
+        assert not told["other"], name
+        within_budget(told)
 
 
 @pytest.mark.parametrize("fault, said", [
@@ -77,6 +83,27 @@ def test_a_whole_run_on_one_gpu(flags, tmp_path):
     """attach, steps, checkpoint, evaluation, result: no tensor on a wrong device."""
     rehearse("command", *few(tmp_path), *flags.split())
     assert (tmp_path / "out" / "model.pt").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, dict(dtype="autocast"), dict(dtype="bfloat16"),
+                                     dict(dtype="bfloat16", gradients="global"),
+                                     dict(dtype="bfloat16", shard_weights=True)])
+def test_peak_memory_is_the_dry_runs(options, monkeypatch):
+    """LLaMA-2-7B's shapes, two layers, process 0 of 8: the highest allocated memory against the formula."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+    import hardware
+
+    from training.dry_run import needs
+    dtype = options.get("dtype", "float32")
+    shapes, everything, units, kept = hardware.sizes("LLaMA-2-7B", 2, dtype, rows=4, tokens=512)
+    memory, own = needs(shapes, everything, units, kept, rank=16, shards=8, processes=8, gpu=True, **options)
+    words = [f"{key}={value}".replace("shard_weights=True", "shard=1") for key, value in options.items()]
+    told = rehearse("llama", "layers=2", "micro=4", f"dtype={dtype}", *(w for w in words if "dtype" not in w))
+    assert 0.95 < told["peak"] / sum(memory.values()) < 1.05, (told["peaks"], memory)
+    # What a process receives: 7 of 8 parts of what is gathered.
+    increments = sum(n for line, n in told["sent"].items() if line == "merge")
+    assert increments < 1.01 * own["received"] * 4 * 8 / 7
 
 
 def few(tmp_path):

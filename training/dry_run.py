@@ -1,5 +1,6 @@
 """What a train.py command would need, computed without its weights: memory, traffic, work, steps."""
 
+import collections
 import math
 import os
 import time
@@ -14,9 +15,12 @@ from data.rows import enough, lengths, load
 from training.processes import say
 from training.report import sampled
 
+SPARE = 4 * 2**30       # of a GPU's memory: CUDA itself, fragments between tensors, a step's small ones
 
-def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool) -> int:
-    """Bytes that one forward of the muted model keeps for its backward, by autograd's own hooks.
+
+def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool) -> tuple[int, int]:
+    """Bytes that one forward of the muted model keeps for its backward, by autograd's own hooks, and bytes
+    that are alive beside them while the backward passes the head.
 
     layers      (name, module) pairs that are muted, as `hd_pissa.attach` does; parameters do not count
     """
@@ -42,8 +46,8 @@ def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool) -> in
         with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
             logits = hd_pissa.logits_of(model, x)
         nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="sum")
-    # The backward begins with the logits and their gradient alive beside what was saved.
-    return sum(seen.values()) + 2 * logits.numel() * logits.element_size()
+    # The logits, and the gradients before and behind the softmax.
+    return sum(seen.values()), 3 * logits.numel() * logits.element_size()
 
 
 def lora(factors: int, K: int, times: int, zero: int) -> dict[str, float]:
@@ -70,6 +74,55 @@ def hd_pissa_numbers(factors: int, K: int, processes: int, *, gradients="local",
     return {"factors": 0 if init == "random" else (K if every else S) * factors, "increments": S * factors,
             "gradients": max(caught, S * factors), "moments": 2 * S * factors,
             "received": gathers * there * K * factors}
+
+
+def units(model: nn.Module) -> tuple[int, int, int]:
+    """Numbers of weights that FSDP2 gathers at once: of the rest, of the largest block, of all blocks.
+
+    The units of hd_pissa_extra.shard_over_processes: every block of a ModuleList, and what is in none.
+    """
+    unit_of = dict.fromkeys(model.parameters())
+    for blocks in (x for x in model.modules() if isinstance(x, nn.ModuleList)):     # inner ones come last
+        for block in blocks:
+            unit_of |= dict.fromkeys(block.parameters(), block)
+    sizes = collections.Counter()
+    for p, block in unit_of.items():
+        sizes[block] += p.numel()
+    rest = sizes.pop(None, 0)
+    return rest, max(sizes.values(), default=0), sum(sizes.values())
+
+
+def needs(shapes, everything: int, gathered, activations, *, rank: int, shards: int, processes: int,
+          dtype="float32", rounding="exact", shard_weights=False, exchange="auto", basis="cached",
+          bucket_mb=256, micro_batches=1, gpu=False, export_lora=False, watched=0, **options):
+    """Bytes that a process holds, by what they are, and `hd_pissa_numbers` of these options.
+
+    shapes          of the adapted weights; everything: numbers of all weights; gathered: `units`
+    activations     `saved_bytes`; watched: numbers of W copied for the rank of dW at the end
+    """
+    S, width = shards // processes, 8 if dtype == "float64" else 4
+    factors, adapted = rank * sum(a + b for a, b in shapes), sum(a * b for a, b in shapes)
+    own = hd_pissa_numbers(factors, shards, processes, exchange=exchange, basis=basis,
+                           micro_batches=micro_batches, **options)
+    each = 2 if dtype == "bfloat16" else width                          # bytes of a weight
+    low = 2 * adapted if dtype == "bfloat16" and rounding == "exact" else 0
+    cut, (rest, largest, _) = processes if shard_weights else 1, gathered
+    whole = (rest + largest) * each + max(0, largest * each - activations[1])   # a second one behind the head
+    # gloo receives into a copy of its own, a GPU folds one bucket while it receives the next; the largest
+    # layer's factors are concatenated for the fold.
+    sent = min(bucket_mb * 2**20, shards * factors * width) * (1 if basis == "cached" else 2)
+    fold = (2 * sent if processes > 1 else 0) + 2 * shards * rank * width * max(a + b for a, b in shapes)
+    if exchange == "all_reduce":
+        fold = max(a * b for a, b in shapes) * width
+    if dtype == "bfloat16":             # W in float32 with what splits it, or on a GPU a part of dU
+        fold += 2**26 if gpu else 18 * max(a * b for a, b in shapes) // cut
+    return {"W and all other weights": everything * each // cut, "low halves": low // cut,
+            "A_i, B_i": own["factors"] * width, f"increments of {S} shards": own["increments"] * width,
+            "gradients": own["gradients"] * width, "AdamW moments": own["moments"] * width,
+            "weights that FSDP2 gathers: two blocks and the rest": whole * (cut > 1),
+            "sums of increments, for --export_lora": S * factors * width * export_lora,
+            "copies of up to 8 weights, for the rank of dW at the end": watched * width,
+            "the larger of activations and exchange": max(sum(activations), fold)}, own
 
 
 def available(device: str) -> tuple[int, str]:
@@ -112,31 +165,28 @@ def dry_run(args, load_model, default_steps: int) -> dict:
         sizes = lengths(rows)
         longest = int(sizes.max()) - 1
         x = torch.zeros((min(args.micro_batch_size, args.batch_size // K), longest), dtype=torch.long)
+        gathered = units(model)
         activations = saved_bytes(model.train(), layers, x, args.dtype == "autocast")
     factors = r * sum(a + b for a, b in shapes)                         # numbers of one shard
-    own = hd_pissa_numbers(factors, K, processes, gradients=args.gradients, send=args.send,
-                           micro_batches=-(-args.batch_size // K // args.micro_batch_size), init=args.init,
-                           exchange=args.exchange, basis=args.basis)
-    whole = everything * (2 if args.dtype == "bfloat16" else width)
-    low = 2 * adapted if args.dtype == "bfloat16" and args.rounding == "exact" else 0
-    cut = processes if args.shard_weights else 1
-    # gloo receives into a copy of its own; the largest layer's factors are concatenated for the fold.
-    sent = min(args.bucket_mb * 2**20, K * factors * width) * (1 if args.basis == "cached" else 2)
-    exchange = (2 * sent if processes > 1 else 0) + 2 * K * r * width * max(a + b for a, b in shapes)
-    if args.exchange == "all_reduce":
-        exchange = max(a * b for a, b in shapes) * width
-    memory = {"W and all other weights": whole // cut, "low halves": low // cut,
-              "A_i, B_i": own["factors"] * width, f"increments of {S} shards": own["increments"] * width,
-              "gradients": own["gradients"] * width, "AdamW moments": own["moments"] * width,
-              "sums of increments, for --export_lora": S * factors * width * args.export_lora,
-              "copies of up to 8 weights, for the rank of dW at the end":
-                  sum(math.prod(by_name[name]) for name in sampled(list(by_name))) * width,
-              f"the larger of activations ({x.shape[0]} rows of {longest} tokens) and exchange":
-                  max(activations, exchange)}
-    there = (processes - 1) / processes
+    micro_batches = -(-args.batch_size // K // args.micro_batch_size)
+    room, where = available(args.device)
+    spare = SPARE if "GPU" in where else 0
+    memory, own = needs(
+        shapes, everything, gathered, activations, rank=r, shards=K, processes=processes, dtype=args.dtype,
+        rounding=args.rounding, shard_weights=args.shard_weights, gradients=args.gradients, send=args.send,
+        micro_batches=micro_batches, init=args.init, exchange=args.exchange, basis=args.basis,
+        bucket_mb=args.bucket_mb, export_lora=args.export_lora, gpu="GPU" in where,
+        watched=sum(math.prod(by_name[name]) for name in sampled(list(by_name))))
+    memory[f"the larger of activations ({x.shape[0]} rows of {longest} tokens) and exchange"] = memory.pop(
+        "the larger of activations and exchange")
+    share = (processes - 1) / processes
+    each = 2 if args.dtype == "bfloat16" else width
     traffic = {"all_gather": own["received"] * width,
-               "all_reduce": 2 * there * adapted * width
-               + (args.gradients == "global") * there * K * factors * width}
+               "all_reduce": 2 * share * adapted * width
+               + (args.gradients == "global") * share * K * factors * width}
+    if args.shard_weights:              # every forward gathers all units, every backward all blocks again
+        traffic["either, for --shard_weights"] = (
+            share * S * micro_batches * (gathered[0] + 2 * gathered[2]) * each)
     start = time.perf_counter()
     torch.linalg.eigh(torch.eye(512) + torch.ones(512, 512) / 512)
     init = 2 * (time.perf_counter() - start) * sum((min(s) / 512) ** 3 for s in shapes) / processes
@@ -161,12 +211,12 @@ def dry_run(args, load_model, default_steps: int) -> dict:
     say("bytes received by each process a step, by --exchange")
     for name, size in traffic.items():
         say(f"  {name:70} {size / 2**20:12.1f} MiB")
-    needed, (there, where) = sum(memory.values()), available(args.device)
-    say(f"{'fits' if needed <= there else 'does not fit'}: the sum against {there / 2**20:.1f} MiB "
-                 f"of {where}")
-    if needed > there:
+    fits = sum(memory.values()) <= room - spare
+    say(f"{'fits' if fits else 'does not fit'}: the sum against {room / 2**20:.1f} MiB of {where}"
+        + (f", of which {spare / 2**20:.0f} are held back" if spare else ""))
+    if not fits:
         say("  less: more processes with --shard_weights, a lower --rank, --micro_batch_size or "
                      "--block_size, --exchange all_reduce")
     say(f"decomposition: about {init:.0f} s on this CPU\nsteps: {steps}, about {tokens:,.0f} tokens")
-    return {"memory": memory, "fits": needed <= there, "traffic": traffic, "init_seconds": init,
+    return {"memory": memory, "fits": fits, "traffic": traffic, "init_seconds": init,
             "steps": steps, "tokens": tokens}

@@ -88,6 +88,13 @@ def gpu(result, about: str) -> str:
     return f"{here['device']}, torch {here['torch']}\n\n" + table(keys, cells)
 
 
+def hardware(result) -> str:
+    rows = [[row["where"], row["model"], f"`{row['flags']}`", row["GiB"], "yes" if row["fits"] else "no"]
+            for row in result]  # fmt: skip
+    return table(["where", "model", "flags beside --rank 16 --micro_batch_size 1", "GiB a process, computed",
+                  "fits"], rows)
+
+
 def gpu_tables(path: Path) -> dict[str, str]:
     result = json.loads(path.read_text()) if path.exists() else {}
     return {f"gpu {name}": gpu(result, name)
@@ -96,7 +103,7 @@ def gpu_tables(path: Path) -> dict[str, str]:
 
 def tables() -> dict[str, str]:
     """{marker: text} of all that has been measured."""
-    functions = {"step": step, "network": network, "stress": stress, "real": real,
+    functions = {"step": step, "hardware": hardware, "network": network, "stress": stress, "real": real,
                  "real output": real_output, "real commands": real_commands}
     found = {name: file for name in functions if (file := HERE / f"{name.split()[0]}.json").exists()}
     made = {name: functions[name](json.loads(path.read_text())) for name, path in found.items()}
