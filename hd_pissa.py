@@ -470,7 +470,6 @@ class Adapters:
         return [[p.grad for slot in self.slots for p in slot.leaves[i] if p.grad is not None]
                 for i in range(self.S)]
 
-    @torch.no_grad()
     def squares(self) -> torch.Tensor:
         """Squared 2-norms of the gradients of all K shards, (K,) float64."""
         zero = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -773,8 +772,6 @@ def deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
         for j in tqdm(own, desc="SVD", unit="layer", disable=not progress or process_index() > 0):
             slot = adapters.slots[j]
             W, seed = slot.module.weight.to(adapters.device), seed_of(adapters.seed, slot.name)
-            if W.is_meta:
-                raise ValueError(f"{slot.name}.weight is on the meta device: load the weights first")
             mine[j] = shard_factors(W if slot.conv1d else W.T, adapters.K, slot.r, init, slot.s, seed,
                                     decompose, slot.name).to(basis)
     everywhere(work)
@@ -819,6 +816,8 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
                                  "detach_() on the former, merge_and_unload() on the latter")
         least = rank * (1 if init == "top" else config["shards"])
         found, skipped = find_layers(model, targets, exclude, least)
+        if decompose is not None and found[0][1].weight.is_meta:
+            raise ValueError(f"{found[0][0]}.weight is on the meta device: load the weights first")
         made.append(make(model, found, skipped, config, exchange, seed, found[0][1].weight.device))
         shapes = [(name, (*p.shape,), str(p.dtype)) for named in (model.named_parameters(),
                   model.named_buffers()) for name, p in named if not nn.parameter.is_lazy(p)]
@@ -946,9 +945,8 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
                     (loss / norm).backward()
                 losses[i] += loss.detach()
         norm = adapters.clip_grad_norm_(max_grad_norm or math.inf)
-        looks = [(len(row[0]), int(row[0][-1]), int(row[0][len(row[0]) // 2])) for row in batch]
-        rows_seen = torch.full_like(losses, seed_of(looks) % 2**52)     # alike on every process
-        told = torch.stack((losses, norm.to(losses).expand(S), rows_seen), dim=1)       # (S, 3)
+        alike = seed_of([hash(tuple(map(int, row[0]))) for row in batch]) % 2**52       # on every process
+        told = torch.stack((losses, norm.to(losses).expand(S), torch.full_like(losses, alike)), dim=1)
         # merge_ reads it with its own flags, in the one wait of a step. A NaN has then reached the
         # optimizer's state: where steps may be left out, or no merge protects W, it is read before.
         early = skip_nonfinite > 0 or not isinstance(adapters, Adapters)

@@ -57,10 +57,10 @@ def received_bytes(work) -> int:
     total, world = 0, dist.get_world_size()
 
     def counted(original, share):
-        def call(out, *rest):
+        def call(out, *rest, **more):
             nonlocal total
             total += int(out.numel() * out.element_size() * share)
-            return original(out, *rest)
+            return original(out, *rest, **more)
 
         return call
 

@@ -590,7 +590,7 @@ def test_training_on_a_list_resumes_and_refuses_other_rows(three, tmp_path, caps
     jsonl(tmp_path / "0.jsonl", parts[0][::-1])
     with pytest.raises(SystemExit):
         command("cut")
-    assert "--rows is" in capsys.readouterr().err
+    assert "rows is" in capsys.readouterr().err
 
 
 def test_prepared_eval_data_and_dry_run(three, tmp_path):

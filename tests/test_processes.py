@@ -189,7 +189,7 @@ def test_a_fault_on_rank_1_stops_both_with_one_message(tmp_path):
         "shards [1] hold NaN",
         "missing.jsonl: no such data file",
         "shards=3 is not a multiple of the 2 processes",
-        "'alpha': 4.0",
+        "process 0 attaches ('alpha', 4.0), process 1 ('alpha', 2.0)",
         "not finite: loss of shards [1]",
     ]
     for (message, untouched), expected in zip(ranks[0], words, strict=True):
@@ -218,10 +218,9 @@ def received():
 def test_bytes_received(tmp_path):
     """K r (m + n) increments cached, twice that resent, 2 m n dense; and what the check of a merge sends.
 
-    That is 8 x 3 float32, and at the first merge one byte a shard and layer, and a checksum of 8 bytes of
-    each of the 3 parameters and process.
+    That is 8 x 4 float64, and at the first merge one byte a shard and layer. (Checksums travel as objects.)
     """
-    (a, b, c), agreed = toy.SIZES, (8 * 3 * 4 + 8 * 2 + 2 * 3 * 8) // 2
+    (a, b, c), agreed = toy.SIZES, (8 * 4 * 8 + 8 * 2) // 2
     factors, dense = 8 * (a + b + b + c) * 4 // 2, (a * b + b * c) * 4
     for counts in spawn(2, received, tmp_path):
         assert counts == {"cached": factors + agreed, "resend": 2 * factors + agreed, "dense": dense + agreed}
