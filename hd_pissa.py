@@ -940,8 +940,9 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
                 with adapters.shard(i), torch.random.fork_rng([device] if device.type == "cuda" else []):
                     torch.manual_seed(seed_of(adapters.seed, step, first + i, a))
                     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-                        logits = logits_of(model, x)                    # (b, t, vocabulary)
-                        loss = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
+                        # logits (b, t, vocabulary), without a name: the backward lets go of them
+                        loss = F.cross_entropy(logits_of(model, x).flatten(0, 1), y.flatten(),
+                                               reduction="sum")
                     (loss / norm).backward()
                 losses[i] += loss.detach()
         norm = adapters.clip_grad_norm_(max_grad_norm or math.inf)

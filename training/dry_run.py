@@ -46,8 +46,8 @@ def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool) -> tu
         with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
             logits = hd_pissa.logits_of(model, x)
         nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="sum")
-    # The logits, and the gradients before and behind the softmax.
-    return sum(seen.values()), 3 * logits.numel() * logits.element_size()
+    # The gradients before and behind the softmax.
+    return sum(seen.values()), 2 * logits.numel() * logits.element_size()
 
 
 def lora(factors: int, K: int, times: int, zero: int) -> dict[str, float]:

@@ -194,7 +194,7 @@ def save(out: Path, model, tokenizer, held, device, save_dtype: str, name: str =
             folder.remember(out, [file.name])
 
             def put(unfinished):
-                torch.save(state, unfinished)
+                torch.save({key: t.cpu() for key, t in state.items()}, unfinished)  # loads without a GPU
                 again = type(model).from_state_dict
                 compare(lambda: again(read_state(unfinished)), state, logits, rows, file)
 

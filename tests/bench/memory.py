@@ -89,17 +89,17 @@ class LoRA(nn.Module):
 def received(work) -> int:
     """Bytes that reach this process while work() runs, as a ring of the processes would bring them."""
     total, world = 0, hd_pissa.world_size()
-    kinds = {"all_gather_into_tensor": 0, "all_gather_single": 0, "reduce_scatter_tensor": 1,
-             "reduce_scatter_single": 1, "all_reduce": 1}
+    kinds = ("all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single",
+             "all_reduce")
     kept = {name: getattr(dist, name) for name in kinds if hasattr(dist, name)}
 
     def counted(name):
-        def call(out, *rest, **more):
+        def call(*args, **more):
             nonlocal total
-            whole = rest[kinds[name] - 1] if kinds[name] and name != "all_reduce" else out
+            whole = max((t for t in (*args, *more.values()) if isinstance(t, torch.Tensor)), key=torch.numel)
             rounds = 2 if name == "all_reduce" else 1
             total += rounds * whole.numel() * whole.element_size() * (world - 1) // world
-            return kept[name](out, *rest, **more)
+            return kept[name](*args, **more)
         return call
 
     for name in kept:

@@ -95,6 +95,21 @@ def hardware(result) -> str:
                   "fits"], rows)
 
 
+def hardware_short(result) -> str:
+    """The largest model that fits each machine."""
+    best = {row["where"]: row for row in result if row["fits"]}
+    rows = [[row["where"], row["model"], f"`{row['flags']}`", row["GiB"]] for row in best.values()]
+    return table(["where", "model", "flags", "GiB a process"], rows)
+
+
+def memory(result) -> str:
+    """What processes held and received against the formula of --dry_run."""
+    rows = [[row["row"], row["processes"], row["held"] / 2**20, row["formula"] / 2**20, row["ratio"],
+             row["received"] / 2**20, None if row["received_formula"] is None else
+             row["received_formula"] / 2**20] for row in result["rows"]]  # fmt: skip
+    return table(["", "processes", "held, MiB", "formula", "ratio", "received a step, MiB", "formula"], rows)
+
+
 def gpu_tables(path: Path) -> dict[str, str]:
     result = json.loads(path.read_text()) if path.exists() else {}
     return {f"gpu {name}": gpu(result, name)
@@ -103,7 +118,8 @@ def gpu_tables(path: Path) -> dict[str, str]:
 
 def tables() -> dict[str, str]:
     """{marker: text} of all that has been measured."""
-    functions = {"step": step, "hardware": hardware, "network": network, "stress": stress, "real": real,
+    functions = {"step": step, "hardware": hardware, "hardware short": hardware_short, "memory": memory,
+                 "network": network, "stress": stress, "real": real,
                  "real output": real_output, "real commands": real_commands}
     found = {name: file for name in functions if (file := HERE / f"{name.split()[0]}.json").exists()}
     made = {name: functions[name](json.loads(path.read_text())) for name, path in found.items()}
