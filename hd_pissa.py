@@ -821,7 +821,7 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
         made.append(make(model, found, skipped, config, exchange, seed, found[0][1].weight.device))
         shapes = [(name, (*p.shape,), str(p.dtype)) for named in (model.named_parameters(),
                   model.named_buffers()) for name, p in named if not nn.parameter.is_lazy(p)]
-        return [*config.items(), exchange, seed, decompose is None, made[0].agreed,
+        return [*config.items(), exchange, seed, ("decompose=None", decompose is None), made[0].agreed,
                 *(name for name, _ in found), *shapes, "end"]
     first, *others = everywhere(build)
     for i, other in enumerate(others, 1):

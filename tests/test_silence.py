@@ -5,6 +5,7 @@ the sentences themselves for what is refused, and the remedy they print, which h
 """
 
 import re
+import threading
 import warnings
 
 import pytest
@@ -551,3 +552,149 @@ def test_process_groups_are_looked_for(monkeypatch):
     assert not dist.is_initialized()
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "WORLD_SIZE=4, but no process group" in refused(lambda: hd_pissa.attach(small(), 2))
+
+
+# ---- Weights that are one memory, shards that nobody steps, processes that part ----------------------------
+
+
+def test_weights_tied_by_memory_are_tied_weights():
+    """As one object, through .data, or as a view that is turned; on the meta device nothing looks tied."""
+    model = nn.ModuleDict({"wte": nn.Embedding(20, 12), "mid": nn.Linear(12, 12), "dec": nn.Linear(12, 20)})
+    model["dec"].weight.data = model["wte"].weight.data
+    adapters = hd_pissa.attach(model, 2)
+    assert names(adapters) == ["mid"] and adapters.skipped["dec"] == "tied weight"
+    turned = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12))
+    turned[2].weight = nn.Parameter(turned[0].weight.t())
+    assert "tied weight" in refused(lambda: hd_pissa.attach(turned, 2))
+    with torch.device("meta"):
+        two = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    assert len(hd_pissa.find_layers(two)[0]) == 2
+    assert "meta device: load the weights first" in refused(lambda: hd_pissa.attach(two, 2))
+
+
+def test_weights_tied_by_memory_after_attach_are_refused():
+    model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12))
+    adapters = hd_pissa.attach(model, 2)
+    model[2].weight.data = model[0].weight.data
+    assert "is another module's too" in refused(lambda: one_step(model, adapters, adamw(adapters)))
+
+
+def test_a_shard_that_no_optimizer_steps_is_named():
+    """Its increments stay zero while the other's move; and increments that nobody holds are told at once."""
+    model = small()
+    adapters = hd_pissa.attach(model, 2, shards=2)
+    half = torch.optim.SGD([p for name, p in adapters.named_parameters() if ".shard0." in name], 0.1)
+    said = warned(lambda: one_step(model, adapters, half))
+    assert any("4 of 8 increments are in no optimizer" in text for text in said)
+    assert "increments of shards [1] are zero in two" in refused(lambda: one_step(model, adapters, half))
+
+
+def test_what_changes_in_an_optimizer_after_its_check_is_checked():
+    model = small()
+    adapters = hd_pissa.attach(model, 2)
+    optimizer = adamw(adapters)
+    one_step(model, adapters, optimizer)
+    optimizer.param_groups[0]["weight_decay"] = 0.1
+    assert "AdamW has weight_decay" in refused(lambda: one_step(model, adapters, optimizer))
+
+
+def test_an_evaluation_between_two_steps_of_the_loop_ends_with_it():
+    model, modes = Drops(), []
+    model.drop.register_forward_hook(lambda module, *_: modes.append(module.training))
+    adapters = hd_pissa.attach(model, 2)
+    for _ in hd_pissa.train(model, adapters, [ROWS] * 3, lr=1e-3, max_steps=3, progress=False):
+        model.eval()
+    assert modes and all(modes)
+
+
+def test_a_forward_in_another_thread_does_not_take_the_shard_of_this_one():
+    model, said = small(), []
+    adapters = hd_pissa.attach(model, 2, shards=2)
+    with adapters.shard(1):
+        thread = threading.Thread(target=lambda: said.append(refused(lambda: model(X))))
+        thread.start()
+        thread.join()
+        model(X).sum().backward()
+    assert "another thread is inside" in said[0]
+
+
+@pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), lambda m: nn.Sequential(m)])
+def test_a_layer_that_is_wrapped_after_attach_still_trains(wrap):
+    """It has another name then; it is the same layer."""
+    model = small()
+    adapters = hd_pissa.attach(model, 2)
+    before, model[0] = model[0].weight.clone(), wrap(model[0])
+    one_step(model, adapters, adamw(adapters))
+    assert not torch.equal(before, adapters.slots[0].module.weight)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ({"alpha": "16"}, "alpha='16'"), ({"targets": None}, "no layer to adapt"),
+])  # fmt: skip
+def test_arguments_of_another_type_are_refused_in_words(arguments, words):
+    assert words in refused(lambda: hd_pissa.attach(small(), 2, **arguments))
+
+
+def test_conv1d_takes_its_input_by_name():
+    layer = conv1d(16, 12)
+    expected = layer(x=X)
+    hd_pissa.attach(nn.Sequential(layer), 2)
+    assert torch.equal(layer(x=X), expected)
+
+
+def test_a_state_without_its_step_is_refused():
+    adapters = hd_pissa.attach(small(), 2)
+    state = adapters.state_dict()
+    del state["step"]
+    assert "of another run or model (step)" in refused(lambda: adapters.load_state_dict(state))
+
+
+def test_a_span_that_is_empty_takes_no_loss():
+    assert hd_pissa.targets_of(([7, 8, 9, 5], [(0, 0), (2, 4)])) == [-100, 9, 5]
+    assert hd_pissa.targets_of(([7, 8, 9, 5], [(2, 2), (1, 2)])) == [8, -100, -100]
+
+
+def parting():
+    """What each of two processes hears: stepping alone, loading alone, rows of its own, a basis alone."""
+    second, out = hd_pissa.process_index() == 1, []
+
+    def message(work):
+        try:
+            work()
+        except ValueError as e:
+            return str(e)
+
+    model = small()
+    adapters = hd_pissa.attach(model, 2)
+    optimizer = adamw(adapters)
+
+    def alone():
+        for _ in range(3):
+            model(X).square().mean().backward()
+            if not second:
+                optimizer.step()
+            adapters.merge_()
+
+    out.append(message(alone))
+    model = small()
+    adapters = hd_pissa.attach(model, 2)
+    optimizer = adamw(adapters)
+    one_step(model, adapters, optimizer)
+    if second:
+        model.load_state_dict({key: value + 0.1 for key, value in model.state_dict().items()})
+    out.append(message(lambda: one_step(model, adapters, optimizer)))
+    model = lm()
+    rows = [([1 + second, 2, 3, 4], 1), ([5, 6, 7, 8], 1)]
+    out.append(message(lambda: list(hd_pissa.train(model, hd_pissa.attach(model, 2), [rows] * 2, lr=1e-3,
+                                                   max_steps=2, progress=False))))  # fmt: skip
+    basis = None if second else hd_pissa.components
+    out.append(message(lambda: hd_pissa.attach(small(), 2, decompose=basis)))
+    return out
+
+
+def test_processes_that_part_are_told_all_alike(tmp_path):
+    first, second = spawn(2, parting, tmp_path)
+    assert first == second
+    for text, words in zip(first, ("increments of shards [1] are zero", ".weight differs between processes",
+                                   "the processes have different rows", "processes disagree"), strict=True):
+        assert text and words in text, first
