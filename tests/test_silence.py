@@ -683,6 +683,12 @@ def parting():
     if second:
         model.load_state_dict({key: value + 0.1 for key, value in model.state_dict().items()})
     out.append(message(lambda: one_step(model, adapters, optimizer)))
+    model = small()
+    adapters = hd_pissa.attach(model, 2)
+    if second:                          # before the first merge: process 0's are sent, and it is said
+        model.load_state_dict({key: value + 0.1 for key, value in model.state_dict().items()})
+    said = warned(lambda: one_step(model, adapters, adamw(adapters)))
+    assert second or "4 of 4 parameters and buffers differed" in said[0]
     model = lm()
     rows = [([1 + second, 2, 3, 4], 1), ([5, 6, 7, 8], 1)]
     out.append(message(lambda: list(hd_pissa.train(model, hd_pissa.attach(model, 2), [rows] * 2, lr=1e-3,
