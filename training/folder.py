@@ -15,7 +15,7 @@ import shutil
 import socket
 import stat
 import tempfile
-import time
+from datetime import datetime
 from pathlib import Path
 
 import hd_pissa
@@ -287,7 +287,7 @@ def begin(out: Path, config: dict, start: int) -> None:
         remove(out / "result.json")
     else:
         forget(out)
-    config["begun"] = f"by process {os.getpid()} on {socket.gethostname()}, {time.strftime('%F %T')}"
+    config["begun"] = f"by process {os.getpid()} on {socket.gethostname()}, {datetime.now()}"
     write(out / "config.json", json.dumps(config, indent=1) + "\n")
     cut_log(out / "log.jsonl", start)
 
