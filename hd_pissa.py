@@ -178,9 +178,9 @@ class Mute(torch.autograd.Function):
             # (k, m, r) -> (kr, m), cast and laid out by one kernel
             At = A.mT.flatten(0, 1).to(dtype, memory_format=torch.contiguous_format).contiguous()
             B = B.flatten(0, 1).to(dtype)                                   # (k, r, n) -> (kr, n)
-            # g_A = s X^T (dY B_i^T)      (4.3)
-            gA = X.T @ (dY @ B.T)                                           # (m, T) (T, kr) -> (m, kr)
-            gA = gA.unflatten(1, ctx.B.shape[:2]).transpose(0, 1)           # (k, m, r)
+            # g_A = s X^T (dY B_i^T)      (4.3), as its transpose: a CPU is slow where the result is narrow
+            gA = (dY @ B.T).T @ X                                           # (kr, T) (T, m) -> (kr, m)
+            gA = gA.unflatten(0, ctx.B.shape[:2]).mT                        # (k, m, r)
             # g_B = s (X A_i)^T dY        (4.3)
             gB = (X @ At.T).T @ dY                                          # (kr, T) (T, n) -> (kr, n)
             gA, gB = (g.reshape(shape).to(ctx.A.dtype) for g, shape in zip((gA, gB), ctx.shapes))
