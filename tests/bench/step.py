@@ -33,8 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import hd_pissa  # noqa: E402
 import hd_pissa_extra  # noqa: E402
 
-RANK = 16
-
 
 def llama(args) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -51,19 +49,19 @@ def llama(args) -> nn.Module:
         p.requires_grad_(False)
     # In every variant the layers below need gradients too, as in the middle of a deeper model.
     model.get_input_embeddings().register_forward_hook(lambda m, i, out: out.requires_grad_(True))
-    return model.to(args.device, getattr(torch, args.dtype) if args.device == "cuda" else torch.float32)
+    return model.to(args.device, getattr(torch, args.dtype))
 
 
 class Published(nn.Module):
     """The forward as the published code writes it: the dense product of the factors, muted, in every call."""
 
-    def __init__(self, linear: nn.Linear):
+    def __init__(self, linear: nn.Linear, r: int):
         super().__init__()
         self.linear = linear
         n, m = linear.weight.shape
-        factors = hd_pissa.shard_factors(linear.weight.T, 1, RANK, "hd_pissa", 1.0, 0)[0].to(linear.weight)
-        self.A = nn.Parameter(factors[: m * RANK].view(m, RANK).clone())
-        self.B = nn.Parameter(factors[m * RANK :].view(RANK, n).clone())
+        factors = hd_pissa.shard_factors(linear.weight.T, 1, r, "hd_pissa", 1.0, 0)[0].to(linear.weight)
+        self.A = nn.Parameter(factors[: m * r].view(m, r).clone())
+        self.B = nn.Parameter(factors[m * r :].view(r, n).clone())
 
     def forward(self, x):
         return self.linear(x) + 1e-16 * F.linear(x, (self.A @ self.B).T)
@@ -78,20 +76,22 @@ class Step:
         if variant.startswith("hd_pissa"):
             options = {"gradients": "global"} if "global" in variant else {}
             options |= {"init": "random"} if "seed" in variant else {}
-            self.adapters = hd_pissa_extra.attach(self.model, RANK, shards=args.shards, **options)
+            options |= {"rounding": "stochastic"} if "stochastic" in variant else {}
+            self.adapters = hd_pissa_extra.attach(self.model, args.rank, shards=args.shards, **options)
             parameters = self.adapters.parameters()
         elif variant in ("lora", "pissa"):
             from peft import LoraConfig, get_peft_model
 
             init = {"lora": True, "pissa": "pissa_niter_4"}[variant]
-            config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules="all-linear", init_lora_weights=init)
+            config = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules="all-linear",
+                                init_lora_weights=init)
             self.model = get_peft_model(self.model, config)
             parameters = [p for p in self.model.parameters() if p.requires_grad]
         elif variant == "published":
             for module in list(self.model.model.modules()):
                 for name, child in list(module.named_children()):
                     if isinstance(child, nn.Linear):
-                        setattr(module, name, Published(child))
+                        setattr(module, name, Published(child, args.rank))
             parameters = [p for p in self.model.parameters() if p.requires_grad]
         elif variant == "full":
             parameters = [m.weight.requires_grad_(True) for m in self.model.model.modules()
@@ -181,12 +181,13 @@ def cpu() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name, default in (("width", 1024), ("ffn", 2816), ("layers", 8), ("rounds", 7), ("threads", 2),
-                          ("shards", 1)):  # fmt: skip
+                          ("shards", 1), ("rank", 16)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32", choices=("float32", "tf32", "bfloat16"))
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 2048])
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--peak", help="only the peak memory of this variant, as a number")
     parser.add_argument("--variants", nargs="+",
                         default="frozen touch hd_pissa lora pissa published full".split())  # fmt: skip
@@ -217,7 +218,7 @@ def main() -> None:
         ours = seconds.get("hd_pissa", math.nan)
         print(f"| {tokens}, ratio | " + " | ".join(f"{ours / seconds[v]:.3f}" for v in names) + " |")
     print("| peak memory, MiB | " + " | ".join(f"{result['peak'][v]:.0f}" for v in names) + " |")
-    Path(__file__).with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    args.out.write_text(json.dumps(result, indent=1, default=str) + "\n")
 
 
 if __name__ == "__main__":
