@@ -11,6 +11,11 @@ HERE = Path(__file__).resolve().parent
 PAGES = HERE / "README.md", HERE.parents[1] / "README.md"
 TARGETS = {512: (1.08, 0.92, 0.92, 0.48, 0.76), 2048: (1.05, 0.92, 0.92, 0.48, 0.76)}
 
+# JSON files of step.py: the variant that makes its numbers again, what it makes, the bound
+MADE = {"step_seed": ("hd_pissa_seed", "A, B from a seed", 1.03),
+        "step_seed_wide": ("hd_pissa_seed", "A, B from a seed", 1.03),
+        "step_rounding": ("hd_pissa_stochastic", "bfloat16 W rounded stochastically, no low halves", None)}
+
 
 def table(head, rows) -> str:
     """A Markdown table; numbers with three significant digits."""
@@ -37,6 +42,18 @@ def step(result) -> str:
     rows.append(["peak memory, MiB", *(peak[v] for v in variants)])
     rows.append(["hd_pissa over it", *(peak["hd_pissa"] / peak[v] for v in variants)])
     return f"{result['device']}, torch {result['torch']}\n\n" + table(["", *variants], rows)
+
+
+def made_again(results: list) -> str:
+    """Step times where numbers are made again instead of kept."""
+    rows = []
+    for result, (variant, what, wanted) in zip(results, MADE.values()):
+        shape, ((tokens, seconds),) = result["shape"], result["seconds"].items()
+        kept, made = seconds["hd_pissa"], seconds[variant]
+        rows.append([what, f"{shape['layers']} layers, K r = {shape['rank']}, {tokens} tokens", kept, made,
+                     made / kept, wanted])  # fmt: skip
+    head = ["", "", "kept, s a step", "made again, s a step", "ratio", "wanted at most"]
+    return f"{results[0]['device']}, torch {results[0]['torch']}\n\n" + table(head, rows)
 
 
 def network(result) -> str:
@@ -124,6 +141,7 @@ def tables() -> dict[str, str]:
     found = {name: file for name in functions if (file := HERE / f"{name.split()[0]}.json").exists()}
     made = {name: functions[name](json.loads(path.read_text())) for name, path in found.items()}
     made |= gpu_tables(HERE / "gpu.json")
+    made["made again"] = made_again([json.loads((HERE / f"{name}.json").read_text()) for name in MADE])
     for name, part in json.loads((HERE / "parts.json").read_text()).items():
         made[f"parts {name}"] = table(part["columns"], part["rows"])
     return made
