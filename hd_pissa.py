@@ -266,8 +266,14 @@ class Slot:
         """Raise ValueError where a step was not merged: nothing would ever reach W."""
         if self.adapters.increments._version != self.adapters.merged:
             raise ValueError(UNMERGED)
-        if self.adapters.owner not in (None, threading.get_ident()) and torch._C._current_graph_task_id() < 0:
+        owner, backward = self.adapters.owner, torch._C._current_graph_task_id() >= 0
+        if owner not in (None, threading.get_ident()) and not backward:
             raise ValueError("another thread is inside adapters.shard(); train shards one after another")
+        top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)     # from torch 2.8 on
+        if (backward and owner is None and self.adapters.S > 1 and not self.adapters.whole_batch
+                and torch.is_grad_enabled() and top and not top(True)):     # the other kind has hooks then
+            raise ValueError("reentrant checkpointing recomputes this layer outside adapters.shard(): call "
+                             "backward inside it, or use use_reentrant=False")
 
     @property
     def W(self) -> torch.Tensor | None:

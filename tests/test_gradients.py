@@ -186,6 +186,20 @@ def test_checkpointing_recomputes_nothing_wrong():
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
+def test_reentrant_checkpointing_outside_its_shard_is_refused():
+    """It recomputes in the backward, and would give shard 2's gradients to shard 0."""
+    layer, x = make_linear(True), inputs(4).requires_grad_()
+    adapters = hd_pissa.attach(nn.Sequential(layer), RANK, shards=K)
+    with adapters.shard(2):
+        loss = objective(checkpoint(layer, x, use_reentrant=True))
+    if hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        with pytest.raises(ValueError, match="reentrant.*backward inside"):
+            loss.backward()
+    with adapters.shard(2):             # the first remedy
+        objective(checkpoint(layer, x, use_reentrant=True)).backward()
+    assert [p.grad is not None for p in adapters.parameters()] == [i // 2 == 2 for i in range(2 * K)]
+
+
 def test_the_loop_allows_reentrant_checkpointing():
     """The forward that a backward runs again is of the shard in training: weights equal the plain run's."""
 
