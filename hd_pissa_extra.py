@@ -347,28 +347,33 @@ def scramble(x: torch.Tensor) -> torch.Tensor:
         x = (x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))) * factor
     return x
 
-def seeded_columns(size: int, first: int, count: int, seed: int, device, dtype) -> torch.Tensor:
-    """(count, size): columns first .. first + count - 1 of an orthonormal (size, size) matrix, as rows.
+def seeded_columns(sizes: tuple[int, ...], first: int, count: int, seed: int, device, dtype) -> list:
+    """(count, size) for each size: columns first .. first + count - 1 of an orthonormal matrix, as rows.
 
         D C,   D random signs,   C[j, f] = (2/size)^1/2 cos(pi (2j + 1) f / (2 size))   the DCT,
 
-    whose column c is frequency (c + offset) mod size; signs and offset come from `seed` alone.
+    with the frequencies f in a random order. Signs and order come from `seed` alone.
     """
-    odd, table = cosines(size, torch.device(device), dtype)
-    f, low, signs = ingredients(size, first, count, seed, torch.device(device), dtype)
-    C = table[odd * f % (4 * size)]
-    if low is not None:
-        C[low] *= math.sqrt(0.5)                # frequency 0
-    return C.mul_(signs)
+    made, device = [], torch.device(device)
+    for size, (signs, f, low) in zip(sizes, ingredients(sizes, first, count, seed, device, dtype)):
+        odd, table = cosines(size, device, dtype)
+        C = table[odd * f % (4 * size)]         # (count, size)
+        if low:
+            C[low] *= math.sqrt(0.5)            # frequency 0
+        made.append(C.mul_(signs))
+    return made
 
 @functools.lru_cache(4096)
-def ingredients(size: int, first: int, count: int, seed: int, device, dtype):
-    """What `seeded_columns` looks up: a few numbers a column and row, kept; the matrix itself is not."""
-    j = torch.arange(size, device=device)
-    f = [(c + seed % size) % size for c in range(first, first + count)]
-    signs = 1 - 2 * (scramble(j.int() ^ (seed >> 20 & 0x7FFFFFFF)) & 1)
-    return (hd_pissa.sent(torch.tensor(f, device="cpu")[:, None], device), f.index(0) if 0 in f else None,
-            signs.to(dtype))
+def ingredients(sizes: tuple[int, ...], first: int, count: int, seed: int, device, dtype) -> list:
+    """What `seeded_columns` looks up: a few numbers a column and row, kept; the matrices are not."""
+    generator, made = torch.Generator().manual_seed(seed), []
+    like = dict(generator=generator, device="cpu")              # equal draws on every device
+    for size in sizes:
+        signs = 2 * torch.randint(0, 2, (1, size), dtype=torch.float64, **like) - 1
+        f = torch.randperm(size, **like)[first:first + count, None].contiguous()    # (count, 1)
+        made.append((hd_pissa.sent(signs.to(dtype), device), hd_pissa.sent(f, device),
+                     f[:, 0].eq(0).nonzero()[:, 0].tolist()))
+    return made
 
 @functools.lru_cache(64)
 def cosines(size: int, device, dtype):
@@ -383,9 +388,8 @@ class Seeded:
 
     def make(self, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
         slot, at, k = self.slot, self.first * self.slot.r, self.k * self.slot.r
-        seeds = [hd_pissa.seed_of("basis", self.seed, slot.name, side) for side in "AB"]
-        A, B = (seeded_columns(size, at, k, seed, device, dtype)
-                for size, seed in zip((slot.m, slot.n), seeds))
+        A, B = seeded_columns((slot.m, slot.n), at, k, hd_pissa.seed_of("dct", self.seed, slot.name),
+                              device, dtype)
         root = slot.s ** -0.5           # s A_i B_i are slices of one orthogonal matrix, as S = 1 would give
         return root * A.unflatten(0, (self.k, slot.r)).mT, root * B.unflatten(0, (self.k, slot.r))
 

@@ -14,44 +14,46 @@ import hd_pissa
 import hd_pissa_extra
 
 
-def orthogonal(size: int, seed: int) -> np.ndarray:
-    """(size, size): random signs times the DCT-II matrix, its frequencies rotated, from the definitions."""
-    j, f = np.arange(size)[:, None], (np.arange(size) + seed % size) % size
-    C = np.sqrt(2 / size) * np.cos(np.pi * (2 * j + 1) * f / (2 * size))
-    C[:, f == 0] /= np.sqrt(2)
-    rows = hd_pissa_extra.seeded_columns(size, 0, size, seed, "cpu", torch.float64).numpy()
-    signs = np.sign((rows * C.T).sum(0))                                # of one column alone, then of all
-    return signs[:, None] * C
+def orthogonal(sizes: tuple[int, ...], seed: int) -> list[np.ndarray]:
+    """Of each size: random signs times the DCT-II matrix, columns in a random order, by definition."""
+    generator, made = torch.Generator().manual_seed(seed), []
+    for size in sizes:
+        signs = torch.randint(0, 2, (size, 1), generator=generator, dtype=torch.float64).numpy() * 2 - 1
+        j, f = np.arange(size)[:, None], torch.randperm(size, generator=generator).numpy()
+        C = np.sqrt(2 / size) * np.cos(np.pi * (2 * j + 1) * f / (2 * size))
+        C[:, f == 0] /= np.sqrt(2)
+        made.append(signs * C)
+    return made
 
 
 def stored(seed: int):
     """The basis of init="random" as a decomposition that is kept."""
     def decompose(W, k, name):
-        U, V = (orthogonal(size, hd_pissa.seed_of("basis", seed, name, side))[:, :k]
-                for side, size in zip("AB", W.shape))
+        U, V = (Q[:, :k] for Q in orthogonal((*W.shape,), hd_pissa.seed_of("dct", seed, name)))
         return torch.from_numpy(U), torch.ones(k, dtype=torch.float64), torch.from_numpy(V).T
     return decompose
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 64, 129])
-def test_columns_are_a_signed_dct(size):
-    """Every entry has the size of the DCT's, all columns are orthonormal, one sign a row of the matrix."""
-    seed = hd_pissa.seed_of("test", size)
-    Q = hd_pissa_extra.seeded_columns(size, 0, size, seed, "cpu", torch.float64).T
-    torch.testing.assert_close(Q.T @ Q, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
-    torch.testing.assert_close(Q, torch.from_numpy(orthogonal(size, seed)), rtol=0, atol=1e-12)
+@pytest.mark.parametrize("sizes", [(1, 2), (2, 1), (7, 64), (129, 7)])
+def test_columns_are_a_signed_dct(sizes):
+    """All of them, and a part in the middle; orthonormal, and other ones for another seed."""
+    seed = hd_pissa.seed_of("test", sizes)
+    every = hd_pissa_extra.seeded_columns(sizes, 0, max(sizes), seed, "cpu", torch.float64)
+    for size, rows, wanted in zip(sizes, every, orthogonal(sizes, seed)):
+        torch.testing.assert_close(rows @ rows.T, torch.eye(size, dtype=torch.float64), rtol=0, atol=1e-12)
+        torch.testing.assert_close(rows.T, torch.from_numpy(wanted), rtol=0, atol=1e-12)
+    part = hd_pissa_extra.seeded_columns(sizes, 1, 1, seed, "cpu", torch.float64)
+    assert all(torch.equal(a, b[1:2]) for a, b in zip(part, every))
 
 
-def test_signs_are_even_and_their_own_for_every_seed():
-    """Read off the column of frequency 0, which is constant but for them."""
-    def signs(seed):
-        constant = -seed % 4000
-        return hd_pissa_extra.seeded_columns(4000, constant, 1, seed, "cpu", torch.float64)[0].sign()
-
-    draws = [signs(hd_pissa.seed_of(i)) for i in range(4)]
-    for i, a in enumerate(draws):
-        assert 0.46 < (a > 0).double().mean() < 0.54
-        assert all(0.46 < (a == b).double().mean() < 0.54 for b in draws[:i])
+def test_signs_and_frequencies_are_drawn_anew_for_every_seed():
+    """Half of the signs are equal in two draws, and few of 40 in 4000 columns."""
+    draws = [hd_pissa_extra.ingredients((4000,), 0, 40, hd_pissa.seed_of(i), torch.device("cpu"),
+                                        torch.float64)[0] for i in range(4)]
+    for i, (signs, f, _) in enumerate(draws):
+        assert 0.46 < (signs > 0).double().mean() < 0.54 and 1500 < f.double().mean() < 2500
+        assert all(0.46 < (signs == other).double().mean() < 0.54 and len({*f[:, 0].tolist()} &
+                   {*places[:, 0].tolist()}) < 5 for other, places, _ in draws[:i])
 
 
 @pytest.mark.parametrize("exchange", ["all_gather", "all_reduce"])

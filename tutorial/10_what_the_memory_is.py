@@ -65,11 +65,10 @@ def draw(axes):
     for name, part, end in zip(("factors", "increments", "gradients", "moments"), parts, parts.cumsum(0)):
         axes[0].barh(list(bill(8)), part, left=end - part, label=name)
     axes[0].set(ylim=(6.6, -0.6), xlabel="GB a device beside W: LLaMA-2-7B, K = 8, r = 16")
-    axes[0].legend(fontsize=7)
     axes[1].loglog(steps, noise, "o", ms=3, label="simulated")
     axes[1].loglog(steps, [math.sqrt((u - d) / (t * d)) for t in steps], label="by formula")
     axes[1].set(xlabel="steps", ylabel="random part of dW / dW")
-    axes[1].legend(fontsize=7)
+    axes[0].legend(fontsize=7), axes[1].legend(fontsize=7)
 
 
 if __name__ == "__main__":
@@ -90,21 +89,22 @@ if __name__ == "__main__":
             noise.append(float(moved.std() / (t * d)))
             print(f"{t:5} steps of u / 160: {moved.mean() / (t * d):.2f} of dW is applied on average, "
                   f"{noise[-1]:.2f} of it is noise")
-    for case, count in zip(CASES, counted):
-        print('send="{}", micro-batches {}:'.format(*case), f"{count:,} bytes received in a step")
+    for (send, n), count in zip(CASES, counted):
+        print(f'send="{send}", micro-batches {n}: {count:,} bytes received in a step')
     save_figure(__file__, draw, columns=2, size=(8.6, 3.0))
     signs = (torch.randint(2, (N,), generator=g) * 2 - 1).double()
     basis = torch.stack([column(f, signs) for f in range(N)], dim=1)
     check("(D C)^T D C = I", basis.T @ basis, torch.eye(N), atol=1e-12)
-    made = hd_pissa_extra.seeded_columns(N, 3, 8, 5, "cpu", torch.float64).abs()    # 3 to 10, from seed 5
-    check("columns of hd_pissa_extra, but for signs", made, basis[:, 8:16].T.abs(), atol=1e-12)
+    made, = hd_pissa_extra.seeded_columns((N,), 0, N, 5, "cpu", torch.float64)      # of seed 5, in its order
+    apart = torch.cdist(made.abs(), basis.T.abs(), compute_mode="donot_use_mm_for_euclid_dist").amin(dim=1)
+    check("columns of hd_pissa_extra, but for signs", apart, torch.zeros(N), atol=1e-12)
     check("numbers kept of the basis, and of increments", kept, [0, R * 2 * N])
     check("mean of stochastic rounding", moved.mean(), 1000 * d, rtol=1e-2)
     check("variance of stochastic rounding", moved.var(), 1000 * d * (u - d), rtol=2e-2)
     check("bytes of a step, (sends + 1) (K - 1) r (m + n) numbers", counted,
           [(sends + 1) * R * 2 * N * 4 for sends in (1, 1, 1, 4)], atol=200)
-    sizes = [hd_pissa_numbers(1, 8, 8, init=init, gradients=gradients) for init, gradients in
-             (("hd_pissa", "local"), ("random", "local"), ("random", "global"))]
+    forms = ("hd_pissa", "local"), ("random", "local"), ("random", "global")
+    sizes = [hd_pissa_numbers(1, 8, 8, init=init, gradients=gradients) for init, gradients in forms]
     sizes += [lora(1, 8, 8, stage) for stage in (1, 2, 3)]
     check("the bill of train.py --dry_run", [bill(8)[name] for name in bill(8) if "each" not in name],
           [list(size.values()) for size in sizes])

@@ -59,7 +59,7 @@ def resident() -> int:
 
 def quick(W, k, name="W"):
     """Orthonormal components without an SVD: how they were found does not change what they take."""
-    U, Vt = (hd_pissa_extra.seeded_columns(size, 0, k, 7, W.device, torch.float32) for size in W.shape)
+    U, Vt = hd_pissa_extra.seeded_columns((*W.shape,), 0, k, 7, W.device, torch.float32)
     return U.T, torch.ones(k), Vt
 
 

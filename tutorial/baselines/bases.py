@@ -4,7 +4,6 @@
 ir .. (i+1)r - 1 of whatever it returns, and A_i = U S^1/2, B_i = S^1/2 Vt.
 """
 
-import math
 
 import torch
 
@@ -38,24 +37,11 @@ def drawn(*seed):
 
 
 def dct(seed: int):
-    """A basis that needs no memory: U = D C[:, chosen] and V alike, S = 1, made from `seed` and two lengths.
-
-    C is the orthonormal DCT-II matrix, D random signs, `chosen` k different columns. D C is orthogonal, so
-    the columns are orthonormal and all shards disjoint.
-    """
-    def side(length: int, k: int, generator) -> torch.Tensor:
-        signs = 2.0 * torch.randint(0, 2, (length, 1), generator=generator, dtype=torch.float64) - 1
-        chosen = torch.randperm(length, generator=generator)[:k]            # (k,)
-        # C[a, j] = sqrt(2 / length) cos(pi (2 a + 1) j / (2 length)), its column 0 over sqrt(2)
-        place = 2 * torch.arange(length)[:, None] + 1                       # (length, 1)
-        turns = (place * chosen) % (4 * length)                             # (length, k), whole numbers
-        C = math.sqrt(2 / length) * (turns.double() * (math.pi / (2 * length))).cos()
-        return signs * torch.where(chosen == 0, C / math.sqrt(2), C)
-
+    """The basis of hd_pissa_extra's init="random" as one that is kept: the same numbers, S = 1."""
     def decompose(W, k, name="W"):
-        generator = torch.Generator().manual_seed(hd_pissa.seed_of("dct", seed, name))
-        U, V = (side(length, k, generator) for length in W.shape)           # (m, k), (n, k)
-        return U.to(W), torch.ones(k).to(W), V.T.to(W)
+        U, V = hd_pissa_extra.seeded_columns((*W.shape,), 0, k, hd_pissa.seed_of("dct", seed, name), W.device,
+                                             torch.float64)             # (k, m), (k, n)
+        return U.T.to(W), torch.ones(k).to(W), V.to(W)
     return decompose
 
 
