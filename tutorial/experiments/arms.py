@@ -10,8 +10,8 @@ GLOBAL = dict(gradients="global", aggregate="sum")
 # nothing is. Full fine-tuning of the linear layers takes any, adapters the tied embedding and output head.
 ALSO = {"linear": ("ln_", "wpe", "wte"), "hd_pissa": ("wte",), "lora": ("wte",), "pissa": ("wte",)}
 # Other settings that are left out of a run's key unless they are given, and the methods that know them:
-# PEFT's lora_alpha and use_rslora, and how much further than A the B of LoRA+ steps.
-OPTIONAL = {"alpha": ("lora",), "rslora": ("lora",), "ratio": ("lora",)}
+# PEFT's lora_alpha and use_rslora, how much further than A the B of LoRA+ steps, AdamW's second beta.
+OPTIONAL = {"alpha": ("lora",), "rslora": ("lora",), "ratio": ("lora",), "beta2": ("hd_pissa",)}
 
 
 def complete(config: dict) -> dict:
@@ -78,6 +78,8 @@ ARMS = {
     "global orthonormal muon": (hd(basis="orthonormal", optimizer="muon", **GLOBAL), 2),
     "global random": (hd(basis="random", **GLOBAL), 3),
     "hd interleaved": (hd(basis="interleaved"), 5),
+    "hd dct": (hd(basis="dct"), 5),
+    "hd beta2": (hd(beta2=0.95), 5),
     "global K=16": (hd(K=16, **GLOBAL), 2),
     "global Kr=128": (hd(K=1, r=128, **GLOBAL), 1),      # as 64 devices of r = 2 would: see FIXED["same"]
     "random Kr=128": (hd(K=1, r=128, basis="random", **GLOBAL), 2),
@@ -172,4 +174,5 @@ EXPERIMENTS = {
     "projected gradients, long": ["galore, long", "apollo, long"],
     "basis by seed, long": ["global drawn, long", "global dct, long", "global dct embedding, long"],
     "more seeds": list(MORE),
+    "local": ["hd dct", "hd beta2"],
 }

@@ -100,7 +100,8 @@ def attach(model, c: dict):
     if "ratio" in c:
         return adapters, loraplus.adamw(adapters.named_parameters(), c["lr"], c["ratio"])
     parameters = adapters.parameters() + [p for one in beside for p in one.parameters()]
-    optimizer = torch.optim.AdamW(parameters, c["lr"], weight_decay=0.0, foreach=True)
+    optimizer = torch.optim.AdamW(parameters, c["lr"], (0.9, c.get("beta2", 0.999)), weight_decay=0.0,
+                                  foreach=True)
     for one in beside:
         one.join(optimizer)
     return adapters, optimizer

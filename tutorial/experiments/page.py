@@ -17,6 +17,7 @@ NAMES = {
     "global orthonormal": "whole batch, orthonormal U, V",
     "global orthonormal muon": "whole batch, orthonormal, Muon",
     "global random": "whole batch, random basis", "hd interleaved": "HD-PiSSA, interleaved",
+    "hd dct": "HD-PiSSA, basis from a seed", "hd beta2": "HD-PiSSA, AdamW with a smaller beta2",
     "global": "whole-batch gradients, K=8", "global Kr=128": "whole-batch gradients, K·r=128",
     "random Kr=128": "whole batch, random basis, K·r=128",
     "linear norms": "full, linear layers and norms", "linear positions": "full, linear layers and positions",
@@ -43,8 +44,8 @@ DECIDING = (("hd", "lora"), ("hd global", "hd"), ("global dct", "lora r=16"), ("
             ("global dct", "global random"), ("global dct embedding", "lora r=16 embedding"),
             ("global dct embedding", "full"), ("global random", "lora r=16"), ("global random", "hd global"),
             ("global random embedding", "lora r=16 embedding"), ("global random embedding", "full"))
-BEYOND = ("hd interleaved", "hd global mean", "global orthonormal", "global orthonormal muon",
-          "global random")
+BEYOND = ("hd interleaved", "hd dct", "hd beta2", "hd global mean", "global orthonormal",
+          "global orthonormal muon", "global random")
 
 
 # ---- Numbers -----------------------------------------------------------------------------------------------
