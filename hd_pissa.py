@@ -133,7 +133,7 @@ def shard_factors(W, K: int, r: int, init: str, s: float, seed: int, decompose=c
             raise ValueError(f"{name}: components not orthonormal, shards overlap; mend decompose=")
         if not S[-1] > (zero := 2 * torch.finfo(W.dtype).eps * S[0]):
             raise ValueError(f"{name}.weight has rank {int((S > zero).sum())}, {k} components are needed: "
-                             f"a shard of zeros never trains; use exclude=[{name!r}]")
+                             f"a shard of zeros never trains; use exclude=[{'.' + name!r}]")
         root = (S / s).sqrt()
         A = (U * root).unflatten(1, (-1, r)).transpose(0, 1).expand(K, m, r)    # (m, Kr) -> (K, m, r)
         B = (root[:, None] * Vt).unflatten(0, (-1, r)).expand(K, r, n)          # (Kr, n) -> (K, r, n)
@@ -263,9 +263,11 @@ class Slot:
         self.module.weight.add_(dU, alpha=share)
 
     def before_forward(self, x: torch.Tensor) -> None:
-        """Raise ValueError where a step was not merged: nothing would ever reach W."""
+        """Raise ValueError where a step was not merged, or W trains otherwise: nothing would reach it."""
         if self.adapters.increments._version != self.adapters.merged:
             raise ValueError(UNMERGED)
+        if self.W is not None and self.W.requires_grad:
+            raise ValueError(f"{self.name}.weight {TRAINABLE}")
         owner, backward = self.adapters.owner, torch._C._current_graph_task_id() >= 0
         if owner not in (None, threading.get_ident()) and not backward:
             raise ValueError("another thread is inside adapters.shard(); train shards one after another")
@@ -294,12 +296,14 @@ class Slot:
         if hasattr(self.W, "to_local"):
             return "is sharded; hd_pissa_extra.attach, called before fully_shard, adds to sharded weights"
         if self.kind() != self.was:
-            return f"is {self.kind()}, was {self.was}; cast, move and parametrize before attach"
-        return "was made trainable; only merge_ changes it" if self.module.weight.requires_grad else ""
+            return (f"is {self.kind()}, was {self.was}; cast, move and parametrize before attach, call "
+                    "fully_shard (FSDP2) after hd_pissa_extra.attach")
+        return TRAINABLE if self.W.requires_grad else ""
 
 # ---- What a run may get wrong without a word -----------------------------------------------------
 
 LIVE = weakref.WeakSet()        # the adapters that are attached
+TRAINABLE = "was made trainable; only merge_ changes it (train it otherwise after adapters.detach_())"
 UNMERGED = ("increments were filled and not merged, so nothing would reach W; call adapters.merge_() after "
             "every optimizer.step(), before the next forward")
 
@@ -312,8 +316,8 @@ def before_step(optimizer, *_) -> None:
     grads = {id(p): p.grad for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(LIVE):
         adapters.begun = adapters.increments._version
+        adapters.held |= grads.keys()
         if adapters.ids & grads.keys():
-            adapters.held |= grads.keys()
             if adapters.known.get(optimizer) != groups_of(optimizer):
                 check_optimizer(adapters, optimizer)
             if optimizer in adapters.stepped:
@@ -355,7 +359,8 @@ def check_optimizer(adapters, optimizer) -> str:
         raise ValueError(f"{name} holds {others} tensors beside the increments: no one adds up their "
                          "gradients over processes, as hd_pissa_extra.attach(also=...) does")
     for start, made in zip((1.0, 0.0), steps):
-        stand = {i: torch.full((4, 2), start, dtype=torch.float64, device=d) for i, d in held.items()}
+        stand = {i: torch.full((4, 2), start, dtype=torch.float64, device=d, requires_grad=True)
+                 for i, d in held.items()}
         probe = object.__new__(type(optimizer))
         new = {id(hooks): type(hooks)() for key, hooks in vars(optimizer).items() if "hooks" in key}
         new |= stand | {id(optimizer.state): collections.defaultdict(dict), id(optimizer): probe}
@@ -364,14 +369,16 @@ def check_optimizer(adapters, optimizer) -> str:
             for group in probe.param_groups:
                 group["lr"] = max(float(group["lr"]), 0.01)     # a warm-up may begin at 0
             for t in range(25):
-                before = {i: p.clone() for i, p in stand.items()}
+                before = {i: p.detach().clone() for i, p in stand.items()}
                 for p in stand.values():
                     p.grad = torch.linspace(1, 2 + t % 3, 8, device=p.device).to(p).view(4, 2)
                 type(probe).step(probe)
-                made += [stand[i] - before[i] for i in mine]
-                torch._foreach_mul_([*stand.values()], start)
+                made += [stand[i].detach() - before[i] for i in mine]
+                torch._foreach_mul_([p.detach() for p in stand.values()], start)
         except Exception as e:
             raise ValueError(f"{name} takes no step on a copy ({e}); use AdamW, SGD, RMSprop") from e
+    if mine and not any(map(torch.any, steps[0])):
+        raise ValueError(f"{name} moves nothing; use AdamW, SGD, RMSprop")
     decays = any(g.get("weight_decay") for g in groups if mine & {id(p) for p in g["params"]})
     if decays or not all(torch.allclose(a, b, 1e-6, 0) for a, b in zip(*steps)):
         raise ValueError(f"{name} {'has weight_decay, which' if decays else 'has a rule that'} reads the "
@@ -423,13 +430,15 @@ class Adapters:
         LIVE.add(self)
 
     def __reduce__(self):
-        return type(None), ()       # copied or pickled with a model that holds them, they stay behind
+        warnings.warn("adapters are not copied with a model; state_dict() has A_i, B_i", stacklevel=2)
+        return type(None), ()
 
     def __repr__(self):
         adapted, why = sum(s.m * s.n for s in self.slots), collections.Counter(self.skipped.values())
-        return (f"HD-PiSSA: {len(self.slots)} layers, {adapted:,} weights "
-                f"({adapted / sum(p.numel() for p in self.model.parameters()):.1%} of the model); {self.K} "
-                f"shards of rank {self.r}, {self.S} here, each trains {self.increments.shape[1]:,} numbers. "
+        every = sum(p.numel() for p in self.model.parameters() if not nn.parameter.is_lazy(p))
+        return (f"HD-PiSSA: {len(self.slots)} layers, {adapted:,} weights ({adapted / every:.1%} of the "
+                f"model); {self.K} shards of rank {self.r}, {self.S} here, each trains "
+                f"{self.increments.shape[1]:,} numbers. "
                 f"Left out: {'; '.join(f'{n} x {w}' for w, n in why.items()) or 'nothing'}")
 
     def held(self) -> int:
@@ -532,20 +541,28 @@ class Adapters:
         there = [[n > 0 or any(p.grad is not None for p in slot.leaves[i])
                   for n, slot in zip(row, self.slots)] for i, row in enumerate(self.seen)]     # (S, layers)
         largest = torch.linalg.vector_norm(self.increments, math.inf, dim=1)    # (S,); NaN, Inf survive
-        flags = torch.tensor([[any(row), bool(faults)] for row in there], dtype=torch.float64, device="cpu")
+        rules = [(type(o).__name__, *(float(g["lr"]) for g in o.param_groups)) for o in self.stepped]
+        rule = seed_of(rules) % 2**52 if rules else 0
+        flags = torch.tensor([[any(row), bool(faults), rule] for row in there], dtype=float, device="cpu")
         looked_at = self.slots[self.step % len(self.slots)]
         probe = torch.zeros_like(largest) if faults else looked_at.probe().to(largest.device).expand(self.S)
+        if self.S * world_size() != self.K:
+            raise ValueError(f"merge_: {self.S} of {self.K} shards on each of {world_size()} processes; call "
+                             "torch.distributed.init_process_group before attach")
         own = [sent(flags, self.device), torch.stack((largest.double(), probe), dim=1)]
         own += [] if told is None else [told]
-        # A (K, 4 + c) gather tells every process the state of every shard, so that all refuse alike.
+        # A (K, 5 + c) gather tells every process the state of every shard, so that all refuse alike.
         table = gather_shards(torch.cat(own, dim=1)).tolist()                   # waits once
-        trained, faulty, size, probes = zip(*(row[:4] for row in table))
-        told = [row[4:] for row in table]
+        trained, faulty, ruled, size, probes = zip(*(row[:5] for row in table))
+        told = [row[5:] for row in table]
         if any(faulty):
             raise ValueError("merge_: " + max(everywhere(lambda: faults)))
         if len({*probes}) > 1 and self.phase == "running":
             raise ValueError(f"merge_: {looked_at.name}.weight differs between processes: load weights on "
                              "all of them alike, before attach")
+        if len({*ruled} - {0}) > 1:
+            raise ValueError("merge_: processes stepped by different optimizers or rates, here by "
+                             f"{rules}; give all the same, and step schedulers on all")
         if not finite(told):
             return told, True
         if self.phase in ("empty", "detached"):
@@ -556,11 +573,13 @@ class Adapters:
                              f"Every step trains each shard of a process:\n    for s in range({self.S}):\n"
                              "        with adapters.shard(s):\n            loss_of_mini_batch(s).backward()")
         if bad := [i for i, value in enumerate(size) if not math.isfinite(value)]:
-            raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched. Lower "
-                             "the learning rate or clip; adapters.next_step() leaves this step out")
+            raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched, but "
+                             "the optimizer's state is not: go on from a checkpoint, or with "
+                             "adapters.next_step() and a new optimizer. Lower the learning rate or clip")
         # A GradScaler that leaves a step out leaves gradients that are not finite: that is not idle.
         squares = [0.0] * self.K if all(size) else self.squares().tolist()
-        idle = [value == 0 < square < math.inf for value, square in zip(size, squares)]
+        calm = all(map(math.isfinite, squares))
+        idle = [calm and value == 0 < square for value, square in zip(size, squares)]
         self.idle = [n + 1 if still else 0 for n, still in zip(self.idle, idle)]
         if still := [i for i, n in enumerate(self.idle) if n >= 2]:
             raise ValueError(f"merge_: the increments of shards {still} are zero in two successive merges "
@@ -573,9 +592,12 @@ class Adapters:
             if dead and process_index() == 0:
                 warnings.warn(f"{len(dead)} of {len(reached)} adapted layers got no gradient, {dead[:4]}: "
                               "the model does not call them; leave them out with exclude=", stacklevel=3)
-            if self.held and (lacks := len(self.ids - self.held)):
-                warnings.warn(f"{lacks} of {len(self.ids)} increments are in no optimizer that has stepped; "
-                              "build it from adapters.parameters()", stacklevel=3)
+            others = {id(p) for p in self.model.parameters() if p.requires_grad and p.grad is not None}
+            if self.held and (lacks := len((self.ids | others) - self.held)):
+                what = "increments" + " and other trained parameters" * bool(others)
+                warnings.warn(f"{lacks} of {len(self.ids | others)} {what} are in no optimizer that has "
+                              "stepped; build it from adapters.parameters() (also= of hd_pissa_extra.attach "
+                              "adds others)", stacklevel=3)
             send_model(self.model, self.device)     # somebody may have loaded weights on one process
             self.phase = "running"
         return told, all(idle) and not self.stepped and self.increments._version == self.merged
@@ -680,14 +702,23 @@ def uses_of(modules) -> collections.Counter:
     """How many of the modules hold the weight at each `place`."""
     return collections.Counter(place(p) for x in modules for p in x._parameters.values() if p is not None)
 
+def suffixes(given) -> list[str]:
+    """`targets` or `exclude` as a list."""
+    single = isinstance(given, str) or not hasattr(given, "__iter__")
+    names = [] if given is None else [given] if single else [*given]
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"{wrong[0]!r} (targets, exclude) must be the end of layers' names, a string")
+    return names
+
 def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int = 1):
     """[(name, module)] of the linear layers that `targets` selects, {name: reason} of those left out.
 
-    targets, exclude    name suffixes that begin at a dot, one or a list; targets also "all-linear"
+    targets, exclude    ends of names that begin at a dot, one or a list (".proj" is the outermost proj
+                        alone); targets also "all-linear"
     least               components that a layer must have; "all-linear" leaves out those with fewer
     """
-    targets, exclude = ([t] if isinstance(t, str) else [*(t or ())] for t in (targets, exclude))
-    every, found, skipped, used = "all-linear" in targets, [], {}, {"all-linear"}
+    targets, exclude = suffixes(targets), suffixes(exclude)
+    every, found, skipped, used, lost = "all-linear" in targets, [], {}, {"all-linear"}, {}
     named = dict(model.named_modules())
     linear = [name for name, module in named.items() if isinstance(module, nn.Linear)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -701,30 +732,37 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
     attention = {id(x.out_proj) for x in named.values() if isinstance(x, nn.MultiheadAttention)}
     for name, module in named.items():
         kind, W = type(module), module._parameters.get("weight")
+        conv = isinstance(module, nn.modules.conv._ConvNd)
         conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
         if not conv1d and not isinstance(module, nn.Linear):
             skipped |= {f"{name}.{key}": f"a 3-D parameter (experts), {p.numel() / weights:.1%} of the model"
                         for key, p in module._parameters.items()
-                        if p is not None and p.dim() == 3 and min(p.shape) > 1 and key != "weight"}
+                        if p is not None and p.dim() == 3 and min(p.shape) > 1 and not conv}
             continue
-        hits, outs = ({t for t in ts if f".{name}".endswith(f".{t}")} for ts in (targets, exclude))
+        hits, outs = ({t for t in ts if f".{name}" == t or f".{name}".endswith(f".{t}")}
+                      for ts in (targets, exclude))
         used |= hits | outs
         own = "forward" in vars(module) or not conv1d and kind.forward is not nn.Linear.forward
-        small = W is not None and not nn.parameter.is_lazy(W) and min(W.shape) < least
+        lazy = W is not None and nn.parameter.is_lazy(W)
+        own |= W is None or not lazy and W.dim() != 2
+        small = not (own or lazy) and min(W.shape) < least
         reasons = {
             "in exclude": outs, "not in targets": not (every or hits),
             "nn.MultiheadAttention reads its weight and never calls it": id(module) in attention,
-            "a weight or a forward of its own kind": W is None or own, "tied weight": uses[place(W)] > 1,
-            "no shape yet: run one forward before attach": nn.parameter.is_lazy(W),
+            "a weight or a forward of its own kind": own, "tied weight": uses[place(W)] > 1,
+            "no shape yet: run one forward before attach": lazy,
             "output head": name in heads and not hits,
             f"fewer than K r = {least} components": small and not hits}
         if reason := next((reason for reason, holds in reasons.items() if holds), None):
             skipped[name] = reason
+            lost |= {t: f"{name} ({reason})" for t in hits if not outs}
         elif small:
             raise ValueError(f"{name} is {(*W.shape,)}: K r = {least} components are needed, it has "
-                             f"{min(W.shape)}; lower rank or shards, or use exclude=[{name!r}]")
+                             f"{min(W.shape)}; lower rank or shards, or use exclude=[{'.' + name!r}]")
         else:
             found.append((name, module))
+    if only := [t for t in lost if not any(f".{name}".endswith(f".{t}") for name, _ in found)]:
+        raise ValueError(f"{only[0]!r} (targets) names only what cannot be adapted, {lost[only[0]]}; drop it")
     loaded = {id(p) for p in model.parameters() if getattr(p, "_is_hf_initialized", False)}
     if new := [name for name in heads if head is None and loaded and skipped.get(name) == "output head"
                and id(named[name].weight) not in loaded]:
@@ -819,7 +857,8 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
         for name, module in model.named_modules():
             if isinstance(module, Muted) or type(module).__module__.startswith("peft."):
                 raise ValueError(f"{name or 'the model'} has adapters of HD-PiSSA or PEFT already; call "
-                                 "detach_() on the former, merge_and_unload() on the latter")
+                                 "detach_() on the former, or PEFT's merge_and_unload() (prompts: take "
+                                 "get_base_model(); layers put into a plain model: load it anew)")
         least = rank * (1 if init == "top" else config["shards"])
         found, skipped = find_layers(model, targets, exclude, least)
         if decompose is not None and found[0][1].weight.is_meta:
@@ -915,9 +954,9 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
     A shard minimises the mean over its own response tokens; with `whole_batch`, that of the step batch.
     """
     check_arguments(1, world_size(), schedule=schedule)
-    if not 0 < lr < math.inf or not max_grad_norm >= 0:
-        raise ValueError(f"lr={lr}, max_grad_norm={max_grad_norm}: lr must be above 0 (the paper: 2e-5), "
-                         "max_grad_norm 0 (off) or more")
+    if not (0 < lr < math.inf and max_grad_norm >= 0 and min(max_steps, micro_batch_size) >= 1):
+        raise ValueError(f"{lr=} must be above 0 (the paper: 2e-5), {max_grad_norm=} 0 (off) or more, "
+                         f"{max_steps=} and {micro_batch_size=} 1 or more")
     optimizer = optimizer or torch.optim.AdamW(adapters.parameters(), lr, weight_decay=0.0, foreach=True)
     adapters.check(optimizer)
     peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
@@ -925,6 +964,7 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
     bar = tqdm(total=max_steps, initial=start, desc="train", unit="step",
                disable=process_index() > 0 or not progress)
     model.train()
+    step = start
     for step, batch in zip(range(start + 1, max_steps + 1), batches):
         began, size = time.perf_counter(), len(batch) // K
         if not model.training:          # whoever takes the records may evaluate in between
@@ -981,7 +1021,11 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
 
         loss = sum(sums) / sum(counts)                                  # token mean over the step batch
         speed = sum(len(row[0]) for row in batch) / (time.perf_counter() - began)
-        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr * factor:.2e}, {speed:.0f} tokens/s", refresh=False)
+        rate = float(optimizer.param_groups[0]["lr"])
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:.0f} tokens/s", refresh=False)
         bar.update()
-        yield dict(step=step, loss=loss, lr=lr * factor, grad_norm=grad_norm, tokens_per_second=speed)
+        yield dict(step=step, loss=loss, lr=rate, grad_norm=grad_norm, tokens_per_second=speed)
     bar.close()
+    if step < max_steps:
+        warnings.warn(f"batches ended after step {step} of {max_steps}, in the middle of the schedule",
+                      stacklevel=2)

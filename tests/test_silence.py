@@ -4,6 +4,8 @@ Oracles: plain autograd for gradients of what trains beside the adapters, W befo
 the sentences themselves for what is refused, and the remedy they print, which has to work.
 """
 
+import copy
+import pickle
 import re
 import threading
 import warnings
@@ -255,13 +257,24 @@ def test_a_weight_made_trainable_is_refused():
     model = small()
     adapters = hd_pissa.attach(model, 2)
     before = model[2].weight.detach().clone()
-    one_step(model, adapters, adamw(adapters))
+    one_step(model, adapters, adamw(adapters), merge=False)
     model[2].weight.requires_grad_()
-    text = refused(lambda: one_step(model, adapters, adamw(adapters)))
-    assert "2.weight was made trainable" in text
+    assert "merge_: 2.weight was made trainable" in refused(adapters.merge_)
     model[2].weight.requires_grad_(False)
     adapters.merge_()
     assert not torch.equal(model[2].weight, before)
+    model.requires_grad_()                  # a second stage, whose loop never merges
+    assert "0.weight was made trainable" in refused(lambda: model(X))
+    adapters.detach_()                      # the remedy
+    model(X).square().sum().backward()
+    assert model[0].weight.grad.any()
+
+
+def test_weights_that_a_functional_call_wants_gradients_of_are_refused():
+    model = small()
+    hd_pissa.attach(model, 2)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    assert "detach_()" in refused(lambda: torch.func.functional_call(model, weights, X))
 
 
 def beside():
@@ -510,18 +523,27 @@ def test_groups_keep_their_own_rates():
     go(3, 3)
     factors = [1 / 2, 1, 1, 3 / 4, 2 / 4, 1 / 4]
     for rates, factor in zip(seen, factors, strict=True):
-        assert rates == pytest.approx([0.3 * factor, 0.1 * factor, 0.2 * factor])
+        assert rates == pytest.approx([0.3 * factor, 0.1 * factor, 0.3 * factor])       # told: the first's
+
+
+def test_batches_that_end_early_are_told():
+    def run(steps):
+        model = lm()
+        return warned(lambda: [*hd_pissa.train(model, hd_pissa.attach(model, 2), [ROWS] * 2, lr=0.1,
+                                               max_steps=steps, progress=False)])
+    assert run(2) == [] and "ended after step 2 of 3" in run(3)[0]
 
 
 @pytest.mark.parametrize("arguments, words", [
+    ({"max_steps": 0}, ["max_steps=0"]), ({"micro_batch_size": 0}, ["micro_batch_size=0"]),
     ({"schedule": "cosin"}, ["schedule='cosin'", "cosine, linear, constant"]),
     ({"lr": 0.0}, ["lr=0.0", "above 0"]), ({"lr": -1e-3}, ["lr=-0.001"]), ({"lr": float("inf")}, ["lr=inf"]),
 ])  # fmt: skip
 def test_the_loop_refuses_what_would_train_nothing(arguments, words):
     model = lm()
     adapters = hd_pissa.attach(model, 2)
-    text = refused(lambda: list(hd_pissa.train(model, adapters, [ROWS], max_steps=1, progress=False,
-                                               **{"lr": 1e-3, **arguments})))  # fmt: skip
+    text = refused(lambda: list(hd_pissa.train(model, adapters, [ROWS], progress=False,
+                                               **{"lr": 1e-3, "max_steps": 1, **arguments})))  # fmt: skip
     assert all(word in text for word in words)
 
 
@@ -587,6 +609,126 @@ def test_a_shard_that_no_optimizer_steps_is_named():
     said = warned(lambda: one_step(model, adapters, half))
     assert any("4 of 8 increments are in no optimizer" in text for text in said)
     assert "increments of shards [1] are zero in two" in refused(lambda: one_step(model, adapters, half))
+
+
+def test_a_head_that_is_put_in_after_attach_and_in_no_optimizer_is_told():
+    model = small()
+    adapters = hd_pissa.attach(model, 2, exclude=["2"])
+    model[2] = nn.Linear(16, 3)
+    said = warned(lambda: one_step(model, adapters, adamw(adapters)))
+    assert any("2 of 4 increments and other trained parameters are in no optimizer" in text for text in said)
+    model = small()
+    adapters = hd_pissa.attach(model, 2, exclude=["2"])
+    model[2] = nn.Linear(16, 3)
+    optimizer = torch.optim.SGD([*adapters.parameters(), *model[2].parameters()], 0.1)
+    assert warned(lambda: one_step(model, adapters, optimizer)) == []
+
+
+def test_a_process_group_that_begins_after_attach_is_refused(monkeypatch):
+    model = small()
+    adapters = hd_pissa.attach(model, 2)
+    optimizer = adamw(adapters)
+    one_step(model, adapters, optimizer)
+    monkeypatch.setattr(hd_pissa, "world_size", lambda: 2)
+    assert "init_process_group before attach" in refused(lambda: one_step(model, adapters, optimizer))
+
+
+def steps_apart():
+    """On two processes: what merge_ says where the second has another rate, rule, or left a step out."""
+    second, out = hd_pissa.process_index() == 1, []
+    for rule, rate, skip in (("SGD", 0.2, False), ("Adam", 0.1, False), ("SGD", 0.1, True)):
+        model = small()
+        adapters = hd_pissa.attach(model, 2)
+        kind, lr = (getattr(torch.optim, rule), rate) if second else (torch.optim.SGD, 0.1)
+        optimizer = kind(adapters.parameters(), lr)
+        model(X).square().mean().backward()
+        if not (skip and second):
+            optimizer.step()
+        try:
+            adapters.merge_()
+            out.append("")
+        except ValueError as e:
+            out.append(str(e))
+    return out
+
+
+def test_processes_that_step_by_other_rules_or_rates_are_told_so(tmp_path):
+    """A scheduler on one of them, say. One that leaves its step out, as a GradScaler does, is no fault."""
+    for rate, rule, skipped in spawn(2, steps_apart, tmp_path):
+        assert "different optimizers or rates" in rate and "different optimizers or rates" in rule
+        assert skipped == ""
+
+
+def test_a_scaler_that_overflows_in_one_shard_ends_no_run():
+    """The step of all shards is left out, those with finite gradients too; in the end all train."""
+    model = small()
+    adapters = hd_pissa.attach(model, 2, shards=2)
+    optimizer, scaler, before = adamw(adapters), torch.amp.GradScaler("cpu"), model[0].weight.clone()
+    for _ in range(20):
+        for i in range(2):
+            with adapters.shard(i), torch.autocast("cpu", torch.float16):
+                loss = F.mse_loss(model(X).float(), torch.full((5, 10), 300.0 if i else 0.1), reduction="sum")
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        adapters.merge_()
+    assert scaler.get_scale() < 2**14 and (model[0].weight - before).abs().max() > 1e-3
+
+
+def test_adapters_are_not_copied_without_a_word():
+    model = small()
+    model.adapters = hd_pissa.attach(model, 2)
+    for copied in (pickle.dumps, copy.deepcopy):
+        assert any("state_dict()" in text for text in warned(lambda: copied(model)))    # noqa: B023
+
+
+def test_an_optimizer_that_passes_over_frozen_tensors_is_looked_at_all_the_same():
+    """Its probe's stand-ins are leaves as increments are; and one that moves nothing proves nothing."""
+    class Trust(torch.optim.SGD):
+        def step(self, closure=None):
+            for p in (p for g in self.param_groups for p in g["params"] if p.requires_grad):
+                p.data -= 0.1 * p.grad * (1 + p.data.norm())
+
+    class Idle(torch.optim.SGD):
+        def step(self, closure=None):
+            pass
+
+    adapters = hd_pissa.attach(small(), 2)
+    assert "reads the parameter" in refused(lambda: adapters.check(Trust(adapters.parameters(), 0.1)))
+    assert "moves nothing" in refused(lambda: adapters.check(Idle(adapters.parameters(), 0.1)))
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("layer, why", [
+    (lambda: Scaled(12, 12), "a forward of its own kind"), (lambda: nn.LazyLinear(8), "no shape yet"),
+    (lambda: nn.MultiheadAttention(12, 2).out_proj, "never calls it")])  # fmt: skip
+def test_a_layer_that_is_named_and_cannot_be_adapted_is_refused(layer, why):
+    def model():
+        inner = nn.MultiheadAttention(12, 2) if "never" in why else nn.ModuleDict({"out_proj": layer()})
+        return nn.ModuleDict({"q": nn.Linear(12, 12), "inner": inner})
+
+    text = refused(lambda: hd_pissa.attach(model(), 2, targets=["q", "out_proj"]))
+    assert "'out_proj' (targets) names only" in text and why in text
+    adapters = hd_pissa.attach(model(), 2, targets=["q"])
+    assert [slot.name for slot in adapters.slots] == ["q"] and "left out" in repr(adapters).lower()
+
+
+@pytest.mark.parametrize("given", [re.compile("q"), nn.Linear, 5, ["q", 3]], ids=str)
+def test_targets_of_another_kind_are_refused(given):
+    for name in ("targets", "exclude"):
+        assert "must be the end of layers' names" in refused(
+            lambda: hd_pissa.attach(small(), 2, **{name: given}))       # noqa: B023
+
+
+def test_experts_whose_stack_is_called_weight_are_named():
+    model = nn.ModuleDict({"q": nn.Linear(12, 12), "conv": nn.Conv1d(3, 3, 2), "experts": nn.Module()})
+    model["experts"].weight = nn.Parameter(torch.randn(4, 6, 5))
+    adapters = hd_pissa.attach(model, 2)
+    assert [name for name, why in adapters.skipped.items() if "3-D" in why] == ["experts.weight"]
 
 
 def test_what_changes_in_an_optimizer_after_its_check_is_checked():
