@@ -718,7 +718,7 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
     least               components that a layer must have; "all-linear" leaves out those with fewer
     """
     targets, exclude = suffixes(targets), suffixes(exclude)
-    every, found, skipped, used, lost = "all-linear" in targets, [], {}, {"all-linear"}, {}
+    every, found, skipped, used, good, lost = "all-linear" in targets, [], {}, set(), set(), {}
     named = dict(model.named_modules())
     linear = [name for name, module in named.items() if isinstance(module, nn.Linear)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -761,14 +761,15 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
                              f"{min(W.shape)}; lower rank or shards, or use exclude=[{'.' + name!r}]")
         else:
             found.append((name, module))
-    if only := [t for t in lost if not any(f".{name}".endswith(f".{t}") for name, _ in found)]:
+            good |= hits
+    if only := [t for t in lost if t not in good]:
         raise ValueError(f"{only[0]!r} (targets) names only what cannot be adapted, {lost[only[0]]}; drop it")
     loaded = {id(p) for p in model.parameters() if getattr(p, "_is_hf_initialized", False)}
     if new := [name for name in heads if head is None and loaded and skipped.get(name) == "output head"
                and id(named[name].weight) not in loaded]:
         raise ValueError(f"{', '.join(new)}: a head that was drawn, not loaded, and would stay as it is; "
                          f"hd_pissa_extra.attach(also={new}) trains it whole, exclude={new} leaves it so")
-    if unused := sorted({*targets, *exclude} - used):
+    if unused := sorted(({*targets} - {"all-linear"} | {*exclude}) - used):
         raise ValueError(f"{unused[0]!r} (targets, exclude) ends no linear layer's name; they end in "
                          f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}")
     if not found:

@@ -717,6 +717,17 @@ def test_a_layer_that_is_named_and_cannot_be_adapted_is_refused(layer, why):
     assert [slot.name for slot in adapters.slots] == ["q"] and "left out" in repr(adapters).lower()
 
 
+def test_a_name_that_begins_with_a_dot_is_one_layer():
+    """As the remedy for a layer of zeros prints it: others that end alike stay."""
+    model = nn.ModuleDict({"proj": nn.Linear(12, 12), "block": nn.ModuleDict({"proj": nn.Linear(12, 12)})})
+    model["proj"].weight.data.zero_()
+    remedy = re.search(r"exclude=\['(.*?)'\]", refused(lambda: hd_pissa.attach(model, 2)))[1]
+    assert [slot.name for slot in hd_pissa.attach(model, 2, exclude=[remedy]).slots] == ["block.proj"]
+    model = nn.ModuleDict({"proj": nn.Linear(12, 12), "block": nn.ModuleDict({"proj": nn.Linear(12, 12)})})
+    assert [slot.name for slot in hd_pissa.attach(model, 2, targets=".proj").slots] == ["proj"]
+    assert "'all-linear'" in refused(lambda: hd_pissa.attach(small(), 2, exclude="all-linear"))
+
+
 @pytest.mark.parametrize("given", [re.compile("q"), nn.Linear, 5, ["q", 3]], ids=str)
 def test_targets_of_another_kind_are_refused(given):
     for name in ("targets", "exclude"):
