@@ -151,11 +151,11 @@ def test_what_is_late_or_fails_says_so_and_the_next_begins(tmp_path, monkeypatch
 
     monkeypatch.setattr(command, "STAGES", {"broken": (broken, 1, "one")})
     path = tmp_path / "a.json"
-    command.stage("broken", command.Results(path, 60), None)
+    command.stage("broken", command.Results(path, time.time() + 60), None)
     assert json.loads(path.read_text())["one"] == [
         {"fine": 1}, {"row": 2, "failed": "ZeroDivisionError: division by zero"}, {"row": 3, "there": 1},
         {"failed": "broken: RuntimeError: out of memory"}]  # fmt: skip
-    command.stage("broken", command.Results(path, 0), None)             # a process of its own, too late
+    command.stage("broken", command.Results(path), None)             # a process of its own, too late
     assert "not reached" in json.loads(path.read_text())["one"][-1]["failed"]
 
 
