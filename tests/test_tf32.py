@@ -138,6 +138,27 @@ def test_applied_is_computed_exactly(asked, exchange, dtype):
     assert abs(float(adapters.applied) - applied) < (1e-7 if exchange == "all_gather" else 2e-3)
 
 
+def test_a_coarse_fold_is_off_by_less_than_W_rounds():
+    """At the paper's rate, K = 8, r = 16, W of the size that models have: so the fold may be TF32's."""
+    generator, (n, K, r) = torch.Generator().manual_seed(0), (512, 8, 16)
+    W = 0.02 * torch.randn(n, n, generator=generator)
+    A, B = hd_pissa.shard_factors(W, K, r, "hd_pissa", 1.0, 0).float().split(n * r, dim=1)
+    A, B = A.unflatten(1, (n, r)), B.unflatten(1, (r, n))
+    dA, dB = (2e-5 * torch.randn(f.shape, generator=generator).sign() for f in (A, B))     # as Adam steps
+    Pt, Q = hd_pissa.update_factors(A, B, dA, dB)
+    dW, off = Pt.T.double() @ Q.double() / K, {}
+    for precision in ("ieee", "tf32"):
+        with hd_pissa_extra.float32_products(precision), tf32.TF32():
+            folded, alone = W.clone(), torch.zeros_like(W)
+            hd_pissa.fold_(folded, Pt.T, Q, 1 / K)
+            hd_pissa.fold_(alone, Pt.T, Q, 1 / K)
+        moved = folded.double() - W
+        off[precision] = [float((x - dW).norm() / dW.norm()) for x in (moved, alone.double())]
+        assert abs(float((moved * dW).sum() / dW.square().sum()) - 1) < 5e-4            # the share applied
+    assert off["ieee"][1] < 1e-6 < 1e-4 < off["tf32"][1] < off["ieee"][0]
+    assert off["tf32"][0] < 1.2 * off["ieee"][0]
+
+
 def test_training_in_tf32_stays_close(asked):
     """Weights after five steps against those of float32: what TF32 costs is small, and not nothing."""
     problem = toy.problem(torch.float32)

@@ -348,7 +348,8 @@ def export(args, model, adapters, sums: dict, held, device, load_model) -> float
 def in_precision(dtype: str, records):
     """`records`, an iterator of steps; in a step, and only there, float32 products are done as --dtype says.
 
-    train.py pins all else to float32, whatever was set before: decompositions, evaluation, comparisons.
+    That is forward, backward and what is added to W, where TF32 is off by less than float32 W rounds. All
+    else train.py pins to float32, whatever was set before: decompositions, evaluation, comparisons.
     """
     while True:
         with hd_pissa_extra.float32_products("tf32" if dtype == "tf32" else "ieee"):
