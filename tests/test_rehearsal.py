@@ -137,7 +137,7 @@ def test_tf32_is_for_steps_alone(tmp_path):
         return run[2].values()
 
     assert components(ran["exact"]) and equal("exact", "tf32", components)
-    assert ran["exact"][1] == ran["tf32"][1]                            # the base's loss
+    assert ran["exact"][1] == ran["tf32"][1] == ran["asked"][1]         # the base's loss
     assert equal("exact", "asked", weights) and not equal("exact", "tf32", weights)
 
 
