@@ -128,9 +128,8 @@ def attach(args, model, device, resumed: bool):
             alpha=args.alpha, init=args.init, dropout=args.dropout, rounding=args.rounding,
             aggregate=args.aggregate, exchange=args.exchange, basis=args.basis,
             gradients=args.gradients, send=args.send, seed=args.seed, bucket_mb=args.bucket_mb,
-            device=device,
-            dtype=torch.bfloat16 if args.dtype == "bfloat16" else None, progress=True,
-            decompose=None if resumed else decompose, accumulate=args.export_lora)
+            device=device, dtype=torch.bfloat16 if args.dtype == "bfloat16" else None,
+            progress=True, decompose=None if resumed else decompose, accumulate=args.export_lora)
     else:
         adapters = Baseline(model, args.method, args.rank, args.shards, args.targets, args.alpha,
                             args.seed, args.dropout)
@@ -180,11 +179,11 @@ def fit(args, config, model, adapters, optimizer, batches, start, extra, device,
     out, saved = Path(args.out), time.monotonic()
     with (processes.signals_kept() as caught, report.board(args.log, out, start) as chart,
           processes.heartbeat(args.heartbeat, args.timeout) as beat):
-        for record in hd_pissa.train(
+        for record in models.in_precision(args.dtype, hd_pissa.train(
                 model, adapters, batches, lr=args.lr, max_steps=args.max_steps, start=start,
                 warmup=args.warmup, schedule=args.schedule, max_grad_norm=args.max_grad_norm,
                 micro_batch_size=args.micro_batch_size, autocast=args.dtype == "autocast",
-                optimizer=optimizer, skip_nonfinite=args.skip_nonfinite, device=device):
+                optimizer=optimizer, skip_nonfinite=args.skip_nonfinite, device=device)):
             step = record["step"]
             beat(step)
             record["applied"] = float(adapters.applied)
@@ -255,7 +254,8 @@ def run(args) -> dict:
     recipes.begin(args, load_model)
     if args.dry_run:
         return dry_run(args, load_model, STEPS)
-    with processes.stoppable(), folder.alone(Path(args.out)):
+    processes.check_machine(args, device)
+    with processes.stoppable(), folder.alone(Path(args.out)), hd_pissa_extra.float32_products():
         folder.check_ours(Path(args.out), args.model)
         return run_in_folder(args, Path(args.out), device)
 

@@ -9,8 +9,8 @@
 rehearsal.cpp gives torch a CUDA of eight devices in this machine's memory. Devices, autograd's threads for
 each of them, autocast and generators are then torch's own. Counts raises where a kernel would meet tensors of
 two devices and where NCCL would refuse, and counts kernel launches, waits of the host for the device, bytes
-of collectives and of memory, and the highest sum of allocated memory, each by the project's line. Not seen:
-time, CUDA's rounding, races between streams.
+of collectives and of memory, and the highest sum of allocated memory, each by the project's line. Products
+are as coarse as TF32 where torch is set so. Not seen: time, CUDA's other rounding, races between streams.
 
 Small tensors keep their numbers among shapes, since the loop reads flags from them; what only large ones know
 is 1.
@@ -59,6 +59,7 @@ if "torch" in sys.modules:
 gpu = ctypes.CDLL(library())
 gpu.resize_storage.argtypes = ctypes.c_void_p, ctypes.c_size_t
 
+import tf32  # noqa: E402
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402  (looks at torch.cuda as it is)
 import torch.distributed as dist  # noqa: E402
@@ -317,6 +318,7 @@ class Counts(TorchDispatchMode):
             self.count(func, name, args, kwargs, tensors, place)
         if self.shapes and name in ("_local_scalar_dense", "equal", "allclose"):
             return self.computed(func, args, kwargs)
+        args = tf32.coarse(func, args) if there and not self.shapes else args
         out = func(*args, **kwargs)
         for t in tree_flatten(out)[0]:
             if isinstance(t, torch.Tensor) and t.device.type == "cuda":
@@ -597,12 +599,20 @@ def command(words) -> dict:
     return {"calls": by_line(seen.calls), "waits": sum(total(seen.waits).values())}
 
 
+def tests(words) -> dict:
+    """pytest with these words."""
+    import pytest
+    with Counts() as seen:
+        return {"status": int(pytest.main([*words, "-q", "-p", "no:cacheprovider"])),
+                "calls": by_line(seen.calls)}
+
+
 def main() -> None:
     sys.path[:0] = [str(HERE.parent)]
     torch.set_num_threads(1)
     what, *words = sys.argv[1:]
-    if what == "command":
-        told = command(words)
+    if what in ("command", "tests"):
+        told = {"command": command, "tests": tests}[what](words)
     else:
         options = dict(word.split("=") for word in words)
         planted(options.pop("plant", ""))

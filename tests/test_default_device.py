@@ -1,4 +1,4 @@
-"""torch.set_default_device and float32 matmul precision are the user's: attach, steps, the loop do not mind.
+"""torch.set_default_device is the user's: attach, steps, the loop do not mind.
 
 "meta" stands in for "cuda": a tensor that were made without a device of its own would have no values.
 """
@@ -8,7 +8,6 @@ import torch
 import toy
 
 import hd_pissa
-import hd_pissa_extra
 
 
 @pytest.fixture
@@ -48,19 +47,6 @@ def trained(options: dict, where) -> list[torch.Tensor]:
 def test_a_run_is_the_same_under_another_default_device(options):
     for a, b in zip(trained(options, None), trained(options, "meta"), strict=True):
         assert torch.equal(a, b) and a.device.type == "cpu"
-
-
-def test_decompositions_do_not_see_a_coarse_matmul_precision(monkeypatch):
-    """TF32 has 10 bits: components would fail their check. What the user has set comes back afterwards."""
-    seen = []
-    monkeypatch.setattr(hd_pissa_extra, "gram_components",
-                        lambda *_: seen.append(torch.get_float32_matmul_precision()))  # fmt: skip
-    torch.set_float32_matmul_precision("medium")
-    try:
-        hd_pissa_extra.components(torch.randn(8, 6), 2)
-        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "medium"
-    finally:
-        torch.set_float32_matmul_precision("highest")
 
 
 def test_the_loop_under_another_default_device(elsewhere):

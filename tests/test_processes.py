@@ -5,6 +5,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ import hd_pissa
 import train
 from data.rows import read_rows
 from training import baselines
-from training.processes import everywhere
+from training.processes import check_machine, everywhere
 
 CONFIGS = [
     dict(exchange=e, aggregate=a) for e, a in itertools.product(("all_gather", "all_reduce"), ("mean", "sum"))
@@ -251,3 +253,46 @@ def test_a_process_that_fails_takes_the_job_down(tmp_path):
         [*command, tmp_path / "crash.py", root.parent, root], capture_output=True, text=True, timeout=60
     )
     assert done.returncode != 0 and "no such luck" in done.stderr and time.monotonic() - start < 60
+
+
+ALIKE = dict(name="GPU 40GB", major=8, minor=0, multi_processor_count=108)
+OTHERS = {      # what process 1 has; is that refused?
+    "none": ({}, {}, False), "more memory": (dict(name="GPU 80GB"), {}, False),
+    "more processors": (dict(multi_processor_count=114), {}, True), "newer": (dict(major=9), {}, True),
+    "sums are sent": (dict(major=9), dict(exchange="all_reduce"), False),
+    "one W": (dict(major=9), dict(shard_weights=True), False),
+    "a baseline": (dict(major=9), dict(method="lora"), False),
+}  # fmt: skip
+
+
+def machines():
+    said, rank = [], hd_pissa.process_index()
+    flags = dict(method="hd_pissa", exchange="auto", shard_weights=False, dtype="tf32")
+
+    def told(other, device):
+        try:
+            check_machine(SimpleNamespace(**flags | other), torch.device(device))
+        except ValueError as e:
+            return str(e)
+
+    for planted, other, _ in OTHERS.values():
+        gpu = SimpleNamespace(**ALIKE | (planted if rank else {}))
+        with (mock.patch("torch.cuda.get_device_properties", lambda _, gpu=gpu: gpu),
+              mock.patch("torch.cuda.get_device_name", lambda _, gpu=gpu: gpu.name),
+              mock.patch("torch.cuda.get_device_capability", lambda _, gpu=gpu: (gpu.major, gpu.minor))):
+            said.append(told(other, "cuda:0"))
+    with mock.patch.object(torch, "__version__", f"2.{6 + rank}.0"):
+        said.append(told(dict(dtype="float32"), "cpu"))
+    return said
+
+
+def test_unlike_machines_are_told_before_they_drift_apart(tmp_path):
+    """Copies of W that are added to by other kernels differ in their last bits: at step 100 it would look as
+    if a bit had flipped."""
+    first, second = spawn(2, machines, tmp_path)
+    assert first == second
+    *gpus, versions = first
+    for (name, (_, _, refused)), said in zip(OTHERS.items(), gpus, strict=True):
+        assert bool(said) == refused, (name, said)
+    assert "GPU 40GB, compute capability 9.0" in gpus[3] and "--exchange all_reduce" in gpus[3]
+    assert "torch 2.6.0" in versions and "torch 2.7.0" in versions

@@ -106,6 +106,41 @@ def test_peak_memory_is_the_dry_runs(options, monkeypatch):
     assert increments < 1.01 * own["received"] * 4 * 8 / 7
 
 
+@pytest.mark.slow
+def test_the_tests_that_want_a_gpu_pass_on_this_one():
+    told = rehearse("tests", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py"))
+    assert told["status"] == 0 and {line.split(": ")[-1] for line in told["calls"]} >= {
+        "_allgather_base_", "_reduce_scatter_base_", "broadcast_", "allreduce_"}
+
+
+@pytest.mark.slow
+def test_tf32_is_for_steps_alone(tmp_path):
+    """--dtype tf32 has the components and the base's loss of float32, and other weights; what a container has
+    set is nothing to --dtype float32."""
+    ran = {}
+    for name, dtype, asked in (("exact", "float32", "0"), ("tf32", "tf32", "0"), ("asked", "float32", "1")):
+        cache = tmp_path / name / "svd"
+        rehearse("command", *few(tmp_path / name), "--dtype", dtype, "--svd_cache", str(cache),
+                 TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=asked)
+        parts = [torch.load(file, "cpu", weights_only=True) for file in sorted(cache.iterdir())]
+        result = json.loads((tmp_path / name / "out" / "result.json").read_text())
+        model = torch.load(tmp_path / name / "out" / "model.pt", weights_only=True)
+        ran[name] = parts, result["before"], model
+
+    def equal(a, b, what):
+        return all(torch.equal(x, y) for x, y in zip(what(ran[a]), what(ran[b]), strict=True))
+
+    def components(run):
+        return [t for part in run[0] for t in part]
+
+    def weights(run):
+        return run[2].values()
+
+    assert components(ran["exact"]) and equal("exact", "tf32", components)
+    assert ran["exact"][1] == ran["tf32"][1] == ran["asked"][1]         # the base's loss
+    assert equal("exact", "asked", weights) and not equal("exact", "tf32", weights)
+
+
 def few(tmp_path):
     return ["--out", str(tmp_path / "out"), *("--max_steps 2 --batch_size 16 --eval_rows 16 --threads 1 "
             "--shards 2 --save_every 1 --check_every 1").split()]  # fmt: skip

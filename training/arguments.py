@@ -73,8 +73,9 @@ FLAGS = (
     "more: machine",
     ("gradient_checkpointing", bool, False, "compute activations anew in the backward: less memory, same "
      "bits"),
-    ("dtype", ("float32", "bfloat16", "autocast", "float64"), "float32", "of the weights (paper: "
-     "float32); bfloat16 keeps 16 more bits beside each; autocast: bfloat16 matmuls alone"),
+    ("dtype", ("float32", "bfloat16", "autocast", "tf32", "float64"), "float32", "of the weights (paper: "
+     "float32); bfloat16 keeps 16 more bits beside each; autocast, tf32: float32, with the matmuls of a step "
+     "in bfloat16, or on a GPU in TF32"),
     ("rounding", ("exact", "stochastic"), "exact", "of bfloat16 W: 16 more bits, or at random"),
     ("shard_weights", bool, False, "cut W over the processes by FSDP2; off: each holds all of it"),
     ("svd_cache", str, None, "directory that keeps decompositions for later runs; None = off"),

@@ -154,7 +154,7 @@ def dry_run(args, load_model, default_steps: int) -> dict:
         shapes = list(by_name.values())
         adapted = sum(a * b for a, b in shapes)
         everything = sum(p.numel() for p in model.parameters())
-        dtype = torch.float32 if args.dtype == "autocast" else getattr(torch, args.dtype)
+        dtype = torch.float32 if args.dtype in ("autocast", "tf32") else getattr(torch, args.dtype)
         cast = {id(p): nn.Parameter(p.detach().to(dtype)) for p in model.parameters()}      # tied stays tied
         for module in model.modules():
             for name, p in module._parameters.items():

@@ -345,6 +345,20 @@ def export(args, model, adapters, sums: dict, held, device, load_model) -> float
 # ---- What a run does to a model ----------------------------------------------------------------------------
 
 
+def in_precision(dtype: str, records):
+    """`records`, an iterator of steps; in a step, and only there, float32 products are done as --dtype says.
+
+    That is forward, backward and what is added to W, where TF32 is off by less than float32 W rounds. All
+    else train.py pins to float32, whatever was set before: decompositions, evaluation, comparisons.
+    """
+    while True:
+        with hd_pissa_extra.float32_products("tf32" if dtype == "tf32" else "ieee"):
+            record = next(records, None)
+        if record is None:
+            return
+        yield record
+
+
 def checkpoint_activations(model) -> None:
     """Activations inside a block are computed again in the backward, in place of being kept."""
     if not hasattr(model, "gradient_checkpointing_enable"):

@@ -86,7 +86,8 @@ def cached_components(folder: str):
                 if not path.is_file():              # torch.load would wait at a pipe
                     raise ValueError("no file")
                 U, S, Vt = torch.load(path, map_location=W.device, weights_only=True)
-                fits = (W.to(U) @ Vt.T - U * S).norm(dim=0).max() <= 1e-4 * S[0]
+                off = W.double() @ Vt.T.double() - U.double() * S           # TF32 would not do for this
+                fits = off.norm(dim=0).max() <= 1e-4 * S[0]
             except Exception as e:      # whatever a damaged file makes torch.load raise
                 raise ValueError(f"{path} is damaged ({type(e).__name__}); delete it") from None
             if not fits:

@@ -4,9 +4,9 @@
     python tests/bench/gpu.py --rehearse        # every stage on the CPU at toy size, into a file of its own
 
 Stages: tests marked gpu; the main job and its held-out loss; step time and peak memory of all methods at the
-shapes of a 1B Llama; attach; SmolLM2-135M; the top kernels of a step. A stage that fails or lacks a package
-says so in its place and the next one begins; what was measured before a cut stays. `tables.py` makes the
-README's tables of it.
+shapes of a 1B Llama; attach; the top kernels of a step; SmolLM2-135M; compiled steps. Each has a process of
+its own and a share of the time, and what earlier ones left: after a hang, an error of CUDA's or a missing
+package the next one begins. What was measured before a cut stays. `tables.py` makes the README's tables.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import io
 import itertools
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,12 +35,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE)]
 
-import step as bench  # noqa: E402
-
-import hd_pissa  # noqa: E402
-import hd_pissa_extra  # noqa: E402
-import train  # noqa: E402
-
 VARIANTS = ("frozen", "hd_pissa", "hd_pissa global", "hd_pissa seed", "hd_pissa stochastic", "lora", "pissa",
             "full", "published")  # fmt: skip
 ARMS = {    # of SmolLM2-135M: 80 steps, lr of the sweep of tutorial/experiments/real.py
@@ -54,22 +49,42 @@ class Late(Exception):
 
 
 class Results:
-    """Rows by stage, written whenever one is added; `left` raises Late when the time is over."""
+    """Rows by stage, written whenever one is added; `left` raises Late when the stage's time is over.
 
-    def __init__(self, path: Path, minutes: float, **about):
-        self.path, self.end, self.rows = path, time.monotonic() + 60 * minutes, {"about": about}
+    until       when that is, by time.time(), which is the same in all processes
+    """
+
+    def __init__(self, path: Path, until: float = 0.0, **about):
+        self.path, self.until = path, until
+        self.rows = json.loads(path.read_text()) if path.exists() else {}
+        self.rows.setdefault("about", about)
 
     def left(self) -> float:
-        if (seconds := self.end - time.monotonic()) < 5:
+        if (seconds := self.until - time.time()) < 5:
             raise Late("not reached: the time was over")
         return seconds
 
-    def add(self, stage: str, **row) -> None:
-        self.rows.setdefault(stage, []).append(row)
+    def write(self) -> None:
         unfinished = self.path.with_suffix(".tmp")
         unfinished.write_text(json.dumps(self.rows, indent=1) + "\n")
         os.replace(unfinished, self.path)
+
+    def add(self, stage: str, **row) -> None:
+        self.rows.setdefault(stage, []).append(row)
+        self.write()
         tqdm.write(f"{stage}: {row}")
+
+    def measure(self, stage: str, work, **row) -> bool:
+        """Add `row` with what work() returns, or why that failed; did it succeed?"""
+        self.left()
+        try:
+            self.add(stage, **row, **work())
+        except Late:
+            raise
+        except (Exception, SystemExit) as e:        # out of memory, a missing package: the next row may do
+            self.add(stage, **row, failed=f"{type(e).__name__}: {e}"[:600])
+            return False
+        return True
 
 
 def needs(*packages: str) -> None:
@@ -79,18 +94,29 @@ def needs(*packages: str) -> None:
 
 
 def marked_tests(results, toy) -> None:
-    """pytest -m gpu: NCCL with one process, bits of virtual devices, all dtypes."""
+    """pytest -m gpu: NCCL's collectives with one process, bits of virtual devices, all dtypes, TF32."""
     needs("pytest")
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=min(120, results.left()))
-    results.add("tests", passed=done.returncode == 0, said=done.stdout.strip().splitlines()[-1:])
+    command = [sys.executable, "-m", "pytest", "-v", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py")]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=results.left())
+        passed, said = done.returncode == 0, done.stdout + done.stderr
+    except subprocess.TimeoutExpired as e:
+        passed, said = False, (e.stdout or b"") + b"\nnot finished: the time was over"
+    lines = said.decode(errors="replace").strip().splitlines()
+    results.add("tests", passed=passed, said=lines[-1 if passed else -60:])
 
 
 def quiet(*flags) -> dict:
-    """result.json and the seconds of train.py with these flags."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+    """result.json and the seconds of train.py with these flags; RuntimeError with what it said."""
+    import train
+    said = io.StringIO()
+    with (tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(said),
+          contextlib.redirect_stderr(said)):
         start = time.monotonic()
-        result = train.main([*map(str, flags), "--out", f"{folder}/out", "--save_minutes", "0"])
+        try:
+            result = train.main([*map(str, flags), "--out", f"{folder}/out", "--save_minutes", "0"])
+        except SystemExit:
+            raise RuntimeError(said.getvalue()[-500:]) from None
         return {"seconds": time.monotonic() - start, "before": result["before"]["all"]["loss"],
                 "after": result["after"]["all"]["loss"]}
 
@@ -98,25 +124,27 @@ def quiet(*flags) -> dict:
 def main_job(results, toy) -> None:
     """The embedded model on the GPU and on the CPU: how far apart are the losses?"""
     steps = ["--max_steps", 2, "--eval_rows", 16, "--batch_size", 16] if toy else ["--max_steps", 40]
-    for device in dict.fromkeys((toy.device if toy else "cuda", "cpu")):
-        results.left()
-        results.add("main job", device=device, **quiet("--device", device, "--threads", 4, *steps))
+    places = [("cuda", "float32"), ("cpu", "float32"), ("cuda", "tf32"), ("cuda", "bfloat16")]
+    for device, dtype in places[1:2] if toy else places:
+        flags = "--device", device, "--dtype", dtype, "--threads", 4, *steps
+        results.measure("main job", lambda flags=flags: quiet(*flags), device=device, dtype=dtype)
 
 
 @contextlib.contextmanager
 def precision(dtype: str):
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-    try:
+    """The dtype of the weights, while float32 products are done as `dtype` says."""
+    import hd_pissa_extra
+    with hd_pissa_extra.float32_products("tf32" if dtype == "tf32" else "ieee"):
         yield "float32" if dtype == "tf32" else dtype
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def shapes(toy) -> SimpleNamespace:
+    """Of a 1B Llama; of a third of its layers where the GPU has less than 40 GB."""
     small = dict(width=64, ffn=96, layers=2, device="cpu", rounds=1)
     large = dict(width=2048, ffn=5632, layers=22, device="cuda", rounds=5)
-    return SimpleNamespace(shards=1, compile=False, dtype="float32", **(small if toy else large))
+    if not toy and torch.cuda.get_device_properties(0).total_memory < 40e9:
+        large["layers"] = 8
+    return SimpleNamespace(shards=1, rank=16, compile=False, dtype="float32", **(small if toy else large))
 
 
 def quick(W, k, name="W"):
@@ -127,70 +155,85 @@ def quick(W, k, name="W"):
 
 def build(variant: str, args):
     """bench.step's variant, its weights made on the device and nothing decomposed."""
-    options = {"decompose": quick} | ({"rounding": "stochastic"} if "stochastic" in variant else {})
+    import step
+
+    import hd_pissa
+    import hd_pissa_extra
+    needs(*["peft"] * (variant in ("lora", "pissa")))
     gc.collect()
     if args.device == "cuda":
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    owner, name, options = ((hd_pissa, "shard_factors", {"decompose": quick}) if variant == "published" else
-                            (hd_pissa_extra, "attach", options))
-    with torch.device(args.device), mock.patch.object(
-            owner, name, functools.partial(getattr(owner, name), **options)):
-        return bench.Step(variant, args)
+    owner, name = (hd_pissa, "shard_factors") if variant == "published" else (hd_pissa_extra, "attach")
+    fast = functools.partial(getattr(owner, name), decompose=quick)
+    with torch.device(args.device), mock.patch.object(owner, name, fast):
+        return step.Step(variant, args)
 
 
-def one_step(made, args, tokens: int) -> dict:
-    """Median seconds of a step, and the highest allocated memory, building included."""
+def synchronize(args) -> None:
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def one_step(made, args, tokens: int, results) -> dict:
+    """Median seconds of a step, and the highest allocated memory in one, what stays included."""
     length = min(512, tokens)
     generator, times = torch.Generator().manual_seed(0), []
     x = torch.randint(0, 8192, (tokens // length, length), generator=generator).to(args.device)
-    for _ in range(args.rounds + 2):
-        bench.synchronize(args)
+    for i in range(args.rounds + 2):            # two to warm up: they compile and choose kernels
+        if i == 2 and args.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        results.left()
+        synchronize(args)
         start = time.perf_counter()
         made(x)
-        bench.synchronize(args)
+        synchronize(args)
         times.append(time.perf_counter() - start)
     peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else None
     return {"seconds": statistics.median(times[2:]), "peak": peak}
 
 
-def step_times(results, toy) -> None:
+def step_times(results, toy, compile: bool = False) -> None:
+    """Every method; what matters most first, since the time may end anywhere."""
     needs("transformers")
     tokens = (64,) if toy else (2048, 8192)
-    plain = [(False, d, v) for d in ("bfloat16", "tf32", "float32") for v in VARIANTS
-             if "stochastic" not in v or d == "bfloat16"]  # fmt: skip
-    compiled = [(True, d, v) for d in ("bfloat16", "tf32") for v in ("frozen", "hd_pissa", "lora")]
-    for compile, dtype, variant in plain + ([] if toy else compiled):
-        if results.left() < 90 and compile:
-            raise Late("compiled rows: not reached, the time was over")
-        args, made = shapes(toy), None
-        with precision(dtype) as args.dtype:
-            args.compile = compile
-            for t in tokens:            # shorter ones first: peak memory only grows
-                row = dict(variant=variant, tokens=t, dtype=dtype, compiled=compile)
-                try:
-                    needs(*["peft"] * (variant in ("lora", "pissa")))
-                    made = made or build(variant, args)
-                    results.add("step", **row, **one_step(made, args, t))
-                except Exception as e:
-                    results.add("step", **row, failed=f"{type(e).__name__}: {e}"[:300])
+    variants = ("frozen", "hd_pissa", "lora") if compile else VARIANTS
+    for dtype in ("bfloat16", "tf32") if compile else ("bfloat16", "tf32", "float32"):
+        for variant in variants if dtype == "bfloat16" else (v for v in variants if "stochastic" not in v):
+            args, made = shapes(toy), None
+            with precision(dtype) as args.dtype:
+                args.compile = compile
+                for t in tokens:                # shorter ones first: they fit where longer ones do not
+                    def work(t=t, variant=variant, args=args):
+                        nonlocal made
+                        made = made or build(variant, args)
+                        return one_step(made, args, t, results)
+                    if not results.measure("step", work, variant=variant, tokens=t, dtype=dtype,
+                                           layers=args.layers, compiled=compile):
+                        break                   # what an error has left half done is measured no more
 
 
 def attach(results, toy) -> None:
-    """Seconds to decompose a weight, and how much memory that takes."""
-    device = "cpu" if toy else "cuda"
+    """Seconds to decompose a weight, and the memory that takes beside it."""
+    import hd_pissa_extra
+    args = shapes(toy)
+
+    def work(m, n, init):
+        model = torch.nn.Sequential(torch.nn.Linear(m, n, bias=False, device=args.device))
+        for _ in range(2):                      # the first one loads libraries
+            if args.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            synchronize(args)
+            start = time.perf_counter()
+            adapters = hd_pissa_extra.attach(model, 2 if toy else 16, shards=8, init=init)
+            synchronize(args)
+            seconds = time.perf_counter() - start
+            adapters.detach_()
+        peak = torch.cuda.max_memory_allocated() / 2**20 if args.device == "cuda" else None
+        return {"seconds": seconds, "peak": peak}
+
     for m, n in ((64, 96), (64, 64)) if toy else ((4096, 4096), (4096, 11008)):
         for init in ("hd_pissa", "random"):
-            results.left()
-            model = torch.nn.Sequential(torch.nn.Linear(m, n, bias=False, device=device))
-            times = []
-            for _ in range(2):
-                start = time.perf_counter()
-                adapters = hd_pissa_extra.attach(model, 2 if toy else 16, shards=8, init=init)
-                bench.synchronize(SimpleNamespace(device=device))
-                times.append(time.perf_counter() - start)
-                adapters.detach_()
-            results.add("attach", m=m, n=n, init=init, seconds=times[-1])
+            results.measure("attach", functools.partial(work, m, n, init), m=m, n=n, init=init)
 
 
 def smollm2(results, toy) -> None:
@@ -203,8 +246,8 @@ def smollm2(results, toy) -> None:
              "--device cuda --eval_rows 200").split()  # fmt: skip
     flags = "--max_steps 2 --eval_rows 16 --batch_size 16 --device cpu".split() if toy else flags
     for name, own in ARMS.items():
-        results.left()
-        results.add("SmolLM2", arm=name, flags=own, **quiet(*flags, *own.split()))
+        command = [*flags, *own.split()]
+        results.measure("SmolLM2", lambda command=command: quiet(*command), arm=name, flags=own)
 
 
 def profile(results, toy) -> None:
@@ -214,18 +257,49 @@ def profile(results, toy) -> None:
     args.dtype = "bfloat16"
     made = build("hd_pissa", args)
     x = torch.randint(0, 8192, (1, 64) if toy else (4, 512)).to(args.device)
-    made(x)
+    for _ in range(2):
+        made(x)
     with torch.profiler.profile() as seen:
         made(x)
-        bench.synchronize(args)
+        synchronize(args)
     kind = "self_cpu_time_total" if toy else "self_device_time_total"
     top = sorted(seen.key_averages(), key=lambda event: -getattr(event, kind))
     for event in itertools.islice(top, 15):
         results.add("profile", name=event.key[:90], calls=event.count, ms=getattr(event, kind) / 1e3)
 
 
-STAGES = {"tests": marked_tests, "main job": main_job, "step": step_times, "attach": attach,
-          "profile": profile, "SmolLM2": smollm2}  # fmt: skip
+# Stage: what it runs, its seconds of 8 minutes, and where its rows go.
+STAGES = {"tests": (marked_tests, 100, "tests"), "main job": (main_job, 80, "main job"),
+          "step": (step_times, 150, "step"), "attach": (attach, 25, "attach"),
+          "profile": (profile, 25, "profile"), "SmolLM2": (smollm2, 40, "SmolLM2"),
+          "compiled": (functools.partial(step_times, compile=True), 60, "step")}  # fmt: skip
+
+
+def stage(name: str, results, toy) -> None:
+    """One stage, in this process."""
+    work, _, rows = STAGES[name]
+    try:
+        results.left()
+        if toy is None or name != "compiled":
+            work(results, toy)
+    except Late as e:
+        results.add(rows, failed=f"{name}: {e}")
+    except (Exception, SystemExit) as e:
+        results.add(rows, failed=f"{name}: {type(e).__name__}: {e}"[:600])
+
+
+def apart(command, seconds: float) -> str:
+    """Run a stage in a process of its own; why it ended, where that is not as it should."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        status = process.wait(seconds)
+        return f"exit status {status}" if status else ""
+    except subprocess.TimeoutExpired:
+        return "it hung, and was ended"
+    finally:            # also when this command is stopped: nothing of the stage stays on the GPU
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def main(argv=None) -> dict:
@@ -234,25 +308,32 @@ def main(argv=None) -> dict:
     parser.add_argument("--minutes", type=float, default=8.0, help="after which no row begins")
     parser.add_argument("--json", type=Path, help="file of the results; default: gpu.json beside this file")
     parser.add_argument("--stages", default=",".join(STAGES), help="some of them, by commas")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    toy = SimpleNamespace() if args.rehearse else None
+    path = args.json or HERE / ("gpu_rehearsal.json" if toy else "gpu.json")
+    if args.stage:
+        results = Results(path, args.until)
+        stage(args.stage, results, toy)
+        return results.rows
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --rehearse runs every stage on the CPU")
-    if unknown := set(args.stages.split(",")) - {*STAGES}:
+    names = args.stages.split(",")
+    if unknown := {*names} - {*STAGES}:
         parser.error(f"--stages {sorted(unknown)[0]!r}: there are {', '.join(STAGES)}")
-    toy = SimpleNamespace(device="cpu") if args.rehearse else None
-    path = args.json or HERE / ("gpu_rehearsal.json" if toy else "gpu.json")
-    device = "cpu" if toy else torch.cuda.get_device_name()
-    results = Results(path, args.minutes, device=device, torch=torch.__version__, rehearsed=bool(toy))
-    for name in args.stages.split(","):
-        try:
-            results.left()
-            STAGES[name](results, toy)
-        except Late as e:
-            results.add(name, failed=str(e))
-        except (Exception, SystemExit) as e:        # an OOM, a missing package: the next stage may do
-            results.add(name, failed=f"{type(e).__name__}: {e}"[:300])
+    path.unlink(missing_ok=True)
+    device = "cpu" if toy else torch.cuda.get_device_properties(0).name
+    Results(path, device=device, torch=torch.__version__, rehearsed=bool(toy)).write()
+    until, scale = time.time(), 60 * args.minutes / sum(STAGES[name][1] for name in names)
+    for name in names:
+        until += scale * STAGES[name][1]
+        command = [sys.executable, str(Path(__file__).resolve()), "--stage", name, "--until", str(until),
+                   "--json", str(path), *["--rehearse"] * args.rehearse]
+        if fault := apart(command, max(0.0, until - time.time()) + 10):
+            Results(path).add(STAGES[name][2], failed=f"{name}: {fault}")
     print(path)
-    return results.rows
+    return json.loads(path.read_text())
 
 
 if __name__ == "__main__":

@@ -1,13 +1,17 @@
 """Cost of the exchange between two machines: merge_ and a whole step over a network of a given speed.
 
-    python tests/bench/network.py                  # as root, about a minute on two cores
+    python tests/bench/network.py                  # as root, two minutes on two quiet cores
 
 The machines are two network namespaces, one thread each, joined by a cable that `tc` throttles. Prints a
 table and writes network.json. Bytes are those that one machine receives in one merge_: computed, and counted
 at the interface, with headers. The computed bytes at the cable's rate are the least time of an exchange.
+
+The last rows ask how much of a step's exchange is hidden behind its work, in layers that each are a bucket:
+the same step where nothing travels, its collectives alone one behind the other, and both together.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import statistics
@@ -16,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -28,11 +33,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from hosts import CABLE, two_hosts, unavailable  # noqa: E402
 
 import hd_pissa  # noqa: E402
+import hd_pissa_extra  # noqa: E402
 
 LAYERS, WIDTH, RANK, TOKENS = 4, 1024, 16, 512
 EXCHANGES = "all_gather", "all_reduce"
+HIDDEN = "1 Gbit/s"      # of the overlap
 RATES = {"unthrottled": None, "1 Gbit/s": 1000.0, "100 Mbit/s": 100.0}
 WARMUP, ROUNDS = 2, 11
+# Rows of the overlap: layers, rank and tokens such that work and exchange take about as long as each other.
+OVERLAP = dict(layers=8, rank=64, tokens=128), {
+    "local": {}, "local, one bucket": dict(bucket_mb=256), "whole batch": dict(gradients="global"),
+    'whole batch, send="backward"': dict(gradients="global", send="backward")}  # fmt: skip
+COLLECTIVES = ("all_reduce", "all_gather_single", "all_gather_into_tensor", "reduce_scatter_single",
+               "reduce_scatter_tensor")  # fmt: skip
 
 
 def payload(exchange: str) -> int:
@@ -60,16 +73,13 @@ def medians(work, before=lambda: None) -> tuple[float, float]:
     return tuple(statistics.median(column) for column in zip(*rows[WARMUP:]))
 
 
-def measure(exchange: str) -> dict:
+def training(attach, layers: int, rank: int, tokens: int, **options):
+    """The adapters of a model of square layers, one shard a process, K = 2; and a step of it."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
-    adapters = hd_pissa.attach(model, RANK, exchange=exchange)  # one shard a process, K = 2
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
+    adapters = attach(model, rank, **options)
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-6, weight_decay=0.0)
-    x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(hd_pissa.process_index()))
-
-    def increments():
-        adapters.increments.normal_(std=1e-6)
-        dist.barrier()  # the merge alone, not the wait for the other machine
+    x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(hd_pissa.process_index()))
 
     def step():
         model(x).square().mean().backward()
@@ -77,15 +87,81 @@ def measure(exchange: str) -> dict:
         adapters.merge_()
         optimizer.zero_grad()
 
+    return adapters, step
+
+
+def measure(exchange: str) -> dict:
+    adapters, step = training(hd_pissa.attach, LAYERS, RANK, TOKENS, exchange=exchange)
+
+    def increments():
+        adapters.increments.normal_(std=1e-6)
+        dist.barrier()  # the merge alone, not the wait for the other machine
+
     merge, counted = medians(adapters.merge_, increments)
     return {"merge": merge, "counted": counted, "step": medians(step)[0]}
 
 
-def worker(path: str) -> None:
+class Stayed:
+    """The handle of a collective that sent nothing."""
+
+    def wait(self):
+        pass
+
+
+def stay(out, own=None, **_):
+    """In place of a collective: at once, as if the other machine had the same."""
+    if own is None:
+        out.mul_(2)
+    elif len(out) > len(own):
+        out.view(2, *own.shape).copy_(own)
+    else:
+        torch.mul(own[:len(out)], 2, out=out)
+    return Stayed()
+
+
+@contextlib.contextmanager
+def instead(make):
+    """torch.distributed's collectives replaced by make(name, the real one)."""
+    with contextlib.ExitStack() as stack:
+        for name in (name for name in COLLECTIVES if hasattr(dist, name)):
+            stack.enter_context(mock.patch.object(dist, name, make(name, getattr(dist, name))))
+        yield
+
+
+def overlap(options: dict) -> dict:
+    """Seconds of a step, of its work and of its exchange alone; both begin when both machines are there."""
+    adapters, step = training(hd_pissa_extra.attach, **OVERLAP[0], **({"bucket_mb": 0} | options))
+    step()                              # the first merge compares the models
+    calls = []
+
+    def noted(name, real):
+        def call(*tensors, **how):
+            calls.append((name, [torch.empty_like(t) for t in tensors]))
+            return real(*tensors, **how)
+        return call
+
+    def exchange():
+        for work in [getattr(dist, name)(*tensors, async_op=True) for name, tensors in calls]:
+            work.wait()
+
+    with instead(noted):
+        step()
+    together = medians(step, dist.barrier)[0]
+    alone = medians(exchange, dist.barrier)[0]
+    dist.barrier()
+    with instead(lambda *_: stay):
+        work = medians(step)[0]
+    dist.barrier()
+    return {"work": work, "exchange": alone, "step": together, "buckets": len(adapters.buckets)}
+
+
+def worker(path: str, hidden: bool) -> None:
     """One of the two processes: all exchanges at the speed that the cable has now."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     result = {exchange: measure(exchange) for exchange in EXCHANGES}
+    if hidden:
+        result["overlap"] = {name: overlap(options) for name, options in OVERLAP[1].items()}
     if hd_pissa.process_index() == 0:
         Path(path).write_text(json.dumps(result))
     dist.barrier()
@@ -93,34 +169,42 @@ def worker(path: str) -> None:
 
 
 def bench() -> list:
-    rows = []
+    rows, hidden = [], []
     with two_hosts() as hosts, tempfile.TemporaryDirectory() as tmp:
         for name, rate in tqdm(RATES.items(), desc="network", unit="rate"):
             hosts.throttle(rate)
             path = Path(tmp) / "result.json"
-            command = [Path(__file__).resolve(), "--worker", path]
+            command = [Path(__file__).resolve(), "--worker", path, *["--overlap"] * (name == HIDDEN)]
             streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
             processes = [hosts.torchrun(host, command, **streams) for host in range(2)]
             printed = [process.communicate(timeout=600)[0] for process in processes]
             if any(process.returncode for process in processes):
                 raise RuntimeError(f"{name} failed\n" + "\n".join(printed))
-            for exchange, got in json.loads(path.read_text()).items():
+            told = json.loads(path.read_text())
+            for label, got in told.pop("overlap", {}).items():
+                longer = max(got["work"], got["exchange"])
+                hidden.append([f"{name}, {label}", None, None, None, None, 1e3 * got["step"],
+                               1e3 * got["work"], 1e3 * got["exchange"], got["step"] / longer])  # fmt: skip
+            for exchange, got in told.items():
                 least = payload(exchange) * 8e-3 / rate if rate else None
                 rows.append([f"{name}, {exchange}", payload(exchange) / 1e6, got["counted"] / 1e6, least,
-                             1e3 * got["merge"], 1e3 * got["step"]])  # fmt: skip
-    return rows
+                             1e3 * got["merge"], 1e3 * got["step"], None, None, None])  # fmt: skip
+    return rows + hidden
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--overlap", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker)
+        return worker(args.worker, args.overlap)
     if reason := unavailable():
         parser.error(reason)
-    title = f"two machines, {LAYERS} layers {WIDTH} x {WIDTH}, r = {RANK}, K = 2, {TOKENS} tokens a machine"
-    head = ("", "received, MB", "at the interface, MB", "bytes / rate, ms", "merge_, ms", "step, ms")
+    title = (f"two machines, {LAYERS} layers {WIDTH} x {WIDTH}, r = {RANK}, K = 2, {TOKENS} tokens a machine"
+             "; the last rows {layers} layers, r = {rank}, {tokens} tokens".format(**OVERLAP[0]))
+    head = ("", "received, MB", "at the interface, MB", "bytes / rate, ms", "merge_, ms", "step, ms",
+            "its work alone, ms", "its exchange alone, ms", "step over the larger")  # fmt: skip
     rows = bench()
     print(f"\n{title}\n\n| {' | '.join(head)} |\n|{' --- |' * len(head)}")
     for label, *values in rows:
