@@ -10,6 +10,7 @@
 hd_pissa.py knows nothing of this file. Notation as there.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -294,14 +295,30 @@ def whole(weight: torch.Tensor, low: torch.Tensor | None = None) -> torch.Tensor
 
 # ---- Decomposition: cheaper than a full SVD (section 4.1) ----------------------------------------
 
+@contextlib.contextmanager
+def float32_products(precision: str = "ieee"):
+    """Products of float32 matrices in float32 ("ieee"), or on a GPU in TF32 ("tf32"); afterwards as before.
+
+    torch has two settings of this. The old one sets both, but since 2.9 raises where the new one alone was
+    set and it is read; what multiplies follows the new one.
+    """
+    backends = [getattr(b, "matmul", None) for b in (torch.backends.cuda, torch.backends.mkldnn)]
+    new = [(b, b.fp32_precision) for b in backends if hasattr(b, "fp32_precision")]
+    old = "highest"
+    with contextlib.suppress(RuntimeError):
+        old = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision({"ieee": "highest", "tf32": "high"}[precision])
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(old)
+        for backend, value in new:
+            backend.fp32_precision = value
+
 def components(W: torch.Tensor, k: int, name: str = "W"):
     """`hd_pissa.components` by a Gram matrix where its result is right, by a full SVD elsewhere."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")       # TF32 is too coarse for this, whatever was set
-    try:
+    with float32_products():            # TF32 is too coarse for this, whatever was set
         found = gram_components(W, k, name) if W.dtype != torch.float64 else None
-    finally:
-        torch.set_float32_matmul_precision(before)
     return found or hd_pissa.components(W, k, name)
 
 def gram_components(W: torch.Tensor, k: int, name: str = "W"):
