@@ -133,7 +133,20 @@ def add_to_halves_(high: torch.Tensor, low: torch.Tensor, dU: torch.Tensor, shar
 def fused(function):
     """`function` as one kernel where Triton can make it. Elementwise work on W is as slow as its traffic."""
     from torch.utils._triton import has_triton
-    return torch.compile(function, dynamic=True) if has_triton() else function
+    if not has_triton():
+        return function
+    now = torch.compile(function, dynamic=True)
+
+    def call(*args):
+        nonlocal now
+        try:
+            return now(*args)
+        except torch._dynamo.exc.TorchDynamoException as e:     # before anything was computed
+            warnings.warn(f"torch.compile fails here ({str(e).splitlines()[0]}), so merges take more passes "
+                          "over W; does Triton work, is there a C compiler (CC)?", stacklevel=2)
+            now = function
+            return function(*args)
+    return call
 
 def pieces(x: torch.Tensor, dim: int, order: tuple[int, ...]) -> torch.Tensor:
     """float32 as bfloat16 and the bfloat16 of its rest, side by side in `order`."""

@@ -4,6 +4,7 @@
 """
 
 import datetime
+import importlib.util
 import json
 import sys
 import time
@@ -107,6 +108,21 @@ def test_bfloat16_takes_the_whole_update(rounding):
     optimizer.step()
     adapters.merge_()
     assert abs(float(adapters.applied) - 1) < (1e-2 if rounding == "exact" else 0.5)
+
+
+def test_where_triton_does_not_work_halves_are_folded_in_more_passes(monkeypatch):
+    """Said to be there it is asked, and fails: here since it is not, elsewhere for lack of a C compiler."""
+    if importlib.util.find_spec("triton"):
+        pytest.skip("Triton is here")
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    hd_pissa_extra.fused.cache_clear()
+    W = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    try:
+        with pytest.warns(UserWarning, match="more passes over W; does Triton work"):
+            made = hd_pissa_extra.fused(hd_pissa_extra.split)(W)
+        assert all(torch.equal(a, b) for a, b in zip(made, hd_pissa_extra.split(W), strict=True))
+    finally:
+        hd_pissa_extra.fused.cache_clear()
 
 
 @pytest.mark.gpu
