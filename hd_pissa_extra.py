@@ -15,6 +15,7 @@ import functools
 import math
 import os
 import shutil
+import threading
 import types
 import warnings
 import weakref
@@ -431,6 +432,7 @@ def stacks(model: nn.Module):
     for name, module in model.named_modules():
         for key, p in module._parameters.items():
             if (p is not None and not nn.parameter.is_lazy(p) and p.dim() == 3 and min(p.shape) > 1
+                    and not hasattr(p, "to_local")
                     and (key != "weight" or "expert" in type(module).__name__.lower())):
                 yield name, module, key, p
 
@@ -447,10 +449,11 @@ class Expert(nn.Module):
 
     @property
     def weight(self):
-        """Read anew, since somebody may have moved or replaced the stack."""
-        if (stack := self.stack) is None or hasattr(stack, "to_local"):
-            return stack
-        W, old = stack.data[self.index], self.seen
+        """Read anew, since somebody may have moved or replaced the stack; as before where it is none now."""
+        stack, old = self.stack, self.seen
+        if stack is None or hasattr(stack, "to_local"):
+            return old
+        W = stack.data[self.index]
         if old is None or (W.data_ptr(), W.dtype, W.device) != (old.data_ptr(), old.dtype, old.device):
             vars(self)["seen"] = nn.Parameter(W, requires_grad=False)
         return self.seen
@@ -475,9 +478,11 @@ class ExpertSlot(Slot):
                 slot.note()
 
     def fault(self) -> str:
-        if hasattr(stack := self.module.stack, "to_local"):
+        if (stack := self.module.stack) is None:
+            return "is no parameter any more; parametrize before attach"
+        if hasattr(stack, "to_local"):
             return "is sharded, but experts cannot be; leave them out with exclude=, or out of fully_shard"
-        if stack is not None and stack.requires_grad:
+        if stack.requires_grad:
             return "was made trainable; only merge_ changes it"
         return super().fault()
 
@@ -506,10 +511,10 @@ class MuteExperts(torch.autograd.Function):
         with torch.autocast(dW.device.type, enabled=False):
             dW = dW if ctx.slots[0].conv1d else dW.mT                           # (E, m, n)
             pairs = [A.make(dW.device, ctx.like) if B is None else (A, B) for A, B in ctx.factors]
-            A, B = (torch.stack(side).to(dW.dtype) for side in zip(*pairs))     # (E, k, m, r), (E, k, r, n)
-            A, B = A.transpose(1, 2).flatten(2), B.flatten(1, 2)                # (E, m, kr), (E, kr, n)
-            gA = (s * dW @ B.mT).unflatten(2, (-1, r)).transpose(1, 2)      # (E, k, m, r)
-            gB = (s * A.mT @ dW).unflatten(1, (-1, r))              # (E, k, r, n)
+            A, B = (s * torch.stack(side) for side in zip(*pairs))              # (E, k, m, r), (E, k, r, n)
+            A, B = A.transpose(1, 2).flatten(2).to(dW.dtype), B.flatten(1, 2).to(dW.dtype)
+            gA = (dW @ B.mT).unflatten(2, (-1, r)).transpose(1, 2)      # (E, m, kr) -> (E, k, m, r)
+            gB = (A.mT @ dW).unflatten(1, (-1, r))                      # (E, kr, n) -> (E, k, r, n)
         # Each in memory of its own: somebody may change one of them in place.
         return None, None, *(g.reshape(shape).to(ctx.like, copy=True)
                              for side, shape in zip((gA, gB), ctx.shapes) for g in side)
@@ -518,23 +523,27 @@ class MutedExperts(hd_pissa.Muted):
     """Mixed in front of a module that owns stacks: in its forward, reading one gives the muted stack."""
 
     def forward(self, *args, **kwargs):
-        own = self.hd_pissa
-        if not torch.compiler.is_compiling():
-            own.first.before_forward(next(iter((*args, *kwargs.values()))))
-        before, own.muted = own.muted, {}       # made once a forward: loops read it for every expert
+        plain, own = super(hd_pissa.Muted, self).forward, self.hd_pissa
+        if torch.compiler.is_compiling():
+            return plain(*args, **kwargs)
+        own.first.before_forward(next(iter((*args, *kwargs.values()))))
+        before, own.here.muted = getattr(own.here, "muted", None), {}
         try:
-            return super(hd_pissa.Muted, self).forward(*args, **kwargs)
+            return plain(*args, **kwargs)
         finally:
-            own.muted = before
+            own.here.muted = before
 
 def read_stack(key: str, module: MutedExperts) -> torch.Tensor:
-    own, stack = module.hd_pissa, module._parameters[key]
-    if own.muted is None or not torch.is_grad_enabled():
-        return stack                            # to others it is the parameter
-    if key not in own.muted:
+    """The parameter, as everybody else sees it; in its module's forward the muted one."""
+    own, stack, made = module.hd_pissa, module._parameters[key], {}
+    if not torch.compiler.is_compiling():
+        made = getattr(own.here, "muted", None)
+    if made is None or not torch.is_grad_enabled():
+        return stack
+    if key not in made:                 # once a forward: loops read it for every expert
         slots = own.slots[key]
-        own.muted[key] = MuteExperts.apply(stack, slots, *(s.dA for s in slots), *(s.dB for s in slots))
-    return own.muted[key]
+        made[key] = MuteExperts.apply(stack, slots, *(s.dA for s in slots), *(s.dB for s in slots))
+    return made[key]
 
 @functools.cache
 def muted_class(plain: type, keys: tuple[str, ...]) -> type:
@@ -636,7 +645,8 @@ class Adapters(hd_pissa.Adapters):
                 self.owners.setdefault(slot.owner, {}).setdefault(slot.module.key, []).append(slot)
         for owner, slots in self.owners.items():
             plain, first = type(owner), next(iter(slots.values()))[0]
-            owner.hd_pissa = types.SimpleNamespace(plain_class=plain, slots=slots, first=first, muted=None)
+            owner.hd_pissa = types.SimpleNamespace(plain_class=plain, slots=slots, first=first,
+                                                   here=threading.local())
             owner.__class__ = muted_class(plain, tuple(slots))
 
     def detach_(self) -> None:
