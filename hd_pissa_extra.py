@@ -535,7 +535,7 @@ class MutedExperts(hd_pissa.Muted):
 
 def read_stack(key: str, module: MutedExperts) -> torch.Tensor:
     """The parameter, as everybody else sees it; in its module's forward the muted one."""
-    own, stack, made = module.hd_pissa, module._parameters[key], {}
+    own, stack, made = module.hd_pissa, nn.Module.__getattr__(module, key), {}
     if not torch.compiler.is_compiling():
         made = getattr(own.here, "muted", None)
     if made is None or not torch.is_grad_enabled():
