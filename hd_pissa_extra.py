@@ -964,11 +964,14 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
 
     def make(model, found, skipped, config, exchange, seed, place):
         check_arguments(dropout, gradients, basis, dtype, rounding, send)
-        if experts := {x.key for _, x in found if isinstance(x, Expert)} if dropout or accumulate else ():
+        keys = {x.key for _, x in found if isinstance(x, Expert)}
+        if keys and (dropout or accumulate):
             why = ("dropout: the input of one expert is not known" if dropout else
                    "accumulate (--export_lora): a LoRA file holds no experts")
-            rest = sorted({name.rpartition(".")[2] for name, x in found if not isinstance(x, Expert)})
-            raise ValueError(f"{why}; leave them out by exclude={sorted(experts)} or targets={rest}")
+            paths = [(name.split("."), isinstance(x, Expert)) for name, x in found]
+            own = sorted({path[-3] if path[2:] else path[-2] for path, expert in paths if expert})
+            rest = sorted({".".join(path[-1 - (path[-1] in keys):]) for path, expert in paths if not expert})
+            raise ValueError(f"{why}; leave experts out: exclude={own}, or --targets {','.join(rest)}")
         for name, module in found if dtype is not None else ():
             W = module.weight
             if dtype != W.dtype and (W.dtype, dtype) != (torch.float32, torch.bfloat16):
