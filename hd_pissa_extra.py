@@ -431,9 +431,9 @@ def stacks(model: nn.Module):
     """(module's name, module, key, parameter) of 3-D parameters that may be matrices; no convolutions."""
     for name, module in model.named_modules():
         for key, p in module._parameters.items():
-            if (p is not None and not nn.parameter.is_lazy(p) and p.dim() == 3 and min(p.shape) > 1
-                    and not hasattr(p, "to_local")
-                    and (key != "weight" or "expert" in type(module).__name__.lower())):
+            known = p is not None and not nn.parameter.is_lazy(p) and not hasattr(p, "to_local")
+            if known and p.dim() == 3 and min(p.shape) > 1 and (
+                    key != "weight" or "expert" in type(module).__name__.lower()):
                 yield name, module, key, p
 
 class Expert(nn.Module):
@@ -930,7 +930,7 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
            gradients: str = "local", send: str = "step", basis: str = "cached",
            dtype: torch.dtype | None = None, rounding: str = "exact", device=None, bucket_mb: int = 256,
            accumulate: bool = False, also=(), exclude=(), decompose=components, **core) -> Adapters:
-    """`hd_pissa.attach`, whose arguments it takes, with more of them.
+    """`hd_pissa.attach`, whose arguments it takes, with more of them. It adapts experts too (`find_layers`).
 
     init        also "random": A_i, B_i are slices of random orthonormal matrices, made again from the seed
                 when they are needed, and never kept, sent or saved. No SVD (not in the paper)

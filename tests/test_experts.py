@@ -101,7 +101,7 @@ def train(model, adapters, steps=3, start=0, call=None, **more):
     dtype = next(model.parameters()).dtype
     for t in range(start, start + steps):
         for i in range(adapters.S):
-            x, chosen = rows(K * t + adapters.first + i, **more)
+            x, chosen = rows(adapters.K * t + adapters.first + i, **more)
             with adapters.shard(i):
                 (call or model)(x.to(dtype), chosen).square().mean().backward()
         optimizer.step()
@@ -137,12 +137,13 @@ def test_a_stack_trains_as_its_experts_would_as_layers(options, is_transposed):
 
 def shards_on_processes(gradients):
     model = Mixture()
-    adapters = hd_pissa_extra.attach(model, R, shards=K, gradients=gradients)
+    adapters = hd_pissa_extra.attach(model, R, shards=4, gradients=gradients)
     return [W.tolist() for W in train(model, adapters)]
 
 
 @pytest.mark.parametrize("gradients", ["local", "global"])
 def test_two_processes_equal_one(gradients, tmp_path):
+    """Two shards on each: a second backward adds to the gradients of the first."""
     expected = shards_on_processes(gradients)
     for result in spawn(2, shards_on_processes, tmp_path, gradients):
         for a, b in zip(result, expected):
