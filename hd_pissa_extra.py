@@ -459,7 +459,7 @@ class Expert(nn.Module):
         return self.seen
 
 class ExpertLinear(Expert, nn.Linear):
-    """The same where the stack keeps (n, m), as nn.Linear does."""
+    """The same where the stack keeps (n, m), as nn.Linear does; only init="lora" tells the two apart."""
 
 class ExpertSlot(Slot):
     """One expert's matrix, which its module calls as a part of the stack."""
