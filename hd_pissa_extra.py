@@ -494,6 +494,9 @@ class MuteExperts(torch.autograd.Function):
     at once, from the tokens of each (zeros where it had none), and gives the gradients of residual PiSSA:
 
         g_A = s dW B_i^T      g_B = s A_i^T dW      (4.3), since dW = X^T dY
+
+    dW is as large as the stack, until its backward ends. (transformers' eager loop makes one an expert and
+    adds them up, grouped_mm and batched_mm make one.)
     """
 
     @staticmethod
