@@ -476,19 +476,28 @@ def test_checkpointing_gives_the_same(reentrant):
 
 
 def test_autocast_is_the_frozen_models_and_leaves_float32_gradients():
+    """Also where the backward runs under it: what autocast would do to the products of dW is not wanted."""
     model, (x, chosen) = Mixture(dtype=torch.float32).requires_grad_(False), rows(0)
     with torch.autocast("cpu", torch.bfloat16):
         frozen = model(x.float(), chosen)
-    adapters = hd_pissa_extra.attach(model, R)
-    with torch.autocast("cpu", torch.bfloat16):
-        out = model(x.float(), chosen)
-        assert torch.equal(out, frozen)
-        out.float().square().mean().backward()
-    coarse = [p.grad for p in adapters.parameters()]
-    adapters.next_step()
-    model(x.float(), chosen).square().mean().backward()
-    for a, p in zip(coarse, adapters.parameters()):
-        assert a.dtype == torch.float32 and (a - p.grad).norm() < 0.03 * p.grad.norm()
+    adapters = hd_pissa_extra.attach(model, R, targets="experts")
+
+    def gradients(autocast, inside):
+        adapters.next_step()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(x.float(), chosen)
+            loss = out.float().square().mean()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        assert torch.equal(out, frozen) == autocast
+        return [p.grad for p in adapters.parameters()]
+
+    coarse, within, fine = gradients(True, False), gradients(True, True), gradients(False, False)
+    for a, b, c in zip(coarse, within, fine):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+        assert 0 < (a - c).norm() < 0.03 * c.norm()
 
 
 def test_an_expert_without_tokens_stays_and_is_no_fault():
@@ -497,6 +506,10 @@ def test_an_expert_without_tokens_stays_and_is_no_fault():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         after = train(model, adapters, experts=3)
+    model(*rows(0, experts=3)).square().mean().backward()
+    zeros = {slot.name for slot in adapters.slots if not any(p.grad.any() for p in slot.leaves[0])}
+    assert zeros == {"experts.up.3", "experts.down.3"}, "zeros, as of any tensor: Adam's momentum goes on"
+    adapters.next_step()
     assert [torch.equal(a, b) for a, b in zip(before, after)] == 2 * [False, False, False, True]
     assert not any(torch.equal(a, b) for a, b in zip(after, train(model, adapters)))
 
