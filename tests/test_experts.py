@@ -463,6 +463,24 @@ def test_the_stack_is_muted_once_a_forward(monkeypatch):
     assert len(calls) == 4
 
 
+def test_the_shard_is_that_of_the_forward():
+    """A backward behind the context trains it too."""
+    model, (x, chosen), found = Mixture(), rows(0), []
+    adapters = hd_pissa_extra.attach(model, R, shards=K, targets="experts")
+    for inside in (True, False):
+        adapters.next_step()
+        with adapters.shard(1):
+            loss = model(x, chosen).square().mean()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        found.append([p.grad for p in adapters.parameters()])
+    half = len(found[0]) // 2
+    assert all(p is None for grads in found for p in grads[:half])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][half:], found[1][half:]))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_gives_the_same(reentrant):
     plain, again = Mixture(), Mixture()
