@@ -823,7 +823,7 @@ class Adapters(hd_pissa.Adapters):
                 self.fold(slot, *((Pt.T, Q) if slot.conv1d else (Q.T, Pt)))
         if self.sums is not None:
             self.sums += self.increments
-        # A slot's own view of a stack has a version of its own.
+        # Experts were folded through views; autograd is told that their parameters have changed.
         torch.autograd.graph.increment_version(
             [owner._parameters[key] for owner, slots in self.owners.items() for key in slots])
 
