@@ -536,7 +536,7 @@ class Adapters:
         modules = [*self.model.modules()]
         uses, live = uses_of(modules), {*map(id, modules)}
         faults = "; ".join(f"{s.name}.weight {fault}" for s in self.slots if (
-            fault := "is of a layer that was replaced" if id(s.module) not in live else
+            fault := "is of a layer that was replaced" if id(getattr(s, "owner", s.module)) not in live else
             s.fault() or ("is another module's too; tie before attach" if uses[place(s.W)] > 1 else "")))
         there = [[n > 0 or any(p.grad is not None for p in slot.leaves[i])
                   for n, slot in zip(row, self.slots)] for i, row in enumerate(self.seen)]     # (S, layers)
@@ -861,7 +861,7 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
                                  "detach_() on the former, or PEFT's merge_and_unload() (prompts: take "
                                  "get_base_model(); layers put into a plain model: load it anew)")
         least = rank * (1 if init == "top" else config["shards"])
-        found, skipped = find_layers(model, targets, exclude, least)
+        found, skipped = getattr(make, "find_layers", find_layers)(model, targets, exclude, least)
         if decompose is not None and found[0][1].weight.is_meta:
             raise ValueError(f"{found[0][0]}.weight is on the meta device: load the weights first")
         made.append(make(model, found, skipped, config, exchange, seed, found[0][1].weight.device))

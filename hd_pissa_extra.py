@@ -6,6 +6,7 @@
     dropout=              on the adapter's input, drawn in the backward (the paper's table 5)
     basis=, bucket_mb=    A_i, B_i of other processes gathered again at every merge; size of a collective
     accumulate=           sums of the increments, for `export_lora`: a finished run as a PEFT adapter
+    experts               of a mixture, which transformers 5 keeps side by side in 3-D parameters
 
 hd_pissa.py knows nothing of this file. Notation as there.
 """
@@ -15,6 +16,8 @@ import functools
 import math
 import os
 import shutil
+import threading
+import types
 import warnings
 import weakref
 
@@ -49,6 +52,8 @@ def shard_over_processes(model: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
     if world_size() == 1:
         raise ValueError("--shard_weights needs several processes; start them with torchrun")
+    if any(isinstance(module, MutedExperts) for module in model.modules()):
+        raise ValueError("--shard_weights: experts cannot be sharded; name the other layers in --targets")
     mesh = init_device_mesh(device.type, (world_size(),))
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     for blocks in reversed(lists):      # inner ones first, as fully_shard wants it
@@ -285,7 +290,7 @@ class Slot(hd_pissa.Slot):
                              "buffers)")
 
     def fault(self) -> str:
-        W = self.module._parameters.get("weight")
+        W = self.W
         if not hasattr(W, "to_local"):
             return super().fault()
         if W.dtype != self.dtype:
@@ -450,12 +455,177 @@ def round_stochastically(W: torch.Tensor, seed: int, start: int = 0) -> torch.Te
     u = scramble(at ^ (seed & 0x7FFFFFFF)) & 0xFFFF
     return ((bits + u) >> 16).to(torch.int16).view(torch.bfloat16)      # towards or away from zero
 
+# ---- Experts: matrices side by side in a 3-D parameter -------------------------------------------
+
+def stacks(model: nn.Module):
+    """(module's name, module, key, parameter) of 3-D parameters that may be matrices; no convolutions."""
+    for name, module in model.named_modules():
+        for key, p in module._parameters.items():
+            known = p is not None and not nn.parameter.is_lazy(p) and not hasattr(p, "to_local")
+            if known and p.dim() == 3 and min(p.shape) > 1 and (
+                    key != "weight" or "expert" in type(module).__name__.lower()):
+                yield name, module, key, p
+
+class Expert(nn.Module):
+    """Stands in for the layer that one expert would be: `weight`, (m, n), is its part of the stack."""
+
+    def __init__(self, owner: nn.Module, key: str, index: int):
+        nn.Module.__init__(self)
+        vars(self).update(owner=owner, key=key, index=index, seen=None)     # not as a submodule
+
+    @property
+    def stack(self):
+        return self.owner._parameters.get(self.key)
+
+    @property
+    def weight(self):
+        """Read anew, since somebody may have moved or replaced the stack; as before where it is none now."""
+        stack, old = self.stack, self.seen
+        if stack is None or hasattr(stack, "to_local"):
+            return old
+        W = stack.data[self.index]
+        if old is None or (W.data_ptr(), W.dtype, W.device) != (old.data_ptr(), old.dtype, old.device):
+            vars(self)["seen"] = nn.Parameter(W, requires_grad=False)
+        return self.seen
+
+class ExpertLinear(Expert, nn.Linear):
+    """The same where the stack keeps (n, m), as nn.Linear does; only init="lora" tells the two apart."""
+
+class ExpertSlot(Slot):
+    """One expert's matrix, which its module calls as a part of the stack."""
+
+    owner = property(lambda self: self.module.owner)
+    W = property(lambda self: self.module.weight)
+
+    def halve_(self) -> None:
+        """The whole stack, since it has one dtype: of all its experts."""
+        parts = [split(W) for W in self.module.stack.data]
+        self.module.stack.data = torch.stack([high for high, _ in parts])
+        for slot in self.owner.hd_pissa.slots[self.module.key]:
+            slot.was, slot.dtype = slot.kind(), slot.W.dtype
+            if slot.exact:
+                slot.low = parts[slot.module.index][1]
+                slot.note()
+
+    def fault(self) -> str:
+        if (stack := self.module.stack) is None:
+            return "is no parameter any more; parametrize before attach"
+        if hasattr(stack, "to_local"):
+            return "is sharded, but experts cannot be; leave them out with exclude=, or out of fully_shard"
+        if stack.requires_grad:
+            return "was made trainable; only merge_ changes it"
+        return super().fault()
+
+def make_slot(name: str, module: nn.Module, *rest) -> Slot:
+    return (ExpertSlot if isinstance(module, Expert) else Slot)(name, module, *rest)
+
+class MuteExperts(torch.autograd.Function):
+    """The stack as it is, for whatever the model multiplies it with; the backward gets dW of all its experts
+    at once, from the tokens of each (zeros where it had none), and gives the gradients of residual PiSSA:
+
+        g_A = s dW B_i^T      g_B = s A_i^T dW      (4.3), since dW = X^T dY
+
+    dW is as large as the stack, until its backward ends. (transformers' eager loop makes one an expert and
+    adds them up, grouped_mm and batched_mm make one.)
+    """
+
+    @staticmethod
+    def forward(ctx, stack, slots, *leaves):
+        ctx.slots, ctx.factors, ctx.like = slots, [(slot.A, slot.B) for slot in slots], leaves[0].dtype
+        ctx.shapes = leaves[0].shape, leaves[-1].shape          # (m, r), (r, n), or with k in front
+        return stack.view_as(stack)
+
+    @staticmethod
+    def backward(ctx, dW):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise NotImplementedError("create_graph=True: muted experts have first derivatives alone; "
+                                      "call adapters.detach_() for second ones")
+        s, r = ctx.slots[0].s, ctx.slots[0].r
+        with torch.autocast(dW.device.type, enabled=False):
+            dW = dW if ctx.slots[0].conv1d else dW.mT                           # (E, m, n)
+            pairs = [A.make(dW.device, ctx.like) if B is None else (A, B) for A, B in ctx.factors]
+            A, B = (s * torch.stack(side) for side in zip(*pairs))              # (E, k, m, r), (E, k, r, n)
+            A, B = A.transpose(1, 2).flatten(2).to(dW.dtype), B.flatten(1, 2).to(dW.dtype)
+            gA = (dW @ B.mT).unflatten(2, (-1, r)).transpose(1, 2)      # (E, m, kr) -> (E, k, m, r)
+            gB = (A.mT @ dW).unflatten(1, (-1, r))                      # (E, kr, n) -> (E, k, r, n)
+        # Each in memory of its own: somebody may change one of them in place.
+        return None, None, *(g.reshape(shape).to(ctx.like, copy=True)
+                             for side, shape in zip((gA, gB), ctx.shapes) for g in side)
+
+class MutedExperts(hd_pissa.Muted):
+    """Mixed in front of a module that owns stacks: in its forward, reading one gives the muted stack."""
+
+    def forward(self, *args, **kwargs):
+        plain, own = super(hd_pissa.Muted, self).forward, self.hd_pissa
+        if torch.compiler.is_compiling():
+            return plain(*args, **kwargs)
+        own.first.before_forward(next(iter((*args, *kwargs.values()))))
+        before, own.here.muted = getattr(own.here, "muted", None), {}
+        try:
+            return plain(*args, **kwargs)
+        finally:
+            own.here.muted = before
+
+def read_stack(key: str, module: MutedExperts) -> torch.Tensor:
+    """The parameter, as everybody else sees it; in its module's forward the muted one."""
+    own, stack, made = module.hd_pissa, nn.Module.__getattr__(module, key), {}
+    if not torch.compiler.is_compiling():
+        made = getattr(own.here, "muted", None)
+    if made is None or not torch.is_grad_enabled():
+        return stack
+    if key not in made:                 # once a forward: loops read it for every expert
+        slots = own.slots[key]
+        made[key] = MuteExperts.apply(stack, slots, *(s.dA for s in slots), *(s.dB for s in slots))
+    return made[key]
+
+@functools.cache
+def muted_class(plain: type, keys: tuple[str, ...]) -> type:
+    return type(f"Muted{plain.__name__}", (MutedExperts, plain),
+                {key: property(functools.partial(read_stack, key)) for key in keys})
+
+def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int = 1):
+    """`hd_pissa.find_layers`, and (name, Expert) of each matrix in a stack, "<module>.<parameter>.<index>".
+
+    A suffix selects a stack where it ends one of these names, or the parameter's or the module's: "experts".
+    "all-linear" takes stacks that are called experts, by class or name.
+    """
+    targets, exclude = ([t] if isinstance(t, str) else [*(t or ())] for t in (targets, exclude))
+    found, skipped, used, uses = [], {}, set(), hd_pissa.uses_of(model.modules())
+    for path, module, key, p in stacks(model):
+        name = f"{path}.{key}".lstrip(".")
+        names = path, name, *(f"{name}.{i}" for i in range(len(p)))
+        hits, outs = ({t for t in ts if any(f".{x}".endswith(f".{t}") for x in names)}
+                      for ts in (targets, exclude))
+        used |= hits | outs
+        every = "all-linear" in targets and "expert" in f"{path} {type(module).__name__}".lower()
+        if not (every or hits or outs):
+            continue                    # hd_pissa.find_layers tells of it
+        small = min(p.shape[1:]) < least
+        reasons = {"in exclude": outs, "a forward of its own": "forward" in vars(module),
+                   "tied weight": uses[hd_pissa.place(p)] > 1,
+                   f"fewer than K r = {least} components": small and not hits}
+        skipped[name] = next((reason for reason, holds in reasons.items() if holds), None)
+        if skipped[name] is None and small:
+            raise ValueError(f"{name} is {(*p.shape,)}: K r = {least} components are needed, it has "
+                             f"{min(p.shape[1:])}; lower rank or shards, or use exclude=[{name!r}]")
+        if skipped[name] is None:
+            kind = Expert if getattr(module, "is_transposed", False) else ExpertLinear
+            found += [(f"{name}.{i}", kind(module, key, i)) for i in range(len(p))]
+    linear = [name for name, module in model.named_modules()
+              if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"]
+    targets, exclude = ([t for t in ts if t not in used or any(f".{x}".endswith(f".{t}") for x in linear)]
+                        for ts in (targets, exclude))
+    layers, others = [], dict.fromkeys(linear, "not in targets")
+    if targets and linear or not found:         # not where experts alone are meant
+        layers, others = hd_pissa.find_layers(model, targets, exclude, least)
+    return layers + found, {name: why for name, why in (others | skipped).items() if why}
+
 # ---- Adapters for long and large runs ------------------------------------------------------------
 
 class Adapters(hd_pissa.Adapters):
     """hd_pissa.Adapters with the options of `attach` below. Each is one method of the core, extended."""
 
-    Slot = Slot
+    Slot = staticmethod(make_slot)
 
     def __init__(self, model, found, skipped, config, exchange, seed, device, *, init, also, dropout,
                  gradients, send, basis, rounding, bucket_mb, accumulate):
@@ -470,6 +640,7 @@ class Adapters(hd_pissa.Adapters):
         self.divide_by(self.K)
         self.applied, self.folded = torch.ones(()), torch.zeros(())
         self.sums = torch.zeros_like(self.increments) if accumulate else None   # of merged increments
+        self.owners: dict[nn.Module, dict] = {}     # of stacks: {parameter: slots of its experts}
         self.backwards: dict[tuple, int] = {}   # by (layer, shard): dropout draws anew each time
         self.buckets = []
         for slot in self.slots:
@@ -497,6 +668,26 @@ class Adapters(hd_pissa.Adapters):
             if self.init == "random":
                 first, k = (0, self.K) if self.whole_batch else (self.first + i, 1)
                 slot.A, slot.B = Seeded(slot, self.seed, first, k), None
+
+    # -- experts
+
+    def mute_experts(self) -> None:
+        """Give every module that owns stacks its muted class; the stand-ins themselves are never called."""
+        for slot in self.slots:
+            if isinstance(slot, ExpertSlot):
+                self.owners.setdefault(slot.owner, {}).setdefault(slot.module.key, []).append(slot)
+        for owner, slots in self.owners.items():
+            plain, first = type(owner), next(iter(slots.values()))[0]
+            owner.hd_pissa = types.SimpleNamespace(plain_class=plain, slots=slots, first=first,
+                                                   here=threading.local())
+            owner.__class__ = muted_class(plain, tuple(slots))
+
+    def detach_(self) -> None:
+        super().detach_()
+        while self.owners:
+            owner, _ = self.owners.popitem()
+            owner.__class__ = owner.hd_pissa.plain_class
+            del owner.hd_pissa
 
     # -- parameters that train whole beside the adapters
 
@@ -662,6 +853,9 @@ class Adapters(hd_pissa.Adapters):
                 self.fold(slot, *((Pt.T, Q) if slot.conv1d else (Q.T, Pt)))
         if self.sums is not None:
             self.sums += self.increments
+        # Experts were folded through views; autograd is told that their parameters have changed.
+        torch.autograd.graph.increment_version(
+            [owner._parameters[key] for owner, slots in self.owners.items() for key in slots])
 
     def fold(self, slot, left, right) -> None:
         """W += share left right; `applied` is the part that rounding let through, in one layer a step.
@@ -769,7 +963,7 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
            gradients: str = "local", send: str = "step", basis: str = "cached",
            dtype: torch.dtype | None = None, rounding: str = "exact", device=None, bucket_mb: int = 256,
            accumulate: bool = False, also=(), exclude=(), decompose=components, **core) -> Adapters:
-    """`hd_pissa.attach`, whose arguments it takes, with more of them.
+    """`hd_pissa.attach`, whose arguments it takes, with more of them. It adapts experts too (`find_layers`).
 
     init        also "random": A_i, B_i are slices of random orthonormal matrices, made again from the seed
                 when they are needed, and never kept, sent or saved. No SVD (not in the paper)
@@ -798,10 +992,19 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
     beside, = kept
     own = {id(p) for p in beside.values()}
     whole = [name for name, x in model.named_modules() if isinstance(x, nn.Linear) and id(x.weight) in own]
+    whole += [f"{name}.{key}".lstrip(".") for name, _, key, p in stacks(model) if id(p) in own]
     exclude = [*([exclude] if isinstance(exclude, str) else exclude), *whole]
 
     def make(model, found, skipped, config, exchange, seed, place):
         check_arguments(dropout, gradients, basis, dtype, rounding, send)
+        keys = {x.key for _, x in found if isinstance(x, Expert)}
+        if keys and (dropout or accumulate):
+            why = ("dropout: the input of one expert is not known" if dropout else
+                   "accumulate (--export_lora): a LoRA file holds no experts")
+            paths = [(name.split("."), isinstance(x, Expert)) for name, x in found]
+            own = sorted({path[-3] if path[2:] else path[-2] for path, expert in paths if expert})
+            rest = sorted({".".join(path[-1 - (path[-1] in keys):]) for path, expert in paths if not expert})
+            raise ValueError(f"{why}; leave experts out: exclude={own}, or --targets {','.join(rest)}")
         for name, module in found if dtype is not None else ():
             W = module.weight
             if dtype != W.dtype and (W.dtype, dtype) != (torch.float32, torch.bfloat16):
@@ -811,12 +1014,13 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
                         init=init, also=beside, dropout=dropout, gradients=gradients, send=send,
                         basis=basis, rounding=rounding, bucket_mb=bucket_mb, accumulate=accumulate)
 
-    seeded = init == "random"
+    seeded, make.find_layers = init == "random", find_layers
     adapters = hd_pissa.attach(model, rank, init="hd_pissa" if seeded else init, make=make,
                                decompose=None if seeded else decompose, exclude=exclude, **core)
     ref = weakref.ref(adapters)
     for p in beside.values():
         p.requires_grad_(True).register_post_accumulate_grad_hook(lambda _: _refuse_collected(ref))
+    adapters.mute_experts()
     for slot in adapters.slots:
         if dtype == torch.bfloat16 and slot.module.weight.dtype == torch.float32:
             slot.halve_()

@@ -299,6 +299,17 @@ def check_exportable(model, layers) -> None:
                          f"others alone: --targets {','.join(sorted(kept - gone))}")
 
 
+def check_layers(args, model, layers) -> None:
+    """ValueError for what this run cannot do with its layers: before they are decomposed."""
+    plain = [(name, module) for name, module in layers if not isinstance(module, hd_pissa_extra.Expert)]
+    if args.shard_weights and len(plain) < len(layers):
+        kinds = ",".join(sorted({".".join(name.split(".")[-2:]) for name, _ in plain}))
+        raise ValueError("--shard_weights: experts in 3-D parameters cannot be sharded; leave them out, "
+                         f"--targets {kinds}")
+    if args.export_lora:
+        check_exportable(model, plain)
+
+
 def export(args, model, adapters, sums: dict, held, device, load_model) -> float:
     """Write the run as a PEFT adapter in OUT/lora, load it into PEFT and compare; its relative error.
 

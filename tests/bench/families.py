@@ -23,6 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
 import hd_pissa  # noqa: E402
+import hd_pissa_extra  # noqa: E402
 
 PAGE = HERE.parents[1] / "tutorial" / "using" / "README.md"
 RANK, SHARDS, STEPS, VOCABULARY = 2, 2, 3, 64
@@ -198,11 +199,12 @@ def measure(family: str) -> dict:
     with torch.no_grad():
         frozen = logits(model, inputs)
     try:
-        adapters = hd_pissa.attach(model, RANK, shards=SHARDS)
+        # With the core's decomposition: but for experts these are hd_pissa.attach's numbers.
+        adapters = hd_pissa_extra.attach(model, RANK, shards=SHARDS, decompose=hd_pissa.components)
         weights = {slot.name: slot.module.weight for slot in adapters.slots}
         before = {name: W.clone() for name, W in weights.items()}
         found |= {"layers": len(weights), "left_out": dict(Counter(adapters.skipped.values())),
-                  "share": sum(sizes.get(id(W), 0) for W in weights.values()) / sum(sizes.values())}
+                  "share": sum(W.numel() for W in weights.values()) / sum(sizes.values())}
         with torch.no_grad():
             found["step0"] = torch.equal(logits(model, inputs), frozen)
         with warnings.catch_warnings():
