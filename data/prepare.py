@@ -347,8 +347,9 @@ def prepare(name: str, sources: dict, tokenizer, model: str, out: Path, seed: in
     described = {key: source.identity | {"form": source.form} for key, source in sources.items()}
     settings = {"set": name, "model": model, "tokenizer": identity(tokenizer), "seed": seed,
                 "part": PART, "sources": described}
-    work = out.with_name(out.name + ".tmp")
-    if out.exists():
+    out = out if out.name not in ("", "..") else Path(os.path.abspath(out))
+    work = Path(f"{out}.tmp")
+    if os.path.lexists(out):
         try:
             manifest = read_manifest(out)
         except ValueError as e:

@@ -756,12 +756,15 @@ COMMANDS = {
     "boolq --fields question=a": ["--from file", "--data prepared/a,prepared/b"],
     "boolq --from FILE --seed x": ["--seed", "'x'"],
     "boolq --from FILE --model ./nowhere": ["--model ./nowhere", "no such directory"],
+    **{f"boolq --from FILE --out {out}": ["something else already", "another --out"]
+       for out in (".", "x/..", "/", "./", "link")},
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_bad_commands(command, tmp_path, capsys, monkeypatch):
     path = jsonl(tmp_path / "a.jsonl", [RAW["boolq"][0]])
+    (tmp_path / "link").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path)
     line = refused(command.replace("FILE", path).split(), capsys)
     assert all(word in line for word in COMMANDS[command]), line
