@@ -122,6 +122,16 @@ def test_nothing_that_a_run_reads_is_replaced(copy):
     folder.check_ours(copy, "scratch", None, str(copy.parent / "elsewhere.jsonl"))
 
 
+@pytest.mark.parametrize("name, value", [("wte.weight", float("inf")), ("ln_f.bias", float("nan"))])
+def test_a_damaged_model_is_named(name, value, tmp_path, capsys):
+    """In whatever weight, adapted or not: else its logits are NaN, which the step-0 check would call unlike."""
+    state = torch.load(ROOT / "data" / "base.pt", weights_only=True)
+    state[name].view(-1)[3] = value
+    torch.save(state, tmp_path / "damaged.pt")
+    error = refused(capsys, tmp_path / "out", "--model", tmp_path / "damaged.pt", "--lr", "1e-2")
+    assert f"{name} holds NaN or Inf; the file is damaged" in error and not (tmp_path / "out").exists()
+
+
 def test_links_to_empty_folders_are_followed_to_write(tmp_path):
     """OUT/checkpoint on another disk: its files lie there, and the link stays."""
     (tmp_path / "out").mkdir()

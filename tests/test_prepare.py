@@ -768,7 +768,7 @@ def test_bad_commands(command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = refused(command.replace("FILE", path).split(), capsys)
     assert all(word in line for word in COMMANDS[command]), line
-    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "link"]
 
 
 def test_models_and_their_tokenizers(tmp_path, capsys, monkeypatch):
@@ -922,6 +922,10 @@ FOREIGN = {
     "settings that are a link": lambda work,
     other: (work.mkdir(), (work / "settings.json").symlink_to(other)),
     "a link called whole": lambda work, other: (work.mkdir(), (work / "whole").symlink_to(other)),
+    "our names without settings": lambda work,
+    other: (work.mkdir(), (work / "00_00000.part").write_text("x")),
+    "a whole set without settings": lambda work,
+    other: ((work / "whole").mkdir(parents=True), (work / "whole" / "tokens.bin").write_text("x")),
 }  # fmt: skip
 
 
