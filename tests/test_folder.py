@@ -124,7 +124,7 @@ def test_nothing_that_a_run_reads_is_replaced(copy):
 
 @pytest.mark.parametrize("name, value", [("wte.weight", float("inf")), ("ln_f.bias", float("nan"))])
 def test_a_damaged_model_is_named(name, value, tmp_path, capsys):
-    """In whatever weight, adapted or not: else its logits are NaN, which the step-0 check would call unlike."""
+    """In whatever weight, adapted or not: its logits are NaN, which the step-0 check would call unlike."""
     state = torch.load(ROOT / "data" / "base.pt", weights_only=True)
     state[name].view(-1)[3] = value
     torch.save(state, tmp_path / "damaged.pt")
