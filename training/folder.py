@@ -142,10 +142,15 @@ def alone(out: Path):
                 path.rmdir()
 
 
+def inputs(args) -> list[str | None]:
+    """What the flags of a run name that is read: paths, or lists of such."""
+    return [getattr(args, flag) for flag in ("model", "data", "eval_data", "eval", "tokenizer")]
+
+
 def check_ours(out: Path, *inputs: str | None) -> None:
     """ValueError if OUT holds what no run has written, cannot be written, or an input of the run lies in it.
 
-    inputs      --model, and what other flags read: paths, or lists of such
+    inputs      as the function of that name gives them
     """
     def foreign(path):
         unmarked = path.name == "config.json.tmp"           # killed before the mark had its name
