@@ -116,6 +116,7 @@ def test_the_base_model_is_never_replaced(copy, capsys):
 def test_nothing_that_a_run_reads_is_replaced(copy):
     """A data file at a name that a run writes, alone, in a list with weights, or of a list of sets."""
     rows = copy / "eval.jsonl"
+    rows.write_text("{}")
     for text in (rows, f"0.5:{rows},0.5:elsewhere.jsonl", f"elsewhere.jsonl, {rows}", copy / "model.pt"):
         with pytest.raises(ValueError, match="a result would replace it"):
             folder.check_ours(copy, "scratch", None, str(text))
