@@ -19,6 +19,7 @@ import json
 import os
 import re
 import stat
+import unicodedata
 import zlib
 
 # format: the fields that make it. The first that fits is taken: rows may carry the same text twice.
@@ -27,15 +28,19 @@ FORMATS = {"messages": ("messages",), "sharegpt": ("conversations",),
            "alpaca": ("instruction", "output"), "prompt": ("prompt", "completion"),
            "text": ("text",)}
 MORE = ("input", "context", "history")      # what instruction and alpaca may have beside them
+SYSTEM = ("system", "system_prompt")        # what any of them may have
 KNOWN = ("domain", "answer", "id")          # of use elsewhere, or no text
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
          "assistant": "assistant",
-         "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant"}
+         **dict.fromkeys(("gpt", "chatgpt", "model", "bot", "bing", "bard", "ai"), "assistant")}
 SPOKEN = ("role", "content", "from", "value")       # the fields of a turn
 CALLS = ("tool_calls", "function_call")             # of an answer that is none in words
-NEEDED = "rows need " + ", ".join("+".join(fields) for fields in FORMATS.values())
+NEEDED = ("rows need " + ", ".join("+".join(fields) for fields in FORMATS.values())
+          + "; columns of other names: data/prepare.py rows --from FILE --fields OURS=FILE'S,...")
 FILES = "a JSONL, JSON, CSV or Parquet file (.gz too), or a folder saved by datasets"
 PACKED = {b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PK\3\4": "zip", b"\x28\xb5\x2f\xfd": "zstd"}
+MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16",
+         b"\xfe\xff": "UTF-16"}
 KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
 
 
@@ -127,8 +132,9 @@ def csv_rows(path, file, tabs: bool):
                 raise ValueError(f"{path}:{reader.line_num}: more cells than columns; mend that "
                                  "row")
             yield f"{path}:{reader.line_num}", row
-    except csv.Error as e:
-        raise ValueError(f"{path}:{reader.line_num}: not CSV ({e}); mend that row") from None
+    except csv.Error as e:          # DictReader's own number is that of the last row it gave
+        raise ValueError(f"{path}:{reader.reader.line_num}: not CSV ({str(e).split(' - ')[0]}); "
+                         "mend that row") from None
 
 
 def needed(module: str, path):
@@ -197,9 +203,9 @@ def records(path):
             is_gzip = head[:2] == b"\x1f\x8b"
             with gzip.open(plain) if is_gzip else contextlib.nullcontext(plain) as file:
                 head = file.read(1 << 16)
-                if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    raise ValueError(f"{path}:1: not UTF-8 but UTF-16; save the file as UTF-8 "
-                                     "(iconv -f UTF-16 -t UTF-8)")
+                if kind := next((kind for mark, kind in MARKS.items() if head.startswith(mark)), ""):
+                    raise ValueError(f"{path}:1: not UTF-8 but {kind}; save the file as UTF-8 "
+                                     f"(iconv -f {kind} -t UTF-8)")
                 file.seek(0)
                 name = name.removesuffix(".gz")
                 if name.endswith((".csv", ".tsv")):
@@ -243,7 +249,7 @@ def turns_of(value, field: str) -> list[dict]:
         raise ValueError(f"field {field!r} is no list of turns; mend that row or leave it out")
     made = []
     for turn in value:
-        keys = ("from", "value") if "from" in turn else ("role", "content")
+        keys = ("from", "value") if turn.get("from") is not None else ("role", "content")
         role, content = text_of(turn.get(keys[0]), keys[0]), turn.get(keys[1])
         role = next((field for field in CALLS if turn.get(field)), role)
         made.append({"role": ROLES.get(role.lower(), role), "content": text_of(content, keys[1])})
@@ -277,10 +283,12 @@ def conversation(raw: dict, form: str) -> list[dict] | Dropped:
         texts += ["\n".join(text for text in question if text), text_of(last, FORMATS[form][-1])]
         made = [{"role": ("user", "assistant")[i % 2], "content": text}
                 for i, text in enumerate(texts)]
-    if (system := text_of(raw.get("system"), "system")) and made and made[0]["role"] != "system":
-        made.insert(0, {"role": "system", "content": system})
-    if made and made[0]["role"] == "system" and not made[0]["content"].strip():
-        del made[0]
+    system = next((text_of(raw[field], field) for field in SYSTEM if raw.get(field) is not None), "")
+    asked = [*itertools.dropwhile(lambda turn: turn["role"] == "system", made)]
+    said = [turn["content"] for turn in made[:len(made) - len(asked)] if turn["content"].strip()]
+    if said := said or [system] * bool(system.strip()):         # one turn: no template takes two
+        asked.insert(0, {"role": "system", "content": "\n\n".join(said)})
+    made = asked
     roles = [turn["role"] for turn in made]
     if other := [role for role in roles if role not in ROLES]:
         return Dropped(f"a turn of role {other[0][:40]!r}")
@@ -298,10 +306,12 @@ def domain_of(row: dict) -> str:
 
 
 def text_key(turns: list[dict]) -> int:
-    """64 bits that equal texts share, whatever their format, blanks and system prompt."""
-    parts = [f"{turn['role']}:{' '.join(turn['content'].split())}" for turn in turns
+    """64 bits that equal texts share, whatever their format, blanks, system prompt, spelling of
+    accents, and turns behind the last answer, which is where training stops."""
+    last = max((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
+    parts = [f"{turn['role']}:{' '.join(turn['content'].split())}" for turn in turns[:last + 1]
              if turn["role"] != "system"]
-    joined = "\0".join(parts).encode("utf-8", "replace")
+    joined = unicodedata.normalize("NFC", "\0".join(parts)).encode("utf-8", "replace")
     return int.from_bytes(hashlib.blake2b(joined, digest_size=8).digest(), "big")
 
 
@@ -330,14 +340,18 @@ def usable(pairs, path, form: str | None, account: dict):
     pairs = iter(pairs)
     some = list(itertools.islice(pairs, 100))
     for place, raw in itertools.chain(some, pairs):
+        account["read"] += 1
+        if raw is None:
+            drop(account, "a row of null", place)
+            continue
         if not isinstance(raw, dict):
             raise ValueError(f"{place}: a {type(raw).__name__}, not an object with fields; "
                              f"{NEEDED}")
         if form is None:
-            wrong = next((w for w, r in some if not isinstance(r, dict)), None)
+            wrong = next((w for w, r in some if not isinstance(r, (dict, type(None)))), None)
             form = recognise([r for _, r in some if isinstance(r, dict)], wrong or place)
-        account["format"], account["read"] = form, account["read"] + 1
-        used = {*FORMATS[form], *KNOWN, "system",
+        account["format"] = form
+        used = {*FORMATS[form], *KNOWN, *SYSTEM,
                 *(MORE if form in ("instruction", "alpaca") else ())}
         for field, value in raw.items():
             if field not in used and value is not None:

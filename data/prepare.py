@@ -283,7 +283,7 @@ def discard(folder: Path, itself: bool = True) -> None:
     """Remove what this program wrote there, and the folder itself if that was all."""
     if folder.is_symlink() or not folder.is_dir():
         return
-    for path in folder.iterdir():
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "settings.json"):    # the mark last
         if path.name == "whole":
             discard(path)
         elif OURS.fullmatch(path.name) or (folder.name == "whole"
@@ -299,10 +299,11 @@ def alone(work: Path):
     """Make and hold the folder; ValueError if another process has it, or it is not ours."""
     foreign = work.is_symlink() or work.exists() and not work.is_dir()
     if not foreign and work.exists():
-        there = [path.name for path in work.iterdir() if path.name != "whole" or path.is_symlink()]
-        known = read_settings(work)
-        foreign = (not all(OURS.fullmatch(name) for name in there)
-                   or "settings.json" in there and known is None)
+        there = {path.name for path in work.iterdir()}
+        foreign = (not all(OURS.fullmatch(name) for name in there - {"whole"})
+                   or (work / "whole").is_symlink()
+                   or read_settings(work) is None
+                   and not all(name.endswith(".tmp") for name in there))
     if foreign:
         raise ValueError(f"{work}: is needed for the parts, and holds what prepare.py did not "
                          "write; move it away, or give another --out")
@@ -347,8 +348,9 @@ def prepare(name: str, sources: dict, tokenizer, model: str, out: Path, seed: in
     described = {key: source.identity | {"form": source.form} for key, source in sources.items()}
     settings = {"set": name, "model": model, "tokenizer": identity(tokenizer), "seed": seed,
                 "part": PART, "sources": described}
-    work = out.with_name(out.name + ".tmp")
-    if out.exists():
+    out = out if out.name not in ("", "..") else Path(os.path.abspath(out))
+    work = Path(f"{out}.tmp")
+    if os.path.lexists(out):
         try:
             manifest = read_manifest(out)
         except ValueError as e:

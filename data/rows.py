@@ -218,7 +218,8 @@ def read_manifest(folder) -> dict:
     """The manifest of a prepared set; ValueError if it is none, of another format, or changed."""
     path, again = Path(folder) / "manifest.json", "make it again with data/prepare.py"
     if not os.path.lexists(path):
-        raise ValueError(f"{folder}: no manifest.json, so no prepared set; {again}")
+        raise ValueError(f"{folder}: no prepared set, which has a manifest.json, nor a folder saved by "
+                         f"datasets; give a file in it, or {again}")
     regular(path, again)
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -277,13 +278,27 @@ def open_prepared(folder: str, tokenizer, report: dict | None = None) -> TokenFi
         raise ValueError(f"{folder} holds tokens of {manifest['settings']['model']}, whose "
                          "tokenizer is not this --model's; prepare it for this model, under "
                          "another --out")
-    verify(path, files)
+    again = "is not as data/prepare.py writes it; make it again"
+    changed = verify(path, files)
+    for name, dtype in zip(PARTS, kinds := (np.dtype(manifest["dtype"]), INDEX, np.dtype("<u4,<u4"))):
+        if files[name][0] % dtype.itemsize:
+            raise ValueError(f"{path / name} {again}")
     tokens, index, spans = (np.memmap(path / name, dtype, "r") if files[name][0]
-                            else np.zeros(0, dtype)
-                            for name, dtype in zip(PARTS, (manifest["dtype"], INDEX, "<u4")))
+                            else np.zeros(0, dtype) for name, dtype in zip(PARTS, kinds))
+    spans = spans.view("<u4").reshape(-1, 2)
+    vocabulary = tokenizer.vocabulary if hasattr(tokenizer, "vocabulary") else len(tokenizer.hf)
+    if (not within(index["start"], index["length"], len(tokens)) or not (index["length"] > 0).all()
+            or not within(index["spans"], index["turns"], len(spans))
+            or not (index["domain"] < len(domains)).all()
+            or changed and len(tokens) and tokens.max() >= vocabulary):
+        raise ValueError(f"{path} {again}")
     entry(report, str(folder)).update(format="prepared", read=len(index), kept=len(index))
-    return TokenFile(tokens, index, spans.reshape(-1, 2), domains, str(folder),
-                     repr([files[name] for name in PARTS]))
+    return TokenFile(tokens, index, spans, domains, str(folder), repr([files[name] for name in PARTS]))
+
+
+def within(start, length, total: int) -> bool:
+    """Do parts from `start` on, all of them, end within `total`?"""
+    return bool(((start <= total) & (length <= total - np.minimum(start, total))).all())
 
 
 def packed(path: str, tokenizer, form: str | None = None, report: dict | None = None,
@@ -520,6 +535,12 @@ def load(data: str, eval_data: str | None, eval_rows: int, tokenizer, block_size
         entry(report, "held out").update(read=len(held), kept=len(held))
     else:
         held = encode(held, tokenizer, block_size, "held out", **how)
+        if not eval_data and isinstance(rows, list):    # what --block_size has cut may be equal by now
+            there, account = {tuple(row[0]) for row in held}, report["to train on"]
+            rows = [row for row in rows if tuple(row[0]) not in there]
+            if also_held := account["kept"] - len(rows):
+                account["dropped"]["equal to a held-out row within --block_size"] = [also_held, ""]
+                account["kept"] = len(rows)
     report["to train on"]["doubled"] = doubled
     if also:
         note(report["held out"], "texts of --eval_data that are trained on too", also)

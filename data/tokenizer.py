@@ -7,6 +7,7 @@ model's chat template where it has one, else by a plain format.
 import base64
 import collections
 import contextlib
+import datetime
 import hashlib
 import importlib.util
 import os
@@ -27,6 +28,13 @@ PATTERN = r"'(?:[sdmt]|ll|ve|re)|\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
 # tiktoken's regular expressions overflow its stack at some 500,000 blanks: long runs go in pieces.
 LONG = re.compile(r"\s{50000}(?=\s)|\S{50000}(?=\S)")
 SECONDS, LATE = 10.0, 3         # that a chat template may take for a conversation; how often it may not
+# A template that writes today's date would give a run that goes on tomorrow other tokens. This one stands for
+# its clock: the day that Llama 3's template names where it has none.
+DAY = datetime.datetime(2024, 7, 26)
+CODES = {code: DAY.strftime("%" + code) for code in "AaBbdHIjMmpSYy"} | {"-d": "26", "-m": "7"}
+CLOCK = ("{%- macro strftime_now(format) -%}{{ format"
+         + "".join(f"|replace('%{code}', '{text}')" for code, text in CODES.items())
+         + " }}{%- endmacro %}{{ '' }}")
 MOST = 1_000_000                # characters that it may write beside the text it is given
 
 
@@ -200,7 +208,9 @@ class HFTokenizer(Tokenizer):
                    if token.special} | set(hf.all_special_tokens)
         self.special = sorted(special - {""}, key=len, reverse=True)
         self.control = set(hf.convert_tokens_to_ids(self.special))
-        self.spelled = re.compile("|".join(map(re.escape, self.special)))
+        # Characters of that plane that the data itself has hide too, behind numbers of their own.
+        self.spelled = re.compile("|".join([*map(re.escape, self.special), "[\U00100000-\U0010ffff]"]))
+        self.met = [*self.special]
         self.ends, self.turn_ends = [hf.eos_token_id], []
         self.takes_system, self.marks, self.late = True, False, 0
         # What the tokenizer puts before a text (bos). What it puts behind (eos) is no prompt's.
@@ -218,23 +228,17 @@ class HFTokenizer(Tokenizer):
     # is tokenized on its own.
 
     def hide(self, text: str) -> str:
-        if not self.spelled.search(text):
-            return text
-        if any(c >= "\U00100000" for c in text):
-            self.counts["special tokens in the text are control tokens"] += 1
-            return text
-        self.counts["special tokens in the text are taken as text"] += 1
-        return self.spelled.sub(lambda m: chr(0x100000 + self.special.index(m[0])), text)
+        found = set(self.spelled.findall(text))
+        self.counts["special tokens in the text are taken as text"] += not found.isdisjoint(self.special)
+        self.met += sorted(found - set(self.met))
+        return self.spelled.sub(lambda m: chr(0x100000 + self.met.index(m[0])), text)
 
     def tokens(self, text: str) -> list[int]:
         """Ids of a text in which special tokens are control tokens, hidden ones apart."""
         ids = []
         for i, part in enumerate(re.split("([\U00100000-\U0010ffff])", text)):
             if i % 2:
-                hidden = ord(part) - 0x100000
-                if hidden >= len(self.special):         # the data's own character
-                    return self.hf(text, add_special_tokens=False)["input_ids"]
-                ids += self.hf(self.special[hidden], add_special_tokens=False,
+                ids += self.hf(self.met[ord(part) - 0x100000], add_special_tokens=False,
                                split_special_tokens=True)["input_ids"]
             elif part and i:    # behind a token, as in the whole text: no blank is put in front
                 ids += self.hf(self.hf.eos_token + part, add_special_tokens=False)["input_ids"][1:]
@@ -246,10 +250,10 @@ class HFTokenizer(Tokenizer):
         return self.first
 
     def encode(self, text: str, control: bool = False) -> list[int]:
-        if control and self.spelled.search(text):       # a text that somebody has formatted already
+        if control and any(token in text for token in self.special):    # somebody has formatted it
             self.counts["texts spell special tokens, which are control tokens"] += 1
             return self.hf(text, add_special_tokens=False)["input_ids"]
-        return self.tokens(text if control else self.hide(text))
+        return self.tokens(self.hide(text))
 
     def plain_prompt(self, question: str) -> list[int]:
         return self.encode("Below is an instruction that describes a task. Write a response that "
@@ -263,7 +267,7 @@ class HFTokenizer(Tokenizer):
         is late again and again."""
         try:
             with within(SECONDS):
-                return self.hf.apply_chat_template(turns, **how)
+                return self.hf.apply_chat_template(turns, **self.dated, **how)
         except Exception as e:      # the time of a row may run out in a library that renames the error
             self.late += "no end within" in str(e)
             if self.late == LATE:
@@ -297,6 +301,7 @@ class HFTokenizer(Tokenizer):
         two = one + [{"role": "user", "content": "Second?"},
                      {"role": "assistant", "content": "No2."}]
         template = self.hf.get_chat_template() if hasattr(self.hf, "get_chat_template") else ""
+        self.dated = {"chat_template": CLOCK + template} if "strftime_now" in template else {}
         self.marks = self.hf.is_fast and bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
         try:
             if self.marks:

@@ -404,6 +404,36 @@ def test_a_batch_that_is_no_multiple_of_the_shards(using, tmp_path):
          using.small_model())  # fmt: skip
 
 
+def test_a_last_batch_that_is_too_small_is_refused_at_once(using, tmp_path):
+    """Trainer keeps the last batch by default: the end of the first epoch may be hours away."""
+    trainer, adapters = using.make(tmp_path, dataloader_drop_last=False)
+    for rows, fits in ((82, False), (84, True), (96, True)):
+        trainer.train_dataset = using.small_data(rows)
+        if fits:
+            trainer.get_train_dataloader()
+            continue
+        with pytest.raises(ValueError, match="2 rows for the 4 shards .* drop the last batch"):
+            trainer.train()
+    assert adapters.step == 0
+
+
+def test_labels_that_train_nothing_are_refused(using, tmp_path):
+    """All -100: no weight would move, and the log would say loss 0. One shard without is not in the loss."""
+    rows, none = using.small_data(16), torch.full((12,), -100)
+    trainer, adapters = using.make(tmp_path, max_steps=2)
+    trainer.train_dataset = [row | {"labels": none} for row in rows]
+    with pytest.raises(ValueError, match="a step without a token to train: all its labels are -100"):
+        trainer.train()
+    assert adapters.step == 0
+    trainer, _ = using.make(tmp_path, max_steps=1)
+    rows = [row | {"labels": none} if i < 4 else row for i, row in enumerate(rows)]
+    trainer.train_dataset, trainer._get_train_sampler = rows, lambda *_: range(16)
+    before = [trainer.model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss.item()
+              for row in rows[4:]]
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(before) / 12, rel=1e-4)
+
+
 def test_its_warm_up_begins_at_zero(using, tmp_path):
     """The first step changes nothing and no complaint is made; the second one does."""
     base = using.small_model()

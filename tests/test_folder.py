@@ -98,13 +98,39 @@ def test_an_empty_name_is_the_current_folder(tmp_path, capsys, monkeypatch):
 
 
 def test_the_base_model_is_never_replaced(copy, capsys):
-    """--model OUT/model.pt --out OUT, by its name or by a link to it."""
+    """--model OUT/model.pt --out OUT, by its name, by a link to it, or where OUT/model.pt is the link."""
     before = contents(copy)
     (copy.parent / "link.pt").symlink_to(copy / "model.pt")
     for model in (copy / "model.pt", copy.parent / "link.pt"):
         error = refused(capsys, copy, "--model", model, "--lr", "1e-3", "--resume", "never")
-        assert "where the result would replace it" in error
+        assert f"{model} lies in --out {copy}" in error
     assert contents(copy) == before
+    base = copy.parent / "base.pt"
+    (copy / "model.pt").rename(base)
+    (copy / "model.pt").symlink_to(base)
+    before = base.read_bytes()
+    error = refused(capsys, copy, "--model", base, "--lr", "1e-3", "--resume", "never")
+    assert "a link there leads to it" in error and base.read_bytes() == before
+
+
+def test_nothing_that_a_run_reads_is_replaced(copy):
+    """A data file at a name that a run writes, alone, in a list with weights, or of a list of sets."""
+    rows = copy / "eval.jsonl"
+    rows.write_text("{}")
+    for text in (rows, f"0.5:{rows},0.5:elsewhere.jsonl", f"elsewhere.jsonl, {rows}", copy / "model.pt"):
+        with pytest.raises(ValueError, match="a result would replace it"):
+            folder.check_ours(copy, "scratch", None, str(text))
+    folder.check_ours(copy, "scratch", None, str(copy.parent / "elsewhere.jsonl"))
+
+
+@pytest.mark.parametrize("name, value", [("wte.weight", float("inf")), ("ln_f.bias", float("nan"))])
+def test_a_damaged_model_is_named(name, value, tmp_path, capsys):
+    """In whatever weight, adapted or not: its logits are NaN, which the step-0 check would call unlike."""
+    state = torch.load(ROOT / "data" / "base.pt", weights_only=True)
+    state[name].view(-1)[3] = value
+    torch.save(state, tmp_path / "damaged.pt")
+    error = refused(capsys, tmp_path / "out", "--model", tmp_path / "damaged.pt", "--lr", "1e-2")
+    assert f"{name} holds NaN or Inf; the file is damaged" in error and not (tmp_path / "out").exists()
 
 
 def test_links_to_empty_folders_are_followed_to_write(tmp_path):

@@ -51,6 +51,8 @@ SAME = {
                                                    {"type": "text", "text": "2 and 3"}],
                        "name": None}, ONE[1]]},
         {"conversations": [{"role": "human", "content": "Add.\n2 and 3"}, {"from": "GPT", "value": "5"}]},
+        {"conversations": [share(ONE)[0], {"from": "bing", "value": "5"}]},
+        {"messages": [{"from": None, "value": None, **turn} for turn in ONE]},      # as Parquet fills gaps
     ]),
     "two": (TWO, [
         {"messages": TWO}, {"conversations": share(TWO)}, {"prompt": TWO[:3], "completion": TWO[3:]},
@@ -64,6 +66,9 @@ SAME = {
         {"prompt": SYSTEM[:2], "completion": SYSTEM[2:]},
         {"prompt": "Hi", "completion": "Ho", "system": "Be kind."},
         {"messages": SYSTEM[1:], "system": "Be kind."},
+        {"instruction": "Hi", "output": "Ho", "system_prompt": "Be kind."},
+        {"prompt": "Hi", "completion": "Ho", "system": None, "system_prompt": "Be kind."},
+        {"messages": [{"role": "system", "content": ""}, *SYSTEM]},
         {"messages": [{"role": "developer", "content": "Be kind."}, *SYSTEM[1:]]},
     ]),
 }  # fmt: skip
@@ -138,6 +143,14 @@ def test_rows_without_a_conversation_are_dropped_and_counted(case, tmp_path):
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(ValueError, match=f"a.jsonl:1: {reason}, and no row is left of 1; rows need"):
         formats.read_rows(path, name)
+
+
+@pytest.mark.parametrize("text", ["null\n%s\nnull\n", "[null, %s, null]"])
+def test_a_row_of_null_is_dropped_and_counted(text, tmp_path):
+    path, report = tmp_path / "a.json", {}
+    path.write_text(text % json.dumps({"text": "a"}))
+    assert [row.turns[0]["content"] for row in formats.read_rows(path, None, report)] == ["a"]
+    assert report[str(path)]["dropped"]["a row of null"][0] == 2 and report[str(path)]["read"] == 3
 
 
 def test_what_a_turn_has_beside_its_words_is_named(tmp_path):
@@ -334,7 +347,9 @@ BAD = {
     "header.csv": (b"instruction,response\n", [": holds no rows"]),
     "cells.csv": (b"instruction,response\na,b\na,b,c\n", [":3: more cells than columns"]),
     "twice.csv": (b"text,text\na,b\n", [":1: two columns have one name"]),
-    "quote.csv": (b'instruction,response\na,b\n"a,b\n', ["not CSV"]),
+    "quote.csv": (b'instruction,response\na,b\n"a,b\n', [":3: not CSV"]),
+    "cr.csv": (b"instruction,response\ra,b\r", [":1: not CSV"]),
+    "utf32.jsonl": (GOOD.decode().encode("utf-32"), [":1: not UTF-8 but UTF-32", "iconv -f UTF-32"]),
     "cut.jsonl.gz": (gzip.compress(GOOD * 50)[:-20], ["cannot be read to its end", "download it again"]),
     "spoilt.gz": (gzip.compress(GOOD * 50)[:30] + b"\xff" * 40, ["cannot be read to its end"]),
     "a.zip": (b"PK\3\4aaaa", ["packed by zip", "unpack it"]),

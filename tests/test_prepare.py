@@ -756,16 +756,19 @@ COMMANDS = {
     "boolq --fields question=a": ["--from file", "--data prepared/a,prepared/b"],
     "boolq --from FILE --seed x": ["--seed", "'x'"],
     "boolq --from FILE --model ./nowhere": ["--model ./nowhere", "no such directory"],
+    **{f"boolq --from FILE --out {out}": ["something else already", "another --out"]
+       for out in (".", "x/..", "/", "./", "link")},
 }
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_bad_commands(command, tmp_path, capsys, monkeypatch):
     path = jsonl(tmp_path / "a.jsonl", [RAW["boolq"][0]])
+    (tmp_path / "link").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path)
     line = refused(command.replace("FILE", path).split(), capsys)
     assert all(word in line for word in COMMANDS[command]), line
-    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "link"]
 
 
 def test_models_and_their_tokenizers(tmp_path, capsys, monkeypatch):
@@ -799,7 +802,7 @@ def spoil_manifest(change):
 
 
 SPOILT = {
-    "no manifest": (lambda f: (f / "manifest.json").unlink(), ["no manifest.json", "data/prepare.py"]),
+    "no manifest": (lambda f: (f / "manifest.json").unlink(), ["no prepared set", "data/prepare.py"]),
     "no JSON": (lambda f: (f / "manifest.json").write_text("{"), ["not a prepared set's manifest"]),
     "no digests": (spoil_manifest(lambda m: m.pop("files")), ["not a prepared set's manifest", "KeyError"]),
     "newer": (spoil_manifest(lambda m: m.update(format=9)), ["format 9", "format 2"]),
@@ -864,6 +867,42 @@ def test_a_changed_manifest_is_refused(case, three, tmp_path):
     assert words in str(error.value) and "make it again" in str(error.value) and str(path) in str(error.value)
 
 
+def spoil_index(field, value):
+    def spoil(folder):
+        index = np.fromfile(folder / "index.bin", rows.INDEX)
+        index[field][7] = value
+        index.tofile(folder / "index.bin")
+
+    return spoil
+
+
+SEALED_ANEW = {
+    **{f"{field} {value}": spoil_index(field, value) for field, value in (
+        ("start", 1 << 40), ("start", (1 << 64) - 1), ("length", (1 << 32) - 1), ("length", 0),
+        ("domain", 99), ("turns", 3), ("spans", (1 << 64) - 1))},
+    "no token": lambda f: (f / "tokens.bin").write_bytes(b""),
+    "half a token": lambda f: os.truncate(f / "tokens.bin", (f / "tokens.bin").stat().st_size - 1),
+    "half a row": lambda f: os.truncate(f / "index.bin", (f / "index.bin").stat().st_size - 1),
+    "half a span": lambda f: (f / "spans.bin").write_bytes(b"1234"),
+    "ids beyond the vocabulary": lambda f: (f / "tokens.bin").write_bytes(
+        b"\xff" * (f / "tokens.bin").stat().st_size),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", SEALED_ANEW)
+def test_a_set_that_points_beyond_itself_is_refused(case, three, tmp_path):
+    """Whoever changes a file and writes the digests anew: one line, and no row is read."""
+    folder = tmp_path / "set1"
+    SEALED_ANEW[case](folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = {name: rows.digest(folder / name) for name in rows.PARTS}
+    manifest["digest"] = rows.seal(manifest)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (folder / "verified.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="is not as data/prepare.py writes it; make it again"):
+        rows.open_prepared(str(folder), GPTTokenizer())
+
+
 # ---- OUT.tmp -------------------------------------------------------------------------------------
 
 
@@ -883,6 +922,10 @@ FOREIGN = {
     "settings that are a link": lambda work,
     other: (work.mkdir(), (work / "settings.json").symlink_to(other)),
     "a link called whole": lambda work, other: (work.mkdir(), (work / "whole").symlink_to(other)),
+    "our names without settings": lambda work,
+    other: (work.mkdir(), (work / "00_00000.part").write_text("x")),
+    "a whole set without settings": lambda work,
+    other: ((work / "whole").mkdir(parents=True), (work / "whole" / "tokens.bin").write_text("x")),
 }  # fmt: skip
 
 

@@ -306,6 +306,25 @@ def test_templates_of_no_use_are_refused(case, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("marked", [False, True])
+def test_a_template_that_writes_the_date_writes_one_day(marked):
+    """A run that goes on after midnight has the same tokens; what the model saves keeps the clock."""
+    dated = ("\n{{ strftime_now('%d %b %Y %H:%M:%S.') }}{% macro day() %}{{ strftime_now('%B %-d') }}"
+             "{% endmacro %}{{ day() if strftime_now is defined }}")  # fmt: skip
+    answer = "{{ m.content }}</s>"
+    template = dated + (
+        LOOP + "{% if m.role == 'user' %}{{ m.content }}:{% else %}"
+        + ("{% generation %}" + answer + "{% endgeneration %}" if marked else answer) + "{% endif %}" + END
+    )  # fmt: skip
+    hf = byte_tokenizer(template)
+    tokenizer = HFTokenizer("x", hf)
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "r"}]
+    tokens, spans = tokenizer.conversation(chat)
+    assert tokenizer.decode(tokens) == "\n26 Jul 2024 00:00:00.July 26q:r</s>"
+    assert said(tokenizer, tokens, spans) == ["r</s>"] and tokenizer.prompt("q") == tokens[: spans[0][0]]
+    assert hf.chat_template == template
+
+
 def test_a_conversation_that_the_template_refuses_is_dropped():
     """Turns that must alternate: that row is dropped with the template's reason, the others stay."""
     template = TEMPLATES["chatml"][0].replace(
@@ -392,9 +411,11 @@ def test_special_tokens_in_the_text_are_text(family):
     assert len(spans) == 1 and chat[1]["content"] in tokenizer.decode(tokens[spans[0][0] :])
     assert chat[0]["content"] in tokenizer.decode(tokens)
     assert tokenizer.counts["special tokens in the text are taken as text"] == 2
-    # characters of the plane that hides them: such a row is counted instead
-    tokenizer.conversation([{"role": "user", "content": "\U00100000</s>"}, clean[1]])
-    assert tokenizer.counts["special tokens in the text are control tokens"] == 1
+    # as are characters of the plane that hides them
+    own = "\U00100000\U0010fffd</s>\U00100001"
+    tokens, _ = tokenizer.conversation([{"role": "user", "content": own}, clean[1]])
+    assert own in tokenizer.decode(tokens)
+    assert [t for t in tokens if t in tokenizer.control] == control
 
 
 def test_plain_prompt_has_bos_and_no_eos():
@@ -533,14 +554,18 @@ def test_seeds_are_those_of_the_loop():
 
 
 def variants(i):
-    """One text in several dresses: ids, blanks, another format's field names, a system prompt."""
-    q, a = f"What is {i}?", f"It is {i}."
+    """One text in several dresses: ids, blanks, another format's field names, a system prompt, accents as
+    one character or two, and a question behind the last answer, where training stops."""
+    q, a = f"What is {i}, é?", f"It is {i}."
+    chat = [{"role": "user", "content": q}, {"role": "assistant", "content": a}]
     return [
         {"instruction": q, "response": a, "id": i},
         {"instruction": f"  {q}\n", "response": a.replace(" ", "  ")},
-        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]},
-        {"instruction": "What is", "input": f"{i}?", "output": a},
+        {"messages": chat},
+        {"instruction": "What is", "input": f"{i}, é?", "output": a},
         {"system": "Be kind.", "instruction": q, "response": a},
+        {"instruction": q.replace("é", "e\u0301"), "response": a},
+        {"messages": [*chat, {"role": "user", "content": f"Thanks {i % 7}."}]},
     ]
 
 
@@ -548,8 +573,22 @@ def test_equal_texts_are_on_one_side():
     some = [row for i in range(300) for row in variants(i)]
     train, held = rows.hold_out(some)
     keys = [{formats.text_key(rows.turns_of(row)) for row in side} for side in (train, held)]
-    assert not keys[0] & keys[1] and len(held) == 5 * 15 and len(train) == 5 * 285
+    assert not keys[0] & keys[1] and len(held) == 7 * 15 and len(train) == 7 * 285
     assert rows.hold_out(some[::-1])[1] == held[::-1]
+
+
+def test_rows_that_are_equal_once_they_are_cut_are_on_one_side(tmp_path):
+    """Texts that differ behind --block_size alone: of those, what is held out is not trained on."""
+    some = [{"instruction": f"Q{i % 40}", "response": f"A{i % 40} " + "z " * 60 + str(i)} for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    report = {}
+    train, held, _ = rows.load(str(tmp_path / "a.jsonl"), None, 500, GPTTokenizer(), 32, report=report)
+    assert len(held) == 10 and not {tuple(row[0]) for row in train} & {tuple(row[0]) for row in held}
+    account = report["to train on"]
+    (dropped, _), = account["dropped"].values()
+    assert account["read"] == 190 and account["kept"] == len(train) == 190 - dropped
+    whole, _, _ = rows.load(str(tmp_path / "a.jsonl"), None, 500, GPTTokenizer(), 500)
+    assert len(whole) == 190
 
 
 def test_prepared_sets_and_files_agree_on_what_is_held_out(tmp_path):

@@ -285,7 +285,13 @@ def misfit(manifest: dict) -> str:
 
 
 def weights_of(model) -> str:
-    """A digest of the model's parameters, which its path may not tell."""
+    """A digest of the model's parameters, which its path may not tell; ValueError where one is NaN or Inf."""
+    def check():
+        for name, p in model.named_parameters():
+            if not p.isfinite().all():
+                raise ValueError(f"--model: {name} holds NaN or Inf; the file is damaged, get it again")
+
+    everywhere(check)
     sums = [(name, hd_pissa.checksum(p)) for name, p in model.named_parameters()]
     return hashlib.blake2b(repr(sums).encode(), digest_size=16).hexdigest()
 

@@ -19,11 +19,12 @@ from datetime import datetime
 from pathlib import Path
 
 import hd_pissa
+from data.rows import split_list, weighted
 from training.processes import everywhere, say
 
 FIXED = ("result.json", "spectra.json", "report.html", "eval.jsonl", "model.pt")
 MARKS = ("config.json", "log.jsonl", "files.json")
-FOLDERS = ("checkpoint", "model", "lora", "answers")
+FOLDERS = ("checkpoint", "model", "best", "lora", "answers")
 CHECKPOINT = r"tensors_\d+\.bin|manifest\.json"       # names of the files in a checkpoint
 
 
@@ -141,8 +142,16 @@ def alone(out: Path):
                 path.rmdir()
 
 
-def check_ours(out: Path, model: str) -> None:
-    """ValueError if OUT holds what no run has written, cannot be written, or has --model in it."""
+def inputs(args) -> list[str | None]:
+    """What the flags of a run name that is read: paths, or lists of such."""
+    return [getattr(args, flag) for flag in ("model", "data", "eval_data", "eval", "tokenizer")]
+
+
+def check_ours(out: Path, *inputs: str | None) -> None:
+    """ValueError if OUT holds what no run has written, cannot be written, or an input of the run lies in it.
+
+    inputs      as the function of that name gives them
+    """
     def foreign(path):
         unmarked = path.name == "config.json.tmp"           # killed before the mark had its name
         return not unmarked and (not path.is_dir() or any(path.iterdir()))
@@ -150,9 +159,11 @@ def check_ours(out: Path, model: str) -> None:
     def check():
         if hd_pissa.process_index() > 0:
             return
-        if os.path.exists(model) and inside(Path(model), out):
-            raise ValueError(f"--model {model} lies in --out {out}, where the result would replace it; "
-                             "give another --out")
+        read = [path for text in inputs if text for _, path in map(weighted, split_list(text))]
+        places = [out, *(out / name for name in (*FIXED, *MARKS, *FOLDERS, "best.pt"))]     # links, maybe
+        if risky := [p for p in read if os.path.exists(p) and any(inside(Path(p), q) for q in places)]:
+            raise ValueError(f"{risky[0]} lies in --out {out}, or a link there leads to it: a result would "
+                             "replace it; give another --out")
         if config_of(out) is None and (others := sorted(p.name for p in out.iterdir() if foreign(p))):
             raise ValueError(f"--out {out} holds {', '.join(others[:3])} and no config.json of a run: it "
                              "is not a run's; give a new or an empty folder")

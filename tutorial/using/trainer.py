@@ -58,6 +58,10 @@ class HDPissaMixin:
         return self.optimizer
 
     def get_train_dataloader(self):
+        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else 0
+        left = 0 if self.args.dataloader_drop_last else rows % self._train_batch_size
+        if left and hd_pissa.world_size() == 1:     # several processes get full batches: rows are repeated
+            deal(range(left), self.adapters.S)      # refused now, not at the end of the first epoch
         collate = self.data_collator
         self.data_collator = functools.partial(collate_dealt, collate, self.adapters.S)
         try:
@@ -69,14 +73,18 @@ class HDPissaMixin:
         """Micro-batches of a step, dealt out, and how many tokens every shard has in them."""
         batches, _ = super().get_batch_samples(batches, n, device)
         count = super().get_batch_samples
-        return batches, [count(iter(own), len(own), device)[1] for own in zip(*batches)]
+        tokens = [count(iter(own), len(own), device)[1] for own in zip(*batches)]
+        if tokens and all(n is not None and int(n) == 0 for n in tokens):
+            raise ValueError("a step without a token to train: all its labels are -100, so no weight would "
+                             "move; look at what the collator makes of your rows")
+        return batches, tokens
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         losses = []
         for s, (rows, tokens) in enumerate(zip(inputs, num_items_in_batch)):
             with self.adapters.shard(s):
                 losses.append(super().training_step(model, rows, tokens))
-        return torch.stack(losses).mean()
+        return torch.stack(losses).nanmean()        # that of a shard without a token to train is 0 / 0
 
     def floating_point_ops(self, inputs):
         return sum(map(super().floating_point_ops, inputs))
