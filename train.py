@@ -216,13 +216,13 @@ def fit(args, config, model, adapters, optimizer, batches, start, extra, device,
 
 def finish(args, model, tokenizer, adapters, held, watched, extra, device, examine) -> dict:
     """Take the adapters off, evaluate the plain model, write it all, and then print it."""
-    out, lows = Path(args.out), {slot.name: slot.low for slot in adapters.slots}
+    out, slots = Path(args.out), {slot.name: slot for slot in adapters.slots}
     adapters.detach_()
     after = evaluate(model, held, device, max(8, args.micro_batch_size), "evaluate result")
     exams = examine(args.max_steps, after)
     files = save(out, model, tokenizer, held, device, args.save_dtype)
-    trained = {name: hd_pissa_extra.whole(model.get_parameter(name + ".weight"), lows.get(name))
-               for name in watched}
+    trained = {name: hd_pissa_extra.whole(slots[name].W, slots[name].low) if name in slots else
+               hd_pissa_extra.whole(model.get_parameter(name + ".weight")) for name in watched}
     ranks, spectra = report.rank_of_update(args, watched, trained)
     result = {"before": extra["before"], "after": after, "effective_rank": ranks, "eval": exams,
               "samples": report.samples(out, args.max_steps), "best": lowest(exams)}
@@ -275,12 +275,12 @@ def run_in_folder(args, out: Path, device) -> dict:
         return result
     least = args.rank * (args.shards if args.method == "hd_pissa" and args.init != "top" else 1)
     beside = everywhere(lambda: hd_pissa_extra.also_parameters(model, args.also))
-    layers = [(name, module) for name, module in hd_pissa.find_layers(
-        model, args.targets, least=least)[0] if name + ".weight" not in beside]
+    find = (hd_pissa_extra if args.method == "hd_pissa" else hd_pissa).find_layers    # also experts
+    layers = [(name, module) for name, module in find(model, args.targets, least=least)[0]
+              if not {name + ".weight", name.rpartition(".")[0]} & beside.keys()]
     needed, result = checkpoint.bytes_of(args, model, layers)
     folder.check_room(out, needed, result * (1 + bool(args.eval_every)), args.keep, not resumed)
-    if args.export_lora:
-        everywhere(lambda: models.check_exportable(model, layers))
+    everywhere(lambda: models.check_layers(args, model, layers))
     batches = batches_of(args, model, rows, context)
     if args.gradient_checkpointing:
         models.checkpoint_activations(model)

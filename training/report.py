@@ -16,11 +16,16 @@ from training.processes import say
 from training.report_html import write_report
 
 
+def kind_of(name: str) -> str:
+    """The last part of a layer's name, or what an expert is the how many-th of."""
+    return next((part for part in reversed(name.split(".")) if not part.isdecimal()), name)
+
+
 def sampled(names: list[str]) -> list[str]:
     """Up to eight layers whose dW is looked at: of every kind in turn, spread over the depth."""
     kinds: dict[str, list[str]] = {}
     for name in names:
-        kinds.setdefault(name.rsplit(".", 1)[-1], []).append(name)
+        kinds.setdefault(kind_of(name), []).append(name)
     turns = zip(range(8), itertools.cycle(kinds.values()))
     return list(dict.fromkeys(group[(2 * i + 1) * len(group) // 16] for i, group in turns))
 
@@ -28,7 +33,7 @@ def sampled(names: list[str]) -> list[str]:
 def report_layers(args, adapters, names) -> None:
     kinds: dict[str, int] = {}
     for name in names:
-        kinds[name.split(".")[-1]] = kinds.get(name.split(".")[-1], 0) + 1
+        kinds[kind_of(name)] = kinds.get(kind_of(name), 0) + 1
     trained = "all weights" if args.method == "full" else ", ".join(f"{k} x{v}" for k, v in kinds.items())
     numbers = sum(p.numel() for p in adapters.parameters())
     say(f"trained: {trained}; {numbers:,} numbers with AdamW moments in this process")
