@@ -15,7 +15,6 @@ import contextlib
 import functools
 import math
 import os
-import shutil
 import threading
 import types
 import warnings
@@ -589,12 +588,12 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
     A suffix selects a stack where it ends one of these names, or the parameter's or the module's: "experts".
     "all-linear" takes stacks that are called experts, by class or name.
     """
-    targets, exclude = ([t] if isinstance(t, str) else [*(t or ())] for t in (targets, exclude))
+    targets, exclude = hd_pissa.suffixes(targets), hd_pissa.suffixes(exclude)
     found, skipped, used, uses = [], {}, set(), hd_pissa.uses_of(model.modules())
     for path, module, key, p in stacks(model):
         name = f"{path}.{key}".lstrip(".")
         names = path, name, *(f"{name}.{i}" for i in range(len(p)))
-        hits, outs = ({t for t in ts if any(f".{x}".endswith(f".{t}") for x in names)}
+        hits, outs = ({t for t in ts if any(f".{x}" == t or f".{x}".endswith(f".{t}") for x in names)}
                       for ts in (targets, exclude))
         used |= hits | outs
         every = "all-linear" in targets and "expert" in f"{path} {type(module).__name__}".lower()
@@ -993,7 +992,7 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
     own = {id(p) for p in beside.values()}
     whole = [name for name, x in model.named_modules() if isinstance(x, nn.Linear) and id(x.weight) in own]
     whole += [f"{name}.{key}".lstrip(".") for name, _, key, p in stacks(model) if id(p) in own]
-    exclude = [*([exclude] if isinstance(exclude, str) else exclude), *whole]
+    exclude = [*hd_pissa.suffixes(exclude), *whole]
 
     def make(model, found, skipped, config, exchange, seed, place):
         check_arguments(dropout, gradients, basis, dtype, rounding, send)
@@ -1083,20 +1082,50 @@ def lora_factors(adapters, slot, rank: int | None = None) -> tuple[torch.Tensor,
         P, Q = F.pad(P, (0, rank - len(Q))), F.pad(Q, (0, 0, 0, rank - len(Q)))
     return P, Q
 
+EXPORT = ("adapter_model.safetensors", "adapter_config.json")       # what an export writes, in this order
+MARK = {"format": "pt", "written_by": "hd_pissa_extra.export_lora"}
+
+def check_ours(folder: str) -> None:
+    """ValueError if a folder, or the one beside it that is filled first, holds what no export has written."""
+    from safetensors import SafetensorError, safe_open
+    for path in (folder, folder + ".tmp"):
+        there = os.listdir(path) if os.path.isdir(path) else [path] * os.path.lexists(path)
+        foreign = sorted(set(there) - set(EXPORT))
+        if there and not foreign and path == folder:
+            try:
+                with safe_open(os.path.join(path, EXPORT[0]), "pt") as file:
+                    foreign = [] if file.metadata() == MARK else [EXPORT[0]]
+            except (OSError, SafetensorError):
+                foreign = there
+        if foreign:
+            raise ValueError(f"{path} holds {foreign[0]}, which no export has written; give a new or "
+                             "an empty folder")
+
 @torch.no_grad()
 def export_lora(adapters, folder: str, base: dict, base_name: str = "", rank: int | None = None) -> float:
     """Write the run as a PEFT LoRA adapter of `rank` (None: 2Kr); its error |P Q - dW| / |dW|.
 
     base        state_dict of the weights that the run began with, base_name where PEFT finds them
     The adapter loads with PeftModel.from_pretrained(base_model, folder). Needs peft and safetensors.
-    Raises ValueError on every process without attach(accumulate=True), or where base is another model's.
+    Raises ValueError on every process without attach(accumulate=True), where base is another model's, or
+    where the folder holds anything but an earlier export.
     """
+    folder = os.path.abspath(folder)        # without a slash behind it
+
     def check_base():
+        try:
+            import peft  # noqa: F401
+            import safetensors  # noqa: F401
+        except ImportError:
+            raise ValueError("a LoRA export needs peft: pip install -r requirements-extra.txt") from None
         for slot in adapters.slots:
             W0 = base.get(slot.name + ".weight")
             if W0 is None or W0.shape != slot.module.weight.shape:
                 raise ValueError(f"base has no {slot.name}.weight of {tuple(slot.module.weight.shape)}; give "
                                  "the state_dict that the run began with")
+
+        if adapters.first == 0:
+            check_ours(folder)
 
     everywhere(check_base)
     tensors, squares = {}, torch.zeros((1, 2), dtype=torch.float64, device=adapters.device)
@@ -1111,21 +1140,21 @@ def export_lora(adapters, folder: str, base: dict, base_name: str = "", rank: in
     rank = 2 * adapters.K * adapters.r if rank is None else rank
 
     def write():
-        try:
-            from peft import LoraConfig
-            from safetensors.torch import save_file
-        except ImportError:
-            raise ValueError("a LoRA export needs peft: pip install -r requirements-extra.txt") from None
+        from peft import LoraConfig
+        from safetensors.torch import save_file
         if adapters.first == 0:
             task = "CAUSAL_LM" if hasattr(adapters.model, "generate") else None
-            unfinished = f"{folder}.tmp"
-            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished = folder + ".tmp"
             LoraConfig(r=rank, lora_alpha=rank, base_model_name_or_path=base_name, task_type=task,
                        fan_in_fan_out=adapters.slots[0].conv1d, inference_mode=True,
                        target_modules=[slot.name for slot in adapters.slots]).save_pretrained(unfinished)
-            save_file(tensors, os.path.join(unfinished, "adapter_model.safetensors"))
-            shutil.rmtree(folder, ignore_errors=True)
-            os.replace(unfinished, folder)
+            save_file(tensors, os.path.join(unfinished, EXPORT[0]), MARK)
+            if not os.path.lexists(folder):
+                os.rename(unfinished, folder)           # whole at once
+            else:
+                for name in EXPORT:
+                    os.replace(os.path.join(unfinished, name), os.path.join(folder, name))
+                os.rmdir(unfinished)
 
     everywhere(write)
     wrong, whole = gather_shards(squares).sum(0).tolist()      # of slices, or equal replicas

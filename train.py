@@ -256,7 +256,7 @@ def run(args) -> dict:
         return dry_run(args, load_model, STEPS)
     processes.check_machine(args, device)
     with processes.stoppable(), folder.alone(Path(args.out)), hd_pissa_extra.float32_products():
-        folder.check_ours(Path(args.out), args.model)
+        folder.check_ours(Path(args.out), *folder.inputs(args))
         return run_in_folder(args, Path(args.out), device)
 
 
@@ -322,11 +322,9 @@ def run_in_folder(args, out: Path, device) -> dict:
     return finish(args, model, tokenizer, adapters, held, watched, extra, device, examine)
 
 
+@processes.patient_streams()
 def main(argv=None) -> dict:
     """Run a command line; one sentence and exit status 2 for what the user can put right."""
-    for stream in (sys.stdout, sys.stderr):     # what a terminal cannot show ends no run
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     args = parse(sys.argv[1:] if argv is None else argv)
     try:
         return run(args)

@@ -164,6 +164,39 @@ def test_a_full_disk_leaves_no_adapter(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["lora"]
 
 
+FOREIGN = {
+    "a file beside them": ("lora", {"notes.txt": "precious", "adapter_config.json": "{}"}),
+    "another adapter": ("lora", {"adapter_model.safetensors": None, "adapter_config.json": "{}"}),
+    "a damaged one": ("lora", {"adapter_model.safetensors": "precious"}),
+    "a config alone": ("lora", {"adapter_config.json": "{}"}),
+    "a folder": ("lora", {"sub/thesis.txt": "precious"}),
+    "where it is written first": ("lora.tmp", {"thesis.txt": "precious"}),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_no_foreign_folder_is_emptied(case, tmp_path):
+    """Only an earlier export is replaced, told by its mark; a slash behind the folder changes nothing."""
+    pytest.importorskip("peft")
+    from safetensors.torch import save_file
+    name, files = FOREIGN[case]
+    for file, text in files.items():
+        path = tmp_path / name / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text) if text else save_file({"x": torch.zeros(2)}, path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    _, adapters, base = train_model(llama)
+    with pytest.raises(ValueError, match="which no export has written; give a new or an empty folder"):
+        hd_pissa_extra.export_lora(adapters, f"{tmp_path / 'lora'}/", base)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    again = tmp_path / "again"
+    for rank in (None, 3):
+        hd_pissa_extra.export_lora(adapters, f"{again}/", base, rank=rank)
+        assert sorted(path.name for path in again.iterdir()) == sorted(hd_pissa_extra.EXPORT)
+        assert json.loads((again / "adapter_config.json").read_text())["r"] == (rank or 8)
+    assert not (tmp_path / "again.tmp").exists()
+
+
 def test_refusals(tmp_path):
     weights, bias, data = problem()
     for options in ({}, {"accumulate": False}):         # adapters of the core, and of the extra file

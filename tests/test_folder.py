@@ -133,6 +133,17 @@ def test_a_damaged_model_is_named(name, value, tmp_path, capsys):
     assert f"{name} holds NaN or Inf; the file is damaged" in error and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("shell", ["exec >/dev/full 2>/dev/full", "exec <&- >&- 2>&-", "| head -1"])
+def test_a_run_survives_its_terminal(shell, tmp_path):
+    """A full disk behind the output, none at all, or a pipe whose reader has gone: the result is there."""
+    pipe = shell if shell[0] == "|" else ""
+    command = [sys.executable, str(ROOT / "train.py"), *TINY, "--out", str(tmp_path / "out")]
+    script = f'{"" if pipe else shell + "; "}"$@" {pipe}; exit ${{PIPESTATUS[0]}}'
+    ended = subprocess.run(["bash", "-c", script, "-", *command], capture_output=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "out" / "result.json").is_file() and weights(tmp_path / "out")
+
+
 def test_links_to_empty_folders_are_followed_to_write(tmp_path):
     """OUT/checkpoint on another disk: its files lie there, and the link stays."""
     (tmp_path / "out").mkdir()

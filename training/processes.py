@@ -15,6 +15,45 @@ import torch.distributed as dist
 import hd_pissa
 
 
+class Patient:
+    """A stream that cannot end a run: what a terminal cannot show is escaped; once its pipe is closed or its
+    disk full, or where there is none, nothing more is shown."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        return self.tried(self.stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self.tried(self.stream.flush)
+
+    def tried(self, act, *args):
+        try:
+            return act(*args)
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):      # what is in its buffer goes there at exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def patient_streams():
+    """Standard output and error as `Patient` in the block. A closed descriptor is opened, or the next file
+    would have its number, and get what libraries print."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)          # the lowest free number
+    with contextlib.redirect_stdout(Patient(sys.stdout)), contextlib.redirect_stderr(Patient(sys.stderr)):
+        yield
+
+
 def say(text: str) -> None:
     """Print on process 0 alone."""
     if hd_pissa.process_index() == 0:
