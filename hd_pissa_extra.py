@@ -109,6 +109,10 @@ def reduce_shards(whole: torch.Tensor) -> torch.Tensor:
     getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, whole)
     return out
 
+def nan_if_not_finite(tensors) -> torch.Tensor:
+    """0, or NaN where one of the tensors holds what is not finite."""
+    return torch.stack(torch._foreach_norm(tensors, math.inf)).amax() * 0 if tensors else torch.zeros(())
+
 # ---- W in bfloat16, exactly ----------------------------------------------------------------------
 
 TENSOR_CORES = "dtype" in torch.ops.aten.mm.overloads()     # since torch 2.8: bfloat16 in, float32 out
@@ -702,6 +706,7 @@ class Adapters(hd_pissa.Adapters):
         shards: exact where they have equally many tokens. In global mode it is the sum.
         """
         live = dict(self.model.named_parameters(remove_duplicate=False))
+        spoilt = nan_if_not_finite([g for row in self.gradients() for g in row]) if world_size() > 1 else 0.0
         for name, p in self.also.items():
             if live.get(name) is not p:
                 raise ValueError(f"{name} of also= was replaced after attach (fully_shard, assign=True), so "
@@ -711,7 +716,7 @@ class Adapters(hd_pissa.Adapters):
                                  "leave it in float32")
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             if world_size() > 1:
-                dist.all_reduce(p.grad)
+                dist.all_reduce(p.grad.add_(spoilt))        # all GradScalers leave such a step out, or none
             if not self.whole_batch:
                 p.grad.div_(self.K)
 
@@ -780,10 +785,18 @@ class Adapters(hd_pissa.Adapters):
                                          "over the processes; call adapters.collect_() first")
                     parts.append((leaf if g is None else g).flatten(1))
                     leaf.grad = None
-            own = reduce_shards(torch.cat(parts, dim=1))                # (S, columns)
+            # What is not finite here is so for all shards: all GradScalers leave such a step out, or none.
+            parts.append(nan_if_not_finite(parts).expand(self.K, 1))
+            own = reduce_shards(torch.cat(parts, dim=1))                # (S, columns + 1)
+            own = own[:, :-1] + own[:, -1:]
             for slot in slots:
                 for pair, gA, gB in zip(slot.leaves, *slot.views(own, slots[0].start)):
                     pair[0].grad, pair[1].grad = gA.clone(), gB.clone()
+
+    def squares(self) -> torch.Tensor:
+        """NaN also where a gradient of `also` is not finite: a GradScaler leaves that step out."""
+        also = [p.grad for p in self.also.values() if p.grad is not None]
+        return super().squares() + nan_if_not_finite(also).to(self.device)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Over all K shards and what `also` names."""
@@ -808,15 +821,22 @@ class Adapters(hd_pissa.Adapters):
         slots = [slot for slot in self.slots if slot.low is not None]
         for slot in slots:
             slot.local()
-        if not slots:
+        if not slots and not (self.also and world_size() > 1):
             return super().refuse(told)
-        then, now = (torch.cat(parts) for parts in zip(*((slot.sampled, slot.sample()) for slot in slots)))
-        same = (then == now).all()
-        column = same.double().expand(self.S, 1)            # travels with what the processes agree about
-        told, waits = super().refuse(column if told is None else torch.cat((told, column), dim=1))
-        if not told[self.first][-1]:
+        # Two columns travel with what the processes agree about: are low halves W's, was NaN put into `also`?
+        same, stepped = torch.ones((), device=self.device), bool(self.stepped)
+        if slots:
+            then, now = (torch.cat(side) for side in zip(*((slot.sampled, slot.sample()) for slot in slots)))
+            same = (then == now).all()
+        spoilt = nan_if_not_finite([p.grad for p in self.also.values()] or [same.float()]).isnan() & stepped
+        columns = torch.stack((same.double(), spoilt.double())).expand(self.S, 2)
+        told, waits = super().refuse(columns if told is None else torch.cat((told, columns), dim=1))
+        if any(row[-1] for row in told):
+            raise ValueError("merge_: a gradient of also= was not finite on one process, and others made "
+                             "the step; with a GradScaler call adapters.collect_() before scaler.unscale_()")
+        if not told[self.first][-2]:
             self.halved()
-        return [row[:-1] for row in told], waits
+        return [row[:-2] for row in told], waits
 
     def halved(self) -> list[Slot]:
         """Slots with low halves, which are those of W as it is now."""
@@ -1009,9 +1029,11 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
             if dtype != W.dtype and (W.dtype, dtype) != (torch.float32, torch.bfloat16):
                 raise ValueError(f"dtype={dtype} for {name}.weight of {W.dtype}: only float32 weights can be "
                                  "turned, into torch.bfloat16; use dtype=None")
-        return Adapters(model, found, skipped, config, exchange, seed, torch.device(device or place),
-                        init=init, also=beside, dropout=dropout, gradients=gradients, send=send,
-                        basis=basis, rounding=rounding, bucket_mb=bucket_mb, accumulate=accumulate)
+        adapters = Adapters(model, found, skipped, config, exchange, seed, torch.device(device or place),
+                            init=init, also=beside, dropout=dropout, gradients=gradients, send=send,
+                            basis=basis, rounding=rounding, bucket_mb=bucket_mb, accumulate=accumulate)
+        adapters.agreed += repr((dtype, accumulate))
+        return adapters
 
     seeded, make.find_layers = init == "random", find_layers
     adapters = hd_pissa.attach(model, rank, init="hd_pissa" if seeded else init, make=make,

@@ -132,3 +132,55 @@ def test_a_fresh_head_is_refused_whatever_its_name_and_the_remedies_work(name, t
     fresh().save_pretrained(tmp_path / "whole")
     again = kind.from_pretrained(tmp_path / "whole")
     assert hd_pissa.attach(again, 2).skipped[also[0]] == "output head"
+
+
+# ---- Steps that a GradScaler leaves out --------------------------------------------------------------------
+
+
+def scaled():
+    """On two processes, the second of which overflows at first: (scale, checksum of the head, message), for
+    whole-batch gradients, for also= with gradients summed before they are unscaled, and after."""
+    out = []
+    for options, order in ((dict(gradients="global"), 1), (dict(also=["2"]), 1), (dict(also=["2"]), 0)):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 10))
+        x = torch.randn((5, 12), generator=torch.Generator().manual_seed(0))
+        adapters, message = hd_pissa_extra.attach(model, 2, **options), ""
+        optimizer = torch.optim.SGD(adapters.parameters(), 1e-3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=4)
+        try:
+            for t in range(20):
+                loud = 300.0 if hd_pissa.process_index() and t < 8 else 1.0
+                with torch.autocast("cpu", torch.float16):
+                    loss = model(loud * x).float().square().sum()
+                scaler.scale(loss).backward()
+                if order:
+                    adapters.collect_()
+                    scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+                adapters.merge_()
+        except ValueError as e:
+            message = str(e)
+        out.append((scaler.get_scale(), hd_pissa.checksum(model[2].weight), message))
+    return out
+
+
+def test_scalers_of_all_processes_leave_the_same_steps_out(tmp_path):
+    """Else sums mix scales, or one process puts the other's Inf into the head. The other order is refused."""
+    pairs = [*zip(*spawn(2, scaled, tmp_path))]
+    for a, b in pairs[:2]:
+        assert a == b and a[2] == "" and a[0] < 2**16
+    assert all("collect_() before scaler.unscale_()" in message for _, _, message in pairs[2])
+
+
+def apart():
+    try:
+        dtype = torch.bfloat16 if hd_pissa.process_index() else None
+        hd_pissa_extra.attach(nn.Sequential(nn.Linear(12, 12)), 2, dtype=dtype)
+    except ValueError as e:
+        return str(e)
+
+
+def test_a_dtype_on_one_process_alone_is_refused(tmp_path):
+    assert all("processes disagree" in text for text in spawn(2, apart, tmp_path))
