@@ -42,7 +42,8 @@ EMBEDDING = ("lora embedding", "pissa r=16 embedding", "lora r=16 embedding", "h
 # The pairs of PROTOCOL.md, then those that stand for a basis from a seed until its runs are there.
 DECIDING = (("hd", "lora"), ("hd global", "hd"), ("global dct", "lora r=16"), ("global dct", "hd global"),
             ("global dct", "global random"), ("global dct embedding", "lora r=16 embedding"),
-            ("global dct embedding", "full"), ("global random", "lora r=16"), ("global random", "hd global"),
+            ("global dct embedding", "full"), ("global dct", "hira"), ("global dct", "hira r=16"),
+            ("global random", "lora r=16"), ("global random", "hd global"),
             ("global random embedding", "lora r=16 embedding"), ("global random embedding", "full"))
 BEYOND = ("hd interleaved", "hd dct", "hd beta2", "hd global mean", "global orthonormal",
           "global orthonormal muon", "global random")
@@ -486,7 +487,7 @@ def beyond_rows(data) -> list[str]:
     rows = []
     for suffix in ("", ", long"):
         for arm in shown(data, BEYOND, suffix):
-            base = data[("hd" if arm.name == "hd interleaved" else "hd global") + suffix]
+            base = data[("hd" if arm.config["gradients"] == "local" else "hd global") + suffix]
             if base.there:
                 rows.append([name_of(arm), str(arm.config["steps"]), f"{arm.best:g}", pm(arm), pm(base),
                              bytes_(arm.first["moments"]), against(data, arm, base)])
