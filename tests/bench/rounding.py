@@ -25,8 +25,8 @@ SEEDS = (0, 1)
 def run(flags: list[str]) -> dict:
     """Held-out losses of one run, mean and standard deviation of `applied` over its steps."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "train.py", "--threads", "1", "--device", "cpu", "--max_steps", "40", "--out",
-                   folder, *flags]
+        command = [sys.executable, "train.py", "--threads", "1", "--device", "cpu", "--max_steps", "40",
+                   "--out", folder, *flags]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
         result = json.loads((Path(folder) / "result.json").read_text())
         log = (Path(folder) / "log.jsonl").read_text().splitlines()
