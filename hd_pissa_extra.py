@@ -109,9 +109,9 @@ def reduce_shards(whole: torch.Tensor) -> torch.Tensor:
     getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, whole)
     return out
 
-def nan_if_not_finite(tensors) -> torch.Tensor:
+def nan_if_not_finite(tensors) -> torch.Tensor | float:
     """0, or NaN where one of the tensors holds what is not finite."""
-    return torch.stack(torch._foreach_norm(tensors, math.inf)).amax() * 0 if tensors else torch.zeros(())
+    return torch.stack(torch._foreach_norm(tensors, math.inf)).amax() * 0 if tensors else 0.0
 
 # ---- W in bfloat16, exactly ----------------------------------------------------------------------
 
@@ -796,7 +796,7 @@ class Adapters(hd_pissa.Adapters):
     def squares(self) -> torch.Tensor:
         """NaN also where a gradient of `also` is not finite: a GradScaler leaves that step out."""
         also = [p.grad for p in self.also.values() if p.grad is not None]
-        return super().squares() + nan_if_not_finite(also).to(self.device)
+        return super().squares() + nan_if_not_finite(also)
 
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Over all K shards and what `also` names."""
@@ -828,7 +828,8 @@ class Adapters(hd_pissa.Adapters):
         if slots:
             then, now = (torch.cat(side) for side in zip(*((slot.sampled, slot.sample()) for slot in slots)))
             same = (then == now).all()
-        spoilt = nan_if_not_finite([p.grad for p in self.also.values()] or [same.float()]).isnan() & stepped
+        also = [p.grad for p in self.also.values()]
+        spoilt = nan_if_not_finite(also).isnan() & stepped if also else torch.zeros_like(same)
         columns = torch.stack((same.double(), spoilt.double())).expand(self.S, 2)
         told, waits = super().refuse(columns if told is None else torch.cat((told, columns), dim=1))
         if any(row[-1] for row in told):

@@ -19,6 +19,7 @@ import twin
 from conftest import ROOT
 
 import hd_pissa
+import hd_pissa_extra
 
 USING = ROOT / "tutorial" / "using"
 NEEDS = {"trainer": ["accelerate"], "with_accelerate": ["accelerate"], "sft": ["trl"],
@@ -743,7 +744,7 @@ def test_families_are_measured(family, monkeypatch):
     assert {k: v for k, v in row.items() if k != "loss"} == {k: v for k, v in kept.items() if k != "loss"}
     forward = hd_pissa.Mute.forward
     monkeypatch.setattr(hd_pissa.Mute, "forward", staticmethod(lambda *a: forward(*a) * (1 + 1e-6)))
-    monkeypatch.setattr(hd_pissa.Adapters, "exchange_and_fold", lambda *args: None)
+    monkeypatch.setattr(hd_pissa_extra.Adapters, "exchange_and_fold", lambda *args: None)
     monkeypatch.setattr(module, "share_of_peft", lambda family: 0.0)
     row = module.measure(family)
     assert not row["step0"] and row["moved"] == 0

@@ -86,7 +86,7 @@ def test_a_large_hugging_face_model_needs_no_weights(tmp_path):
         num_attention_heads=32, num_key_value_heads=4,
     )  # fmt: skip
     config.save_pretrained(tmp_path / "model")
-    words = {"<unk>": 0, "</s>": 1, "word": 2}
+    words = {"<unk>": 0, "</s>": 1, "word": 2} | {str(i): 3 + i for i in range(200)}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     transformers.PreTrainedTokenizerFast(
