@@ -396,8 +396,8 @@ def seeded_columns(sizes: tuple[int, ...], first: int, count: int, seed: int, de
     for size, (signs, f, low) in zip(sizes, ingredients(sizes, first, count, seed, device, dtype)):
         odd, table = cosines(size, device, dtype)
         C = table[odd * f % (4 * size)]         # (count, size)
-        if low:
-            C[low] *= math.sqrt(0.5)            # frequency 0
+        for i in low:
+            C[i] *= math.sqrt(0.5)              # frequency 0, if it is here
         made.append(C.mul_(signs))
     return made
 

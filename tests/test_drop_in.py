@@ -594,7 +594,7 @@ def test_lightning_with_checkpointing_and_bfloat16(lightning, tmp_path, monkeypa
     assert same(fit(lightning, tmp_path, monkeypatch)[0], plain)
     # its backward runs outside of adapters.shard: what is recomputed there would be shard 0's
     monkeypatch.setattr(lightning, "small_model", lambda: checkpointed(reentrant=True))
-    with pytest.raises(ValueError, match=r"shards \[1, 2, 3\] of 4 got no gradient"):
+    with pytest.raises(ValueError, match="reentrant checkpointing.*use_reentrant=False"):
         lightning.fit(tmp_path)
     monkeypatch.setattr(lightning, "small_model", checkpointed)
     rounded = fit(lightning, tmp_path, monkeypatch, precision="bf16-mixed")[0]
