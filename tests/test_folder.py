@@ -113,7 +113,7 @@ def test_the_base_model_is_never_replaced(copy, capsys):
     assert "a link there leads to it" in error and base.read_bytes() == before
 
 
-def test_nothing_that_a_run_reads_is_replaced(copy):
+def test_nothing_that_a_run_reads_is_replaced(copy, capsys):
     """A data file at a name that a run writes, alone, in a list with weights, or of a list of sets."""
     rows = copy / "eval.jsonl"
     rows.write_text("{}")
@@ -121,6 +121,8 @@ def test_nothing_that_a_run_reads_is_replaced(copy):
         with pytest.raises(ValueError, match="a result would replace it"):
             folder.check_ours(copy, "scratch", None, str(text))
     folder.check_ours(copy, "scratch", None, str(copy.parent / "elsewhere.jsonl"))
+    for flag in ("--data", "--eval_data"):      # as the command asks
+        assert "a result would replace it" in refused(capsys, copy, flag, str(rows))
 
 
 @pytest.mark.parametrize("name, value", [("wte.weight", float("inf")), ("ln_f.bias", float("nan"))])
