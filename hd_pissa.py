@@ -40,7 +40,6 @@ import copy
 import hashlib
 import math
 import os
-import threading
 import time
 import warnings
 import weakref
@@ -128,9 +127,6 @@ def shard_factors(W, K: int, r: int, init: str, s: float, seed: int, decompose=c
     else:
         k = r if init == "top" else K * r
         U, S, Vt = decompose(W, k, name)
-        grams = [Q @ Q.T for Q in (U.T.double(), Vt.double())]      # TF32 would not do for this
-        if max(torch.dist(G, torch.eye(k, device="cpu").to(G), p=math.inf) for G in grams) > 1e-4:
-            raise ValueError(f"{name}: components not orthonormal, shards overlap; mend decompose=")
         if not S[-1] > (zero := 2 * torch.finfo(W.dtype).eps * S[0]):
             raise ValueError(f"{name}.weight has rank {int((S > zero).sum())}, {k} components are needed: "
                              f"a shard of zeros never trains; use exclude=[{'.' + name!r}]")
@@ -237,12 +233,10 @@ class Slot:
         self.r, self.s, self.size = adapters.r, adapters.s, adapters.r * (self.m + self.n)
         self.A = self.B = self.dA = self.dB = self.mask = None      # of the shard that trains now
         self.leaves, self.was = [], self.kind()                     # (dA, dB) of each local shard
-        W, V = module.weight, [*adapters.slots, self][0].module.weight
-        if (W.dtype not in self.dtypes or hasattr(W, "to_local") or W.is_inference()
-                or W.device != V.device or (W.dtype == torch.float64) != (V.dtype == torch.float64)):
-            raise ValueError(f"{name}.weight is {self.was}, the first {V.dtype} on {V.device}: load float32 "
-                             "weights on one device (bfloat16: hd_pissa_extra.attach), no inference nor "
-                             "sharded tensors: attach before fully_shard")
+        W = self.W
+        if W.dtype not in self.dtypes or hasattr(W, "to_local"):
+            raise ValueError(f"{name}.weight is {self.was}: load float32 weights and attach before "
+                             "fully_shard (bfloat16, FSDP2: hd_pissa_extra.attach)")
         if not W.is_meta and not torch.isfinite(W).all():
             raise ValueError(f"{name}.weight holds NaN or Inf; the file is damaged, load it again")
 
@@ -268,14 +262,6 @@ class Slot:
             raise ValueError(UNMERGED)
         if self.W is not None and self.W.requires_grad:
             raise ValueError(f"{self.name}.weight {TRAINABLE}")
-        owner, backward = self.adapters.owner, torch._C._current_graph_task_id() >= 0
-        if owner not in (None, threading.get_ident()) and not backward:
-            raise ValueError("another thread is inside adapters.shard(); train shards one after another")
-        top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)     # from torch 2.8 on
-        if (backward and owner is None and self.adapters.S > 1 and not self.adapters.whole_batch
-                and torch.is_grad_enabled() and top and not top(True)):     # the other kind has hooks then
-            raise ValueError("reentrant checkpointing recomputes this layer outside adapters.shard(): call "
-                             "backward inside it, or use use_reentrant=False")
 
     @property
     def W(self) -> torch.Tensor | None:
@@ -285,19 +271,11 @@ class Slot:
         W = self.W
         return "no parameter" if W is None else f"{type(W).__name__} {W.dtype} {W.device} {(*W.shape,)}"
 
-    def probe(self) -> torch.Tensor:
-        """Some 64 numbers of W as one whole number, float64: equal where replicas are."""
-        W = self.W.detach().flatten()[::max(1, self.W.numel() // 64)].contiguous()
-        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[W.element_size()]
-        return W.view(bits).long().sum().remainder(2**52).double()
-
     def fault(self) -> str:
         """Why dU would not reach W, or "". Asked before every merge: somebody may have changed W."""
-        if hasattr(self.W, "to_local"):
-            return "is sharded; hd_pissa_extra.attach, called before fully_shard, adds to sharded weights"
         if self.kind() != self.was:
-            return (f"is {self.kind()}, was {self.was}; cast, move and parametrize before attach, call "
-                    "fully_shard (FSDP2) after hd_pissa_extra.attach")
+            return (f"is {self.kind()}, was {self.was}; cast, move, parametrize and load before attach "
+                    "(fully_shard after hd_pissa_extra.attach)")
         return TRAINABLE if self.W.requires_grad else ""
 
 # ---- What a run may get wrong without a word -----------------------------------------------------
@@ -307,43 +285,30 @@ TRAINABLE = "was made trainable; only merge_ changes it (train it otherwise afte
 UNMERGED = ("increments were filled and not merged, so nothing would reach W; call adapters.merge_() after "
             "every optimizer.step(), before the next forward")
 
-def groups_of(optimizer) -> list:
-    """What somebody may change after the check."""
-    return [(len(g["params"]), g.get("weight_decay")) for g in optimizer.param_groups]
-
 def before_step(optimizer, *_) -> None:
     """Look at an optimizer's first step on increments, and at whether its last one was merged."""
     grads = {id(p): p.grad for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(LIVE):
-        adapters.begun = adapters.increments._version
-        adapters.held |= grads.keys()
         if adapters.ids & grads.keys():
-            if adapters.known.get(optimizer) != groups_of(optimizer):
+            if optimizer not in adapters.known:
                 check_optimizer(adapters, optimizer)
             if optimizer in adapters.stepped:
                 raise ValueError(UNMERGED)
             adapters.stepped.append(optimizer)
-        elif all(g is None for g in grads.values()):    # nothing to do, while more and more increments wait
-            adapters.vain.add(sum(map(sum, adapters.seen)))
-            if len(adapters.vain - {0}) > 3:
+        elif any(adapters.seen) and all(g is None for g in grads.values()):
+            adapters.vain.add(sum(adapters.seen))       # nothing to do, while more and more gradients wait
+            if len(adapters.vain) > 3:
                 raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose "
                                  "gradients wait; build the optimizer from adapters.parameters()")
 
 def after_step(optimizer, *_) -> None:
     """Mark increments as changed: fused optimizers do not do so themselves."""
     for adapters in list(LIVE):
-        if optimizer in adapters.stepped and adapters.increments._version == adapters.begun:
+        if optimizer in adapters.stepped:
             torch.autograd.graph.increment_version(adapters.increments)
 
 register_optimizer_step_pre_hook(before_step)
 register_optimizer_step_post_hook(after_step)
-
-def count(seen: list, j: int) -> None:
-    """One more backward of layer j since the last merge."""
-    seen[j] += 1
-    if seen[j] == 500:
-        warnings.warn("500 backwards without adapters.merge_(): does the optimizer hold "
-                      "adapters.parameters(), does the loop merge?", stacklevel=2)
 
 def check_optimizer(adapters, optimizer) -> str:
     """A description of `optimizer`; ValueError unless its step depends on gradients and state alone.
@@ -353,9 +318,8 @@ def check_optimizer(adapters, optimizer) -> str:
     """
     name, groups, steps = type(optimizer).__name__, optimizer.param_groups, ([], [])
     held = {id(p): p.device for group in groups for p in group["params"]}
-    mine = {id(p) for slot in adapters.slots for pair in slot.leaves for p in pair} & held.keys()
-    others = len(held.keys() - {i for live in LIVE for i in live.ids})
-    if others and world_size() > 1:
+    mine = adapters.ids & held.keys()
+    if world_size() > 1 and (others := len(held.keys() - {i for live in LIVE for i in live.ids})):
         raise ValueError(f"{name} holds {others} tensors beside the increments: no one adds up their "
                          "gradients over processes, as hd_pissa_extra.attach(also=...) does")
     for start, made in zip((1.0, 0.0), steps):
@@ -377,14 +341,13 @@ def check_optimizer(adapters, optimizer) -> str:
                 torch._foreach_mul_([p.detach() for p in stand.values()], start)
         except Exception as e:
             raise ValueError(f"{name} takes no step on a copy ({e}); use AdamW, SGD, RMSprop") from e
-    if mine and not any(map(torch.any, steps[0])):
-        raise ValueError(f"{name} moves nothing; use AdamW, SGD, RMSprop")
     decays = any(g.get("weight_decay") for g in groups if mine & {id(p) for p in g["params"]})
-    if decays or not all(torch.allclose(a, b, 1e-6, 0) for a, b in zip(*steps)):
+    equal = any(map(torch.any, steps[0])) and all(torch.allclose(a, b, 1e-6, 0) for a, b in zip(*steps))
+    if mine and (decays or not equal):
         raise ValueError(f"{name} {'has weight_decay, which' if decays else 'has a rule that'} reads the "
-                         "parameter, but increments begin every step at zero; use AdamW with "
+                         "parameter, or moves nothing. Increments begin every step at zero: use AdamW with "
                          "weight_decay=0.0 (the paper's), SGD, RMSprop")
-    adapters.known[optimizer] = groups_of(optimizer)
+    adapters.known.add(optimizer)
     return repr([name, [{k: v for k, v in g.items() if k != "params"} for g in groups]])
 
 # ---- The adapters --------------------------------------------------------------------------------
@@ -405,8 +368,8 @@ class Adapters:
         self.exchange, self.device = "all_gather" if exchange == "auto" else exchange, device
         self.S = self.K // world_size()                 # shards of this process
         self.first = process_index() * self.S           # global index of local shard 0
-        self.step, self.current, self.idle, self.owner = 0, 0, [0] * self.K, None
-        self.phase, self.lock, self.slots, width = "empty", threading.RLock(), [], 0
+        self.step, self.current, self.idle = 0, 0, [0] * self.K
+        self.phase, self.slots, width = "empty", [], 0
         for name, module in found:
             self.slots.append(self.Slot(name, module, self, width))
             width += self.slots[-1].size
@@ -416,22 +379,17 @@ class Adapters:
         self.own = self.basis[self.first:][:self.S] if len(self.basis) == self.K else self.basis
         self.increments = torch.zeros((self.S, width), **like)
         self.merged = self.increments._version
-        self.seen = [[0] * len(found) for _ in range(self.S)]       # backwards since the last merge
-        self.known, self.stepped = weakref.WeakKeyDictionary(), []              # see before_step
-        self.held, self.vain = set(), set()
-        for j, slot in enumerate(self.slots):
+        self.seen, self.vain = [0] * self.S, set()      # backwards of layers since the last merge
+        self.known, self.stepped = weakref.WeakSet(), []            # optimizers: see before_step
+        for slot in self.slots:
             A, B = slot.views(self.own)
             slot.factors = [(A[i:i + 1], B[i:i + 1]) for i in range(self.S)]        # (1, m, r), (1, r, n)
-            for seen, dA, dB in zip(self.seen, *slot.views(self.increments)):
-                # detach: a leaf of its own on the buffer's memory. Its hook must not hold `self`.
+            for i, (dA, dB) in enumerate(zip(*slot.views(self.increments))):
+                # detach: a leaf of its own on the buffer's memory
                 slot.leaves.append((dA.detach().requires_grad_(), dB.detach().requires_grad_()))
-                slot.leaves[-1][1].register_post_accumulate_grad_hook(lambda _, s=seen, j=j: count(s, j))
+                slot.leaves[i][1].register_post_accumulate_grad_hook(self.note(i))
         self.ids = {id(p) for p in self.parameters()}
         LIVE.add(self)
-
-    def __reduce__(self):
-        warnings.warn("adapters are not copied with a model; state_dict() has A_i, B_i", stacklevel=2)
-        return type(None), ()
 
     def __repr__(self):
         adapted, why = sum(s.m * s.n for s in self.slots), collections.Counter(self.skipped.values())
@@ -440,6 +398,16 @@ class Adapters:
                 f"model); {self.K} shards of rank {self.r}, {self.S} here, each trains "
                 f"{self.increments.shape[1]:,} numbers. "
                 f"Left out: {'; '.join(f'{n} x {w}' for w, n in why.items()) or 'nothing'}")
+
+    def note(self, i: int):
+        """A hook that counts backwards of local shard i. It must not hold `self`."""
+        seen, many = self.seen, 500 * len(self.slots)
+        def count(_):
+            seen[i] += 1
+            if seen[i] == many:
+                warnings.warn("500 backwards without adapters.merge_(): does the optimizer hold "
+                              "adapters.parameters(), does the loop merge?", stacklevel=2)
+        return count
 
     def held(self) -> int:
         """Shards whose A_i, B_i stay here: folding factors needs all of them, a dense dU the own."""
@@ -469,16 +437,12 @@ class Adapters:
         if not 0 <= i < self.S:
             raise ValueError(f"shard({i}): this process holds shards 0..{self.S - 1} ({self.K} shards over "
                              f"{world_size()} processes)")
-        if not self.lock.acquire(blocking=False):
-            raise ValueError("shard() is in use by another thread; train shards one after another")
-        before, owner, self.owner = self.current, self.owner, threading.get_ident()
+        before = self.current
         self.select(i)
         try:
             yield
         finally:
             self.select(before)
-            self.owner = owner
-            self.lock.release()
 
     def gradients(self) -> list[list[torch.Tensor]]:
         """Those that there are, for each local shard."""
@@ -533,36 +497,20 @@ class Adapters:
     def refuse(self, told=None) -> tuple[list, bool]:
         """Raise where a merge would not do what is meant. `told` of all shards; whether this merge waits:
         gradients are there and no optimizer has stepped, or `told` is not finite."""
-        modules = [*self.model.modules()]
-        uses, live = uses_of(modules), {*map(id, modules)}
-        faults = "; ".join(f"{s.name}.weight {fault}" for s in self.slots if (
-            fault := "is of a layer that was replaced" if id(getattr(s, "owner", s.module)) not in live else
-            s.fault() or ("is another module's too; tie before attach" if uses[place(s.W)] > 1 else "")))
-        there = [[n > 0 or any(p.grad is not None for p in slot.leaves[i])
-                  for n, slot in zip(row, self.slots)] for i, row in enumerate(self.seen)]     # (S, layers)
-        largest = torch.linalg.vector_norm(self.increments, math.inf, dim=1)    # (S,); NaN, Inf survive
-        rules = [(type(o).__name__, *(float(g["lr"]) for g in o.param_groups)) for o in self.stepped]
-        rule = seed_of(rules) % 2**52 if rules else 0
-        flags = torch.tensor([[any(row), bool(faults), rule] for row in there], dtype=float, device="cpu")
-        looked_at = self.slots[self.step % len(self.slots)]
-        probe = torch.zeros_like(largest) if faults else looked_at.probe().to(largest.device).expand(self.S)
         if self.S * world_size() != self.K:
             raise ValueError(f"merge_: {self.S} of {self.K} shards on each of {world_size()} processes; call "
                              "torch.distributed.init_process_group before attach")
-        own = [sent(flags, self.device), torch.stack((largest.double(), probe), dim=1)]
-        own += [] if told is None else [told]
-        # A (K, 5 + c) gather tells every process the state of every shard, so that all refuse alike.
+        faults = "; ".join(f"{slot.name}.weight {why}" for slot in self.slots if (why := slot.fault()))
+        flags = [[n > 0 or bool(row), bool(faults)] for n, row in zip(self.seen, self.gradients())]
+        largest = torch.linalg.vector_norm(self.increments, math.inf, dim=1)    # (S,); NaN, Inf survive
+        own = [sent(torch.tensor(flags, dtype=torch.float64, device="cpu"), self.device),
+               largest[:, None].double(), *([] if told is None else [told])]
+        # A (K, 3 + c) gather tells every process the state of every shard, so that all refuse alike.
         table = gather_shards(torch.cat(own, dim=1)).tolist()                   # waits once
-        trained, faulty, ruled, size, probes = zip(*(row[:5] for row in table))
-        told = [row[5:] for row in table]
+        trained, faulty, size = zip(*(row[:3] for row in table))
+        told = [row[3:] for row in table]
         if any(faulty):
             raise ValueError("merge_: " + max(everywhere(lambda: faults)))
-        if len({*probes}) > 1 and self.phase == "running":
-            raise ValueError(f"merge_: {looked_at.name}.weight differs between processes: load weights on "
-                             "all of them alike, before attach")
-        if len({*ruled} - {0}) > 1:
-            raise ValueError("merge_: processes stepped by different optimizers or rates, here by "
-                             f"{rules}; give all the same, and step schedulers on all")
         if not finite(told):
             return told, True
         if self.phase in ("empty", "detached"):
@@ -586,19 +534,14 @@ class Adapters:
                              "although there are gradients; merge only where optimizer.step() ran "
                              "(accelerate: if accelerator.sync_gradients), on every process, with all of "
                              "adapters.parameters() and a learning rate above 0")
-        if self.phase == "filled":      # at the first merge: layers that no backward has reached
-            reached = gather_shards(sent(torch.tensor(there, device="cpu"), self.device)).any(dim=0).tolist()
+        if self.phase == "filled" and any(size):        # the first update: layers that no backward reached
+            moved = [self.increments[:, s.start:s.start + s.size].any(dim=1) for s in self.slots]
+            reached = gather_shards(torch.stack(moved, dim=1)).any(dim=0).tolist()      # (K, layers)
             dead = [slot.name for slot, yes in zip(self.slots, reached) if not yes]
             if dead and process_index() == 0:
-                warnings.warn(f"{len(dead)} of {len(reached)} adapted layers got no gradient, {dead[:4]}: "
-                              "the model does not call them; leave them out with exclude=", stacklevel=3)
-            others = {id(p) for p in self.model.parameters() if p.requires_grad and p.grad is not None}
-            if self.held and (lacks := len((self.ids | others) - self.held)):
-                what = "increments" + " and other trained parameters" * bool(others)
-                warnings.warn(f"{lacks} of {len(self.ids | others)} {what} are in no optimizer that has "
-                              "stepped; build it from adapters.parameters() (also= of hd_pissa_extra.attach "
-                              "adds others)", stacklevel=3)
-            send_model(self.model, self.device)     # somebody may have loaded weights on one process
+                warnings.warn(f"{len(dead)} of {len(reached)} adapted layers did not move, {dead[:4]}: the "
+                              "model does not call them, or zeros follow; leave them out with exclude=",
+                              stacklevel=3)
             self.phase = "running"
         return told, all(idle) and not self.stepped and self.increments._version == self.merged
 
@@ -624,9 +567,7 @@ class Adapters:
         for p in self.parameters():
             p.grad = None               # a loop that zeroes the model alone would add to them
         self.stepped.clear()
-        self.vain.clear()
-        for row in self.seen:
-            row[:] = [0] * len(row)
+        self.seen[:], self.vain = [0] * self.S, set()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state: "<module path>.shard<i>.A" and ".B" of this process's shards, i over all."""
@@ -694,21 +635,12 @@ def check_arguments(rank, shards, alpha=None, **choices) -> None:
         raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but no process group: each process would "
                          "train alone; call torch.distributed.init_process_group before attach")
 
-def place(p: torch.Tensor):
-    """Where its numbers lie: the same for weights that are tied, as one object or as one memory."""
-    return type(p) is nn.Parameter and p.data_ptr() or id(p)
-
 def uses_of(modules) -> collections.Counter:
-    """How many of the modules hold the weight at each `place`."""
+    """How many of the modules hold the weight that lies at each address: more than one, and it is tied."""
     return collections.Counter(place(p) for x in modules for p in x._parameters.values() if p is not None)
 
-def suffixes(given) -> list[str]:
-    """`targets` or `exclude` as a list."""
-    single = isinstance(given, str) or not hasattr(given, "__iter__")
-    names = [] if given is None else [given] if single else [*given]
-    if wrong := [name for name in names if not isinstance(name, str)]:
-        raise ValueError(f"{wrong[0]!r} (targets, exclude) must be the end of layers' names, a string")
-    return names
+def place(p: torch.Tensor):
+    return type(p) is nn.Parameter and p.data_ptr() or id(p)
 
 def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int = 1):
     """[(name, module)] of the linear layers that `targets` selects, {name: reason} of those left out.
@@ -717,58 +649,43 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
                         alone); targets also "all-linear"
     least               components that a layer must have; "all-linear" leaves out those with fewer
     """
-    targets, exclude = suffixes(targets), suffixes(exclude)
-    every, found, skipped, used, good, lost = "all-linear" in targets, [], {}, set(), set(), {}
-    named = dict(model.named_modules())
+    targets, exclude = ([x] if isinstance(x, str) else [*x] for x in (targets, exclude))
+    found, skipped, used, named = [], {}, set(), dict(model.named_modules())
     linear = [name for name, module in named.items() if isinstance(module, nn.Linear)]
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    inside = {id(module) for module in getattr(model, "base_model", model).modules()}       # transformers'
-    heads = [name for name in linear if named[name] is head or head is None and id(named[name]) not in inside]
-    last = linear[-1].split(".") if linear else [""]
-    if not heads and head is None and HEADS & {last[0], last[-1]}:
-        heads = linear[-1:]             # it ends the model
+    if head is None and linear and HEADS & {linear[-1].split(".")[i] for i in (0, -1)}:
+        head = named[linear[-1]]        # it ends the model
     uses = uses_of(named.values())
-    weights = sum(p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p))
     attention = {id(x.out_proj) for x in named.values() if isinstance(x, nn.MultiheadAttention)}
     for name, module in named.items():
         kind, W = type(module), module._parameters.get("weight")
-        conv = isinstance(module, nn.modules.conv._ConvNd)
         conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
         if not conv1d and not isinstance(module, nn.Linear):
-            skipped |= {f"{name}.{key}": f"a 3-D parameter (experts), {p.numel() / weights:.1%} of the model"
-                        for key, p in module._parameters.items()
-                        if p is not None and p.dim() == 3 and min(p.shape) > 1 and not conv}
+            skipped |= {f"{name}.{key}": "a 3-D parameter (experts: hd_pissa_extra.attach)"
+                        for key, p in module._parameters.items() if p is not None and p.dim() == 3
+                        and min(p.shape) > 1 and not isinstance(module, nn.modules.conv._ConvNd)}
             continue
         hits, outs = ({t for t in ts if f".{name}" == t or f".{name}".endswith(f".{t}")}
                       for ts in (targets, exclude))
         used |= hits | outs
-        own = "forward" in vars(module) or not conv1d and kind.forward is not nn.Linear.forward
         lazy = W is not None and nn.parameter.is_lazy(W)
-        own |= W is None or not lazy and W.dim() != 2
-        small = not (own or lazy) and min(W.shape) < least
+        plain = "forward" not in vars(module) and (conv1d or kind.forward is nn.Linear.forward)
+        plain = plain and W is not None and not lazy and W.dim() == 2
+        small = plain and min(W.shape) < least
         reasons = {
-            "in exclude": outs, "not in targets": not (every or hits),
+            "in exclude": outs, "not in targets": not ("all-linear" in targets or hits),
             "nn.MultiheadAttention reads its weight and never calls it": id(module) in attention,
-            "a weight or a forward of its own kind": own, "tied weight": uses[place(W)] > 1,
             "no shape yet: run one forward before attach": lazy,
-            "output head": name in heads and not hits,
+            "a weight or a forward of its own kind": not plain,
+            "tied weight": plain and uses[place(W)] > 1, "output head": module is head and not hits,
             f"fewer than K r = {least} components": small and not hits}
         if reason := next((reason for reason, holds in reasons.items() if holds), None):
             skipped[name] = reason
-            lost |= {t: f"{name} ({reason})" for t in hits if not outs}
         elif small:
             raise ValueError(f"{name} is {(*W.shape,)}: K r = {least} components are needed, it has "
                              f"{min(W.shape)}; lower rank or shards, or use exclude=[{'.' + name!r}]")
         else:
             found.append((name, module))
-            good |= hits
-    if only := [t for t in lost if t not in good]:
-        raise ValueError(f"{only[0]!r} (targets) names only what cannot be adapted, {lost[only[0]]}; drop it")
-    loaded = {id(p) for p in model.parameters() if getattr(p, "_is_hf_initialized", False)}
-    if new := [name for name in heads if head is None and loaded and skipped.get(name) == "output head"
-               and id(named[name].weight) not in loaded]:
-        raise ValueError(f"{', '.join(new)}: a head that was drawn, not loaded, and would stay as it is; "
-                         f"hd_pissa_extra.attach(also={new}) trains it whole, exclude={new} leaves it so")
     if unused := sorted(({*targets} - {"all-linear"} | {*exclude}) - used):
         raise ValueError(f"{unused[0]!r} (targets, exclude) ends no linear layer's name; they end in "
                          f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}")

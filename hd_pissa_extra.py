@@ -177,6 +177,11 @@ class Slot(hd_pissa.Slot):
 
     def __init__(self, *args):
         super().__init__(*args)
+        W, V = self.W, [*self.adapters.slots, self][0].W
+        if (W.is_inference() or W.device != V.device
+                or (W.dtype == torch.float64) != (V.dtype == torch.float64)):
+            raise ValueError(f"{self.name}.weight is {self.was}, the first {V.dtype} on {V.device}: load "
+                             "weights on one device, in one precision, outside torch.inference_mode")
         self.low, self.exact, self.dtype = None, self.adapters.rounding == "exact", self.module.weight.dtype
         if self.adapters.init == "random":
             self.mute = MuteFromSeed
@@ -218,10 +223,11 @@ class Slot(hd_pissa.Slot):
         self.noted, self.sampled = (W.data_ptr(), W._version, sharded), self.sample().clone()
 
     def probe(self) -> torch.Tensor:
-        """Slices of W are no replicas."""
-        if hasattr(self.module.weight, "to_local"):
+        """Some 64 numbers of W as one whole number, float64: equal where replicas are. Slices are none."""
+        if hasattr(self.W, "to_local") or self.fault():
             return torch.zeros((), dtype=torch.float64)
-        return super().probe()
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[self.W.element_size()]
+        return self.sample().contiguous().view(bits).long().sum().remainder(2**52).double()
 
     def sample(self) -> torch.Tensor:
         """Some 64 numbers of W: `weight.data.copy_` changes them, and tells no version counter."""
@@ -285,7 +291,16 @@ class Slot(hd_pissa.Slot):
         return dU
 
     def before_forward(self, x) -> None:
+        """Also where another thread trains a shard, or this layer is recomputed for the wrong one."""
         super().before_forward(x)
+        adapters, backward = self.adapters, torch._C._current_graph_task_id() >= 0
+        if adapters.owner not in (None, threading.get_ident()) and not backward:
+            raise ValueError("another thread is inside adapters.shard(); train shards one after another")
+        top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)     # from torch 2.8 on
+        if (backward and adapters.owner is None and adapters.S > 1 and not adapters.whole_batch
+                and torch.is_grad_enabled() and top and not top(True)):     # the other kind has hooks then
+            raise ValueError("reentrant checkpointing recomputes this layer outside adapters.shard(): call "
+                             "backward inside it, or use use_reentrant=False")
         halved = self.module.weight.dtype == torch.bfloat16
         if halved and x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{self.name} is bfloat16, its input {x.dtype}; run the model under "
@@ -293,16 +308,20 @@ class Slot(hd_pissa.Slot):
                              "buffers)")
 
     def fault(self) -> str:
-        W = self.W
+        """Also where the layer was replaced, or W is another module's too."""
+        W, uses = self.W, self.adapters.uses
+        if id(getattr(self, "owner", self.module)) not in self.adapters.there:
+            return "is of a layer that was replaced"
         if not hasattr(W, "to_local"):
-            return super().fault()
+            return super().fault() or ("is another module's too; tie before attach"
+                                       if uses[hd_pissa.place(W)] > 1 else "")
         if W.dtype != self.dtype:
             return f"is {W.dtype}, was {self.dtype}; cast before attach"
         try:
             own_rows(W)
         except ValueError as e:
             return f"cannot be merged: {e}"
-        return "was made trainable; only merge_ changes it" if W.requires_grad else ""
+        return hd_pissa.TRAINABLE if W.requires_grad else ""
 
 def stored(slot) -> tuple[torch.Tensor, slice]:
     """W of a slot to its last bit, of the rows on this process, and which these are."""
@@ -341,6 +360,16 @@ def components(W: torch.Tensor, k: int, name: str = "W"):
     with float32_products():            # TF32 is too coarse for this, whatever was set
         found = gram_components(W, k, name) if W.dtype != torch.float64 else None
     return found or hd_pissa.components(W, k, name)
+
+def checked(decompose):
+    """`decompose`, whose result must be orthonormal."""
+    def call(W, k, name):
+        U, S, Vt = decompose(W, k, name)
+        grams = [Q @ Q.T for Q in (U.T.double(), Vt.double())]      # TF32 would not do for this
+        if max(torch.dist(G, torch.eye(k, device="cpu").to(G), p=math.inf) for G in grams) > 1e-4:
+            raise ValueError(f"{name}: components not orthonormal, shards overlap; mend decompose=")
+        return U, S, Vt
+    return decompose and call
 
 def gram_components(W: torch.Tensor, k: int, name: str = "W"):
     """The k largest singular triplets of float32 W (m, n) as `components` gives them, or None if inexact.
@@ -463,10 +492,9 @@ def round_stochastically(W: torch.Tensor, seed: int, start: int = 0) -> torch.Te
 def stacks(model: nn.Module):
     """(module's name, module, key, parameter) of 3-D parameters that may be matrices; no convolutions."""
     for name, module in model.named_modules():
-        for key, p in module._parameters.items():
+        for key, p in () if isinstance(module, nn.modules.conv._ConvNd) else module._parameters.items():
             known = p is not None and not nn.parameter.is_lazy(p) and not hasattr(p, "to_local")
-            if known and p.dim() == 3 and min(p.shape) > 1 and (
-                    key != "weight" or "expert" in type(module).__name__.lower()):
+            if known and p.dim() == 3 and min(p.shape) > 1:
                 yield name, module, key, p
 
 class Expert(nn.Module):
@@ -586,42 +614,84 @@ def muted_class(plain: type, keys: tuple[str, ...]) -> type:
     return type(f"Muted{plain.__name__}", (MutedExperts, plain),
                 {key: property(functools.partial(read_stack, key)) for key in keys})
 
+def find_experts(model: nn.Module, targets: list, exclude: list, least: int):
+    """(name, Expert) of each matrix in a stack, {name: reason} of stacks left out, suffixes that hit one."""
+    found, skipped, used, uses = [], {}, set(), hd_pissa.uses_of(model.modules())
+    weights = sum(p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p))
+    for path, module, key, p in stacks(model):
+        name = f"{path}.{key}".lstrip(".")
+        names = path, name, *(f"{name}.{i}" for i in range(len(p)))
+        hits, outs = ({t for t in ts if any(ends(x, t) for x in names)} for ts in (targets, exclude))
+        used |= hits | outs
+        called = f"{type(module).__name__} {path if key != 'weight' else ''}".lower()
+        every = "all-linear" in targets and "expert" in called
+        small = min(p.shape[1:]) < least
+        reasons = {"in exclude": outs, "a forward of its own": "forward" in vars(module),
+                   f"a 3-D parameter (experts), {p.numel() / weights:.1%} of the model": not (every or hits),
+                   "tied weight": uses[hd_pissa.place(p)] > 1,
+                   f"fewer than K r = {least} components": small and not hits}
+        if reason := next((reason for reason, holds in reasons.items() if holds), None):
+            skipped[name] = reason
+        elif small:
+            raise ValueError(f"{name} is {(*p.shape,)}: K r = {least} components are needed, it has "
+                             f"{min(p.shape[1:])}; lower rank or shards, or use exclude=[{name!r}]")
+        else:
+            kind = Expert if getattr(module, "is_transposed", False) else ExpertLinear
+            found += [(f"{name}.{i}", kind(module, key, i)) for i in range(len(p))]
+    return found, skipped, used
+
+# ---- What is adapted, and what would stay as it is without a word --------------------------------
+
+def ends(name: str, suffix: str) -> bool:
+    return f".{name}" == suffix or f".{name}".endswith(f".{suffix}")
+
+def suffixes(given) -> list[str]:
+    """`targets` or `exclude` as a list."""
+    single = isinstance(given, str) or not hasattr(given, "__iter__")
+    names = [] if given is None else [given] if single else [*given]
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"{wrong[0]!r} (targets, exclude) must be the end of layers' names, a string")
+    return names
+
+def heads_of(model: nn.Module, linear: dict) -> list[str]:
+    """Layers of a transformers model that lie outside its base model, whatever their names."""
+    inside = {id(module) for module in getattr(model, "base_model", model).modules()}
+    told = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
+    return [] if told else [name for name, module in linear.items() if id(module) not in inside]
+
 def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int = 1):
     """`hd_pissa.find_layers`, and (name, Expert) of each matrix in a stack, "<module>.<parameter>.<index>".
 
     A suffix selects a stack where it ends one of these names, or the parameter's or the module's: "experts".
-    "all-linear" takes stacks that are called experts, by class or name.
+    "all-linear" takes stacks that are called experts, by class or name. Raises ValueError where a target
+    names only what cannot be adapted, and where a head was drawn that would stay as it is.
     """
-    targets, exclude = hd_pissa.suffixes(targets), hd_pissa.suffixes(exclude)
-    found, skipped, used, uses = [], {}, set(), hd_pissa.uses_of(model.modules())
-    for path, module, key, p in stacks(model):
-        name = f"{path}.{key}".lstrip(".")
-        names = path, name, *(f"{name}.{i}" for i in range(len(p)))
-        hits, outs = ({t for t in ts if any(f".{x}" == t or f".{x}".endswith(f".{t}") for x in names)}
-                      for ts in (targets, exclude))
-        used |= hits | outs
-        every = "all-linear" in targets and "expert" in f"{path} {type(module).__name__}".lower()
-        if not (every or hits or outs):
-            continue                    # hd_pissa.find_layers tells of it
-        small = min(p.shape[1:]) < least
-        reasons = {"in exclude": outs, "a forward of its own": "forward" in vars(module),
-                   "tied weight": uses[hd_pissa.place(p)] > 1,
-                   f"fewer than K r = {least} components": small and not hits}
-        skipped[name] = next((reason for reason, holds in reasons.items() if holds), None)
-        if skipped[name] is None and small:
-            raise ValueError(f"{name} is {(*p.shape,)}: K r = {least} components are needed, it has "
-                             f"{min(p.shape[1:])}; lower rank or shards, or use exclude=[{name!r}]")
-        if skipped[name] is None:
-            kind = Expert if getattr(module, "is_transposed", False) else ExpertLinear
-            found += [(f"{name}.{i}", kind(module, key, i)) for i in range(len(p))]
-    linear = [name for name, module in model.named_modules()
-              if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"]
-    targets, exclude = ([t for t in ts if t not in used or any(f".{x}".endswith(f".{t}") for x in linear)]
-                        for ts in (targets, exclude))
-    layers, others = [], dict.fromkeys(linear, "not in targets")
-    if targets and linear or not found:         # not where experts alone are meant
-        layers, others = hd_pissa.find_layers(model, targets, exclude, least)
-    return layers + found, {name: why for name, why in (others | skipped).items() if why}
+    targets, exclude, named = suffixes(targets), suffixes(exclude), dict(model.named_modules())
+    linear = {name: module for name, module in named.items()
+              if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"}
+    found, stacked, used = find_experts(model, targets, exclude, least)
+    names, leave = ([t for t in ts if t not in used or any(ends(x, t) for x in linear)]
+                    for ts in (targets, exclude))
+    heads = [name for name in heads_of(model, linear) if not any(ends(name, t) for t in names)]
+    layers, skipped = [], dict.fromkeys(linear, "not in targets")
+    if names and linear or not found:           # not where experts alone are meant
+        layers, skipped = hd_pissa.find_layers(model, names, [*leave, *(f".{x}" for x in heads)], least)
+    for name in skipped:
+        if name in heads and not any(ends(name, t) for t in leave):
+            skipped[name] = "output head"
+    for t in names:
+        lost = [name for name in skipped if ends(name, t) and not any(ends(name, x) for x in leave)]
+        if lost and not any(ends(name, t) for name, _ in layers):
+            raise ValueError(f"{t!r} (targets) names only what cannot be adapted, {lost[0]} "
+                             f"({skipped[lost[0]]}); drop it")
+    loaded = {id(p) for p in model.parameters() if getattr(p, "_is_hf_initialized", False)}
+    new = [name for name, reason in skipped.items() if loaded and reason == "output head"
+           and id(named[name].weight) not in loaded]
+    if new and (not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None):
+        raise ValueError(f"{', '.join(new)}: a head that was drawn, not loaded, and would stay as it is; "
+                         f"hd_pissa_extra.attach(also={new}) trains it whole, exclude={new} leaves it so")
+    adapted = {name.rpartition(".")[0] for name, _ in found}
+    return layers + found, {k: why for k, why in (skipped | stacked).items() if k not in adapted}
 
 # ---- Adapters for long and large runs ------------------------------------------------------------
 
@@ -638,6 +708,9 @@ class Adapters(hd_pissa.Adapters):
         self.dropout, self.whole_batch, self.resend = dropout, gradients == "global", basis == "resend"
         self.init, self.rounding, self.also, self.collected = init, rounding, also, False
         self.send, self.astray = send, 0.0
+        self.owner, self.lock = None, threading.RLock()             # of the thread inside shard()
+        self.groups = weakref.WeakKeyDictionary()                   # of optimizers
+        self.there, self.uses = {}, {}                              # modules and weights: see Slot.fault
         self.agreed = repr((basis, bucket_mb, rounding, send, [*also]))     # by all processes
         super().__init__(model, found, skipped, config, exchange, seed, device)
         self.divide_by(self.K)
@@ -671,6 +744,27 @@ class Adapters(hd_pissa.Adapters):
             if self.init == "random":
                 first, k = (0, self.K) if self.whole_batch else (self.first + i, 1)
                 slot.A, slot.B = Seeded(slot, self.seed, first, k), None
+
+    @contextlib.contextmanager
+    def shard(self, i: int):
+        """As in hd_pissa.py, for one thread at a time."""
+        if not self.lock.acquire(blocking=False):
+            raise ValueError("shard() is in use by another thread; train shards one after another")
+        owner, self.owner = self.owner, threading.get_ident()
+        try:
+            with super().shard(i):
+                yield
+        finally:
+            self.owner = owner
+            self.lock.release()
+
+    def check(self, optimizer) -> None:
+        super().check(optimizer)
+        self.groups[optimizer] = groups_of(optimizer)
+
+    def __reduce__(self):
+        warnings.warn("adapters are not copied with a model; state_dict() has A_i, B_i", stacklevel=2)
+        return type(None), ()
 
     # -- experts
 
@@ -745,7 +839,7 @@ class Adapters(hd_pissa.Adapters):
         each layer's is sent and dropped at once, in every micro-batch.
         """
         own = slice(self.first, self.first + self.S)
-        for j, slot in enumerate(self.slots):
+        for slot in self.slots:
             zero = torch.zeros((), dtype=self.basis.dtype, device=self.device)
             shapes = (self.K, slot.m, self.r), (self.K, self.r, slot.n)
             slot.caught = [zero.expand(shape).detach().requires_grad_() for shape in shapes]
@@ -756,9 +850,8 @@ class Adapters(hd_pissa.Adapters):
                     continue
                 leaf.register_hook(_before_catching(weakref.ref(leaf), mine))
                 leaf.register_post_accumulate_grad_hook(_after_catching(weakref.ref(self), mine, own))
-            for row in self.seen:
-                slot.caught[1].register_post_accumulate_grad_hook(
-                    lambda _, row=row, j=j: hd_pissa.count(row, j))
+            for i in range(self.S):
+                slot.caught[1].register_post_accumulate_grad_hook(self.note(i))
 
     @torch.no_grad()
     def collect_(self) -> None:
@@ -815,29 +908,53 @@ class Adapters(hd_pissa.Adapters):
     # -- the merge
 
     def refuse(self, told=None):
+        """Also raise where processes or replicas are not alike, or W is no longer this model's.
+
+        Numbers for that travel with what the processes agree about: optimizers' rules, some of W, whether
+        low halves are W's, whether NaN was put into `also`.
+        """
         # Weights that an evaluation has gathered whole are copies: they would get the update.
         reshard(self.model)
         self.collect_()                 # where this process has left the optimizer's step out
-        slots = [slot for slot in self.slots if slot.low is not None]
-        for slot in slots:
+        first, self.there = self.phase == "filled", {id(module): module for module in self.model.modules()}
+        self.uses = hd_pissa.uses_of(self.there.values())
+        halves = [slot for slot in self.slots if slot.low is not None]
+        for slot in halves:
             slot.local()
-        if not slots and not (self.also and world_size() > 1):
-            return super().refuse(told)
-        # Two columns travel with what the processes agree about: are low halves W's, was NaN put into `also`?
-        same, stepped = torch.ones((), device=self.device), bool(self.stepped)
-        if slots:
-            then, now = (torch.cat(side) for side in zip(*((slot.sampled, slot.sample()) for slot in slots)))
-            same = (then == now).all()
-        also = [p.grad for p in self.also.values()]
-        spoilt = nan_if_not_finite(also).isnan() & stepped if also else torch.zeros_like(same)
-        columns = torch.stack((same.double(), spoilt.double())).expand(self.S, 2)
+        rules = [(type(o).__name__, *(float(g["lr"]) for g in o.param_groups)) for o in self.stepped]
+        rule = hd_pissa.seed_of(rules) % 2**52 if rules else 0
+        looked_at = self.slots[self.step % len(self.slots)]
+        columns = torch.tensor((rule, 0.0, 1.0, 0.0), dtype=torch.float64, device="cpu")
+        columns = hd_pissa.sent(columns, self.device)           # what follows is computed where W is
+        columns[1] = looked_at.probe()
+        if halves:
+            then, now = (torch.cat(side) for side in zip(*((slot.sampled, slot.sample()) for slot in halves)))
+            columns[2] = (then == now).all()
+        if also := [p.grad for p in self.also.values()]:
+            columns[3] = nan_if_not_finite(also).isnan() & bool(self.stepped)
+        columns = columns.expand(self.S, 4)
         told, waits = super().refuse(columns if told is None else torch.cat((told, columns), dim=1))
-        if any(row[-1] for row in told):
+        ruled, probes, halved, spoilt = zip(*(row[-4:] for row in told))
+        if len({*probes}) > 1 and not first:
+            raise ValueError(f"merge_: {looked_at.name}.weight differs between processes: load weights on "
+                             "all of them alike, before attach")
+        if len({*ruled} - {0}) > 1:
+            raise ValueError("merge_: processes stepped by different optimizers or rates, here by "
+                             f"{rules}; give all the same, and step schedulers on all")
+        if any(spoilt):
             raise ValueError("merge_: a gradient of also= was not finite on one process, and others made "
                              "the step; with a GradScaler call adapters.collect_() before scaler.unscale_()")
-        if not told[self.first][-2]:
+        if not halved[self.first]:
             self.halved()
-        return [row[:-2] for row in told], waits
+        if first and self.phase == "running":
+            others = {id(p) for p in self.model.parameters() if p.requires_grad and p.grad is not None}
+            if self.groups and (lacks := len((self.ids | others) - held_by(self.groups))):
+                what = "increments" + " and other trained parameters" * bool(others)
+                warnings.warn(f"{lacks} of {len(self.ids | others)} {what} are in no optimizer that has "
+                              "stepped; build it from adapters.parameters() (also= adds others)",
+                              stacklevel=3)
+            hd_pissa.send_model(self.model, self.device)    # somebody may have loaded weights on one process
+        return [row[:-4] for row in told], waits
 
     def halved(self) -> list[Slot]:
         """Slots with low halves, which are those of W as it is now."""
@@ -971,11 +1088,24 @@ def _refuse_collected(ref):
         raise ValueError("the gradients of this step were summed already; call adapters.merge_() first, or "
                          "adapters.next_step() to leave the step out")
 
+def held_by(optimizers) -> set[int]:
+    """Ids of what they train."""
+    return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+
+def groups_of(optimizer) -> list:
+    """What somebody may change after the check."""
+    return [(len(g["params"]), g.get("weight_decay")) for g in optimizer.param_groups]
+
 def _before_step(optimizer, *_):
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(hd_pissa.LIVE):
-        if isinstance(adapters, Adapters) and held & adapters.ids:
+        if not isinstance(adapters, Adapters):
+            continue
+        now = groups_of(optimizer)
+        if held_by([optimizer]) & adapters.ids:
+            if adapters.groups.get(optimizer, now) != now:
+                hd_pissa.check_optimizer(adapters, optimizer)
             adapters.collect_()
+        adapters.groups[optimizer] = now
 
 register_optimizer_step_pre_hook(_before_step)
 
@@ -1013,7 +1143,7 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
     own = {id(p) for p in beside.values()}
     whole = [name for name, x in model.named_modules() if isinstance(x, nn.Linear) and id(x.weight) in own]
     whole += [f"{name}.{key}".lstrip(".") for name, _, key, p in stacks(model) if id(p) in own]
-    exclude = [*hd_pissa.suffixes(exclude), *whole]
+    exclude = [*suffixes(exclude), *whole]
 
     def make(model, found, skipped, config, exchange, seed, place):
         check_arguments(dropout, gradients, basis, dtype, rounding, send)
@@ -1038,7 +1168,7 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
 
     seeded, make.find_layers = init == "random", find_layers
     adapters = hd_pissa.attach(model, rank, init="hd_pissa" if seeded else init, make=make,
-                               decompose=None if seeded else decompose, exclude=exclude, **core)
+                               decompose=None if seeded else checked(decompose), exclude=exclude, **core)
     ref = weakref.ref(adapters)
     for p in beside.values():
         p.requires_grad_(True).register_post_accumulate_grad_hook(lambda _: _refuse_collected(ref))

@@ -124,14 +124,14 @@ def test_a_fresh_head_is_refused_whatever_its_name_and_the_remedies_work(name, t
     base.save_pretrained(tmp_path / "base")
     fresh = lambda: kind.from_pretrained(tmp_path / "base")     # noqa: E731
     with pytest.raises(ValueError, match="a head that was drawn, not loaded") as error:
-        hd_pissa.attach(fresh(), 2)
+        hd_pissa_extra.attach(fresh(), 2)
     also, exclude = (eval(part) for part in re.findall(r"(?:also|exclude)=(\[.+?\])", str(error.value)))
     adapters = hd_pissa_extra.attach(fresh(), 2, also=also)
     assert {part for part in also if any(k.startswith(f"{part}.") for k in adapters.also)} == {*also}
-    assert also[0] in hd_pissa.attach(fresh(), 2, exclude=exclude).skipped
+    assert also[0] in hd_pissa_extra.attach(fresh(), 2, exclude=exclude).skipped
     fresh().save_pretrained(tmp_path / "whole")
     again = kind.from_pretrained(tmp_path / "whole")
-    assert hd_pissa.attach(again, 2).skipped[also[0]] == "output head"
+    assert hd_pissa_extra.attach(again, 2).skipped[also[0]] == "output head"
 
 
 # ---- Steps that a GradScaler leaves out --------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 import toy
 
 import hd_pissa
+import hd_pissa_extra
 
 X = torch.randn((2, 5, 12), generator=torch.Generator().manual_seed(0))
 
@@ -250,7 +251,7 @@ def test_inference_mode():
 def test_a_model_made_under_inference_mode_is_refused():
     with torch.inference_mode():
         model = small()
-    assert "inference" in refused(lambda: hd_pissa.attach(model, 2))
+    assert "inference" in refused(lambda: hd_pissa_extra.attach(model, 2))
 
 
 def test_a_gradient_scaler_that_leaves_steps_out():
@@ -354,7 +355,7 @@ def test_reloaded_moments_of_any_layout(kind):
 def test_threads_take_turns():
     """A second thread in shard() is refused at once: it would train the first one's shard."""
     model = small()
-    adapters = hd_pissa.attach(model, 2, shards=2)
+    adapters = hd_pissa_extra.attach(model, 2, shards=2)
     said = []
 
     def other():
@@ -423,7 +424,7 @@ def test_lazy_layers_are_left_out_until_they_have_a_shape():
 def test_w_of_another_kind_is_refused_at_the_merge(change, words):
     """It names the layer, what W is and was; nothing has been added to any W."""
     model = small()
-    adapters = hd_pissa.attach(model, 2)
+    adapters = hd_pissa_extra.attach(model, 2)
     step(model, adapters, optimizer := adamw(adapters))
     model(X).square().mean().backward()
     optimizer.step()
