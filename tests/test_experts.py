@@ -236,7 +236,8 @@ NAMED = "a 3-D parameter (experts), 44.9% of the model"
 @pytest.mark.parametrize("arguments, found, skipped", [
     ({}, {"first"} | ALL, {}),
     (dict(targets="experts"), ALL, {"first": "not in targets"}),
-    (dict(targets=["experts.up"]), {n for n in ALL if "up" in n}, {"first": "not in targets"}),
+    (dict(targets=["experts.up"]), {n for n in ALL if "up" in n},
+     {"first": "not in targets", "experts.down": NAMED}),
     (dict(targets=["up", "first"]), {"first"} | {n for n in ALL if "up" in n}, {"experts.down": NAMED}),
     (dict(exclude="experts"), {"first"}, {"experts.up": "in exclude", "experts.down": "in exclude"}),
     (dict(exclude=["down"]), {"first"} | {n for n in ALL if "up" in n}, {"experts.down": "in exclude"}),
