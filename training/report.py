@@ -162,6 +162,6 @@ def report_files(out: Path, small: bool) -> None:
 def report_page(out: Path, result: dict) -> None:
     """OUT/report.html; what another program may have left in a log or eval.jsonl costs no result."""
     try:
-        write_report(out, result)
+        write_report(out, result, folder.write)
     except ValueError as e:
         say(f"no report.html: {e}")
