@@ -352,7 +352,13 @@ def export(args, model, adapters, sums: dict, held, device, load_model) -> float
             f"error {error:.1e} of dW; in PEFT its logits are {off / moved:.1e} of their change off")
 
     first, state = hd_pissa.process_index() == 0, everywhere(load_base)
-    everywhere(lambda: folder.unfinished(out, "lora") if first else None)
+
+    def empty():
+        if first:
+            folder.unfinished(out, "lora")
+            folder.remove_folder(Path(staged + ".tmp"), ".*")           # of a kill inside the export
+
+    everywhere(empty)
     with folder.writing(out / "lora"):
         error = hd_pissa_extra.export_lora(adapters, staged, state, args.model, args.lora_rank)
     everywhere(lambda: load_into_peft() if first else None)
