@@ -220,7 +220,7 @@ def check_room(out: Path, checkpoint: int, result: int, keep: int, anew: bool) -
             place = out / name if (out / name).is_dir() else out
             entry = needs.setdefault(place.stat().st_dev, [place, 0, 0])
             if anew and name == "checkpoint":
-                for path in out.glob("checkpoint/step_*/"):
+                for path in filter(Path.is_dir, out.glob("checkpoint/step_*")):
                     check_writable(path)
                 old = sum(path.stat().st_size for path in out.glob("checkpoint/step_*/*"))
                 least, most = least - old, most - old
