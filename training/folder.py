@@ -54,15 +54,15 @@ def digest(path: Path) -> list:
 
 @contextlib.contextmanager
 def writing(what: Path):
-    """OSError, one sentence, where `what` cannot be written; safetensors raises an error of its own.
+    """OSError, one sentence that names `what`, where it cannot be written; safetensors has errors of its own.
 
-    RuntimeError passes: it may be a collective's.
+    ValueError and RuntimeError, which a collective raises, pass unless `everywhere` made them of an OSError.
     """
     try:
         yield
-    except (ValueError, RuntimeError):
-        raise
     except Exception as e:
+        if isinstance(e, (ValueError, RuntimeError)) and not isinstance(e.__cause__, OSError):
+            raise
         raise OSError(f"{what} was not written ({' '.join(str(e).split())}); mend that, or make room, and "
                       "the same command goes on") from e
 
@@ -283,8 +283,9 @@ def remember(out: Path, names) -> None:
 def unfinished(out: Path, name: str) -> Path:
     """An empty folder beside whose files OUT/name/ has its own, for `settle`."""
     path = out / name / "unfinished"
-    remove_folder(path, ".*")
-    path.mkdir(parents=True, exist_ok=True)
+    with writing(out / name):
+        remove_folder(path, ".*")
+        path.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -296,11 +297,12 @@ def settle(out: Path, name: str) -> dict[str, int]:
     path, final = out / name / "unfinished", out / name
     files = {f"{name}/{file.name}": file.stat().st_size for file in sorted(path.iterdir())}
     remember(out, files)
-    for file in sorted(path.iterdir()):
-        sync(file)
-        os.replace(file, final / file.name)
-    path.rmdir()
-    sync(final)
+    with writing(final):
+        for file in sorted(path.iterdir()):
+            sync(file)
+            os.replace(file, final / file.name)
+        path.rmdir()
+        sync(final)
     return files
 
 

@@ -204,8 +204,8 @@ def save(out: Path, model, tokenizer, held, device, save_dtype: str, name: str =
 
             folder.put(file, put)
             return {file.name: file.stat().st_size}
+        staged = folder.unfinished(out, name)
         with folder.writing(out / name):
-            staged = folder.unfinished(out, name)
             save_folder(staged, model, tokenizer, state)
             declare(staged, dtype)
         compare(lambda: reloaded(staged), state, logits, rows, out / name)
