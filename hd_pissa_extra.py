@@ -293,6 +293,9 @@ class Slot(hd_pissa.Slot):
     def before_forward(self, x) -> None:
         """Also where another thread trains a shard, or this layer is recomputed for the wrong one."""
         super().before_forward(x)
+        if torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing():
+            raise NotImplementedError("torch.func and torch.jit.trace cannot look into a muted layer; call "
+                                      "adapters.detach_() first")
         adapters, backward = self.adapters, torch._C._current_graph_task_id() >= 0
         if adapters.owner not in (None, threading.get_ident()) and not backward:
             raise ValueError("another thread is inside adapters.shard(); train shards one after another")
@@ -312,6 +315,9 @@ class Slot(hd_pissa.Slot):
         W, uses = self.W, self.adapters.uses
         if id(getattr(self, "owner", self.module)) not in self.adapters.there:
             return "is of a layer that was replaced"
+        memory = self.adapters.increments.untyped_storage().data_ptr()
+        if any(p.untyped_storage().data_ptr() != memory for pair in self.leaves for p in pair):
+            return "would miss increments that were replaced (p.data = ...); change them in place"
         if not hasattr(W, "to_local"):
             return super().fault() or ("is another module's too; tie before attach"
                                        if uses[hd_pissa.place(W)] > 1 else "")
@@ -659,12 +665,25 @@ def heads_of(model: nn.Module, linear: dict) -> list[str]:
     told = hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None
     return [] if told else [name for name, module in linear.items() if id(module) not in inside]
 
-def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int = 1):
+def overlapping(model: nn.Module) -> set[int]:
+    """Ids of parameters and buffers some of whose numbers are another's too."""
+    spans, ids, end, last = [], set(), 0, None
+    for p in {id(p): p for p in (*model.parameters(), *model.buffers())}.values():
+        if not (p.is_meta or nn.parameter.is_lazy(p) or hasattr(p, "to_local") or p.numel() == 0):
+            last_number = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride()))
+            spans.append((p.data_ptr(), p.data_ptr() + (last_number + 1) * p.element_size(), id(p)))
+    for a, b, i in sorted(spans):
+        ids |= {i, last} if a < end else set()
+        end, last = max((end, last), (b, i))
+    return ids
+
+def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int = 1, beside=frozenset()):
     """`hd_pissa.find_layers`, and (name, Expert) of each matrix in a stack, "<module>.<parameter>.<index>".
 
     A suffix selects a stack where it ends one of these names, or the parameter's or the module's: "experts".
     "all-linear" takes stacks that are called experts, by class or name. Raises ValueError where a target
-    names only what cannot be adapted, and where a head was drawn that would stay as it is.
+    names only what cannot be adapted, and where something was drawn, not loaded, and would stay so: it is
+    neither adapted nor `beside`, the ids of what trains whole.
     """
     targets, exclude, named = suffixes(targets), suffixes(exclude), dict(model.named_modules())
     linear = {name: module for name, module in named.items()
@@ -672,22 +691,36 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
     found, stacked, used = find_experts(model, targets, exclude, least)
     names, leave = ([t for t in ts if t not in used or any(ends(x, t) for x in linear)]
                     for ts in (targets, exclude))
+    # A layer of another kind may be excluded, as the remedy below prints it.
+    leave = [t for t in leave if any(ends(x, t) for x in linear) or not any(ends(x, t) for x in named)]
     heads = [name for name in heads_of(model, linear) if not any(ends(name, t) for t in names)]
     layers, skipped = [], dict.fromkeys(linear, "not in targets")
     if names and linear or not found:           # not where experts alone are meant
         layers, skipped = hd_pissa.find_layers(model, names, [*leave, *(f".{x}" for x in heads)], least)
-    for name in skipped:
-        if name in heads and not any(ends(name, t) for t in leave):
-            skipped[name] = "output head"
+    skipped |= {name: "output head" for name in heads
+                if name in skipped and not any(ends(name, t) for t in leave)}
+    shared = overlapping(model)
+    taken = {hd_pissa.place(slot.W) for live in hd_pissa.LIVE for slot in live.slots
+             if hasattr(slot.module, "hd_pissa")}       # an attach that failed has left none
+    for name, module in layers:
+        if id(module.weight) in shared:
+            skipped[name] = "tied weight"
+        elif hd_pissa.place(module.weight) in taken:
+            skipped[name] = "adapted already in another model"
+    layers = [(name, module) for name, module in layers if name not in skipped]
     for t in names:
         lost = [name for name in skipped if ends(name, t) and not any(ends(name, x) for x in leave)]
         if lost and not any(ends(name, t) for name, _ in layers):
             raise ValueError(f"{t!r} (targets) names only what cannot be adapted, {lost[0]} "
                              f"({skipped[lost[0]]}); drop it")
-    loaded = {id(p) for p in model.parameters() if getattr(p, "_is_hf_initialized", False)}
-    new = [name for name, reason in skipped.items() if loaded and reason == "output head"
-           and id(named[name].weight) not in loaded]
-    if new and (not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None):
+    if not layers + found:
+        raise ValueError(f"no layer to adapt, of {skipped}; name others in targets")
+    fine = {id(p) for p in model.parameters() if getattr(p, "_is_hf_initialized", False)}
+    fine |= beside | {id(module.weight) for _, module in layers} if fine else beside
+    new = [name for name, module in named.items() if name and not any(ends(name, t) for t in exclude) and any(
+        id(p) not in fine for p in module._parameters.values()
+        if p is not None and not nn.parameter.is_lazy(p) and p.dim() > 1)]
+    if new and fine > beside:
         raise ValueError(f"{', '.join(new)}: a head that was drawn, not loaded, and would stay as it is; "
                          f"hd_pissa_extra.attach(also={new}) trains it whole, exclude={new} leaves it so")
     adapted = {name.rpartition(".")[0] for name, _ in found}
@@ -1105,6 +1138,9 @@ def _before_step(optimizer, *_):
             if adapters.groups.get(optimizer, now) != now:
                 hd_pissa.check_optimizer(adapters, optimizer)
             adapters.collect_()
+        elif world_size() > 1 and held_by([optimizer]) & {*map(id, adapters.model.parameters())}:
+            raise ValueError(f"{type(optimizer).__name__} holds parameters of the adapted model: no one adds "
+                             "up their gradients over processes, as attach(also=...) does")
         adapters.groups[optimizer] = now
 
 register_optimizer_step_pre_hook(_before_step)
@@ -1166,7 +1202,7 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
         adapters.agreed += repr((dtype, accumulate))
         return adapters
 
-    seeded, make.find_layers = init == "random", find_layers
+    seeded, make.find_layers = init == "random", functools.partial(find_layers, beside=frozenset(own))
     adapters = hd_pissa.attach(model, rank, init="hd_pissa" if seeded else init, make=make,
                                decompose=None if seeded else checked(decompose), exclude=exclude, **core)
     ref = weakref.ref(adapters)

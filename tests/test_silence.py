@@ -593,6 +593,74 @@ def test_weights_tied_by_memory_are_tied_weights():
     assert "meta device: load the weights first" in refused(lambda: hd_pissa.attach(two, 2))
 
 
+def test_weights_that_overlap_in_part_are_tied_weights():
+    """Rows of an embedding, a part of a fused weight, a buffer; neighbours in one flat memory are not."""
+    model = nn.ModuleDict({"wte": nn.Embedding(21, 12), "mid": nn.Linear(12, 12), "dec": nn.Linear(12, 20)})
+    model["dec"].weight.data = model["wte"].weight.data[1:]
+    assert hd_pissa_extra.attach(model, 2).skipped["dec"] == "tied weight"
+    model = nn.ModuleDict({"qkv": nn.Linear(12, 36), "mid": nn.Linear(12, 12), "k": nn.Linear(12, 12)})
+    model["k"].weight = nn.Parameter(model["qkv"].weight.detach()[12:24])
+    assert names(hd_pissa_extra.attach(model, 2)) == ["mid"]
+    model = small()
+    model.register_buffer("first", model[0].weight.detach()[:1])
+    assert names(hd_pissa_extra.attach(model, 2)) == ["2"]
+    model, at = small(), 0
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for p in model.parameters():
+        p.data, at = flat[at:at + p.numel()].view_as(p), at + p.numel()
+    assert names(hd_pissa_extra.attach(model, 2)) == ["0", "2"]
+    other = small()
+    other[0].weight = model[0].weight
+    adapters = hd_pissa_extra.attach(other, 2)
+    assert names(adapters) == ["2"] and "another model" in adapters.skipped["0"]
+
+
+def test_increments_that_were_replaced_are_named():
+    """Nothing of them would reach W. In place they are what they were."""
+    for replace in (True, False):
+        model = small()
+        adapters, before = hd_pissa_extra.attach(model, 2), model[0].weight.clone()
+        model(X).square().mean().backward()
+        for p in adapters.parameters():
+            step = p.detach() - 0.1 * p.grad
+            p.data = step if replace else p.data.copy_(step)
+        if replace:
+            assert "change them in place" in refused(adapters.merge_)
+        else:
+            adapters.merge_()
+        assert torch.equal(before, model[0].weight) == replace
+
+
+@pytest.mark.parametrize("name", ["vmap", "jvp", "jacrev", "trace"])
+def test_what_looks_into_a_layer_is_refused_in_a_sentence(name):
+    work = {"vmap": lambda f: torch.func.vmap(f)(X[:, None]), "jacrev": lambda f: torch.func.jacrev(f)(X),
+            "jvp": lambda f: torch.func.jvp(f, (X,), (X,)), "trace": lambda f: torch.jit.trace(f, X)}[name]
+    model = small()
+    adapters = hd_pissa_extra.attach(model, 2)
+    with pytest.raises(NotImplementedError, match="detach_()"):
+        work(model)
+    adapters.detach_()
+    work(model)
+
+
+def biases_aside():
+    """On two processes: what an optimizer of biases alone is told, and one of another model's."""
+    model, other = small(), small()
+    adapters = hd_pissa_extra.attach(model, 2)
+    model[0].bias.requires_grad_()
+    for mine in (other, model):
+        aside = torch.optim.SGD([mine[0].bias], 0.1)
+        one_step(model, adapters, adamw(adapters))
+        try:
+            aside.step()
+        except ValueError as e:
+            return mine is model and str(e)
+
+
+def test_biases_in_an_optimizer_of_their_own_are_refused_on_several_processes(tmp_path):
+    assert all("attach(also=...)" in text for text in spawn(2, biases_aside, tmp_path))
+
+
 def test_weights_tied_by_memory_after_attach_are_refused():
     model = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12))
     adapters = hd_pissa_extra.attach(model, 2)

@@ -6,6 +6,7 @@
 import json
 import re
 from pathlib import Path
+from statistics import mean, stdev
 
 HERE = Path(__file__).resolve().parent
 PAGES = HERE / "README.md", HERE.parents[1] / "README.md"
@@ -54,6 +55,22 @@ def made_again(results: list) -> str:
                      made / kept, wanted])  # fmt: skip
     head = ["", "", "kept, s a step", "made again, s a step", "ratio", "wanted at most"]
     return f"{results[0]['device']}, torch {results[0]['torch']}\n\n" + table(head, rows)
+
+
+def rounding(result) -> str:
+    """Losses and the share of dW that arrives, over the seeds of each rate and kind of W."""
+    kinds: dict[tuple, list] = {}
+    for name, run in result.items():
+        rate, kind = name.rpartition(", seed ")[0].split(", ", 1)
+        kinds.setdefault((rate, kind), []).append(run)
+    rows = []
+    for (rate, kind), runs in kinds.items():
+        losses, shares = ([run[key] for run in runs] for key in ("after", "applied"))
+        rows.append([rate, kind, f"{mean(losses):.4f} ± {stdev(losses):.4f}", f"{mean(shares):.4f}",
+                     f"{mean(run['spread'] for run in runs):.4f}",
+                     f"{stdev(shares) / len(shares) ** 0.5:.4f}"])
+    return table(["rate", f"W, {len(runs)} seeds each", "held-out loss", "share of dW that arrives",
+                  "its spread from step to step", "standard error of the share"], rows)
 
 
 def network(result) -> str:
@@ -136,7 +153,7 @@ def gpu_tables(path: Path) -> dict[str, str]:
 def tables() -> dict[str, str]:
     """{marker: text} of all that has been measured."""
     functions = {"step": step, "hardware": hardware, "hardware short": hardware_short, "memory": memory,
-                 "network": network, "stress": stress, "real": real,
+                 "network": network, "rounding": rounding, "stress": stress, "real": real,
                  "real output": real_output, "real commands": real_commands}
     found = {name: file for name in functions if (file := HERE / f"{name.split()[0]}.json").exists()}
     made = {name: functions[name](json.loads(path.read_text())) for name, path in found.items()}
