@@ -11,6 +11,7 @@ import io
 import pickle
 import threading
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from spawned import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import hd_pissa
@@ -612,3 +615,115 @@ def test_replicas_are_compared_and_a_run_goes_on(tmp_path):
     other.load_state_dict(weights)
     again.load_state_dict(state)
     assert all(torch.equal(a, b) for a, b in zip(expected, train(other, again, 2, start=2)))
+
+
+# ---- What a run of it needs, counted without weights -------------------------------------------------------
+
+
+def mixture_folder(path, name):
+    """A tiny member of the bench's family with tokenizer and rows, as files."""
+    import families
+    families.folder(path, "llama")
+    bench().build(name, vocab_size=families.VOCABULARY).save_pretrained(path)
+    return path
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that lived at once, of those made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most, self.sizes = 0, 0, {}
+
+    def gone(self, key):
+        self.live -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def storages(tree):
+            return {t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(tree)
+                    if isinstance(t, torch.Tensor)}
+
+        taken, out = storages((args, kwargs)), function(*args, **(kwargs or {}))
+        for key, storage in storages(out).items():
+            if key not in taken.keys() | self.sizes.keys():
+                self.sizes[key] = storage.nbytes()
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.gone, key)
+        self.most = max(self.most, self.live)
+        return out
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
+def test_a_dry_run_counts_experts(name, tmp_path, capsys):
+    """Oracle: what attach, a backward and AdamW hold, and what autograd keeps of a real forward."""
+    import families
+
+    import train as program
+    folder = mixture_folder(tmp_path, name)
+    said = program.main(families.flags(folder, "--dry_run", "--micro_batch_size", 4, "--also", "model.norm"))
+    memory, words = list(said["memory"].values()), capsys.readouterr().out
+    model, _, _ = program.load_model(str(folder), 0)
+    adapters, kept = hd_pissa_extra.attach(model, R, shards=K, also=["model.norm"]), {}
+    layers, weights = repr(adapters).split()[1:5:2]
+    assert f"{weights} of them in {layers} adapted layers" in words
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+
+    def keep(t):
+        if t.untyped_storage()._cdata not in own:
+            kept[t.untyped_storage()._cdata] = t.untyped_storage()
+        return t
+
+    x = torch.full((4, int(words.split("(4 rows of ")[1].split()[0])), 7)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        logits = hd_pissa.logits_of(model.train(), x)
+        loss = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="sum")
+    assert memory[-1] == sum(storage.nbytes() for storage in kept.values()) + 2 * logits.nbytes
+    loss.backward()
+    optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0)
+    optimizer.step()
+    norm = model.get_parameter("model.norm.weight")
+    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
+    assert memory[2] == adapters.basis.nbytes and memory[3] == memory[4] == adapters.increments.nbytes
+    assert memory[5] == K * (moments - 2 * norm.nbytes) and memory[-3] == 3 * norm.nbytes
+
+
+@pytest.mark.parametrize("options", [{}, dict(gradients="global", init="random")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backward_of_a_stack_takes_what_the_dry_run_says(dtype, options):
+    """Beside the gradients that stay: dW and factors of the larger stack, to 3 %."""
+    from training.dry_run import saved_bytes
+    bench()
+    import transformers
+    width, hidden, number, r = 256, 192, 16, 8
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
+        hidden_size=width, moe_intermediate_size=hidden, num_experts=number, num_experts_per_tok=2,
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=64,
+        max_position_embeddings=64)).to(dtype)  # fmt: skip
+    x, columns = torch.arange(16)[None], r * (4 if options else 1)
+    plain = copy.deepcopy(model)
+    _, beside = saved_bytes(plain, hd_pissa_extra.find_layers(plain)[0], x, False, columns=columns,
+                            seeded=bool(options))  # fmt: skip
+    hd_pissa_extra.attach(model, r, shards=4, decompose=hd_pissa.components, **options)
+    loss = model(x).logits.square().mean()
+    with Peak() as peak:
+        loss.backward()
+    stay = 4 * columns * number * (width + 2 * hidden + hidden + width)
+    assert beside > 1.5 * number * width * 2 * hidden * dtype.itemsize or not options, "factors matter here"
+    assert peak.most == pytest.approx(beside + stay, rel=0.03)
+
+
+def test_a_loop_over_experts_that_have_tokens_is_told(tmp_path, capsys, monkeypatch):
+    """Which those are tensors without numbers do not say: activations are unknown, the rest is printed."""
+    import families
+    from transformers import PreTrainedModel
+
+    import train as program
+    monkeypatch.setattr(PreTrainedModel, "get_correct_experts_implementation", lambda *args: "eager")
+    folder = mixture_folder(tmp_path, "Mixtral")
+    assert program.main(families.flags(folder, "--dry_run"))["memory"]
+    words = capsys.readouterr().out
+    assert "activations (unknown: the forward depends on its tokens)" in words
+    assert "fits: the sum, without activations, against" in words
+    with pytest.raises(SystemExit):
+        program.main(families.flags(folder, "--dry_run", "--shard_weights"))
+    assert "experts in 3-D parameters cannot be sharded" in capsys.readouterr().err
