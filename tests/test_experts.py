@@ -727,3 +727,12 @@ def test_a_loop_over_experts_that_have_tokens_is_told(tmp_path, capsys, monkeypa
     with pytest.raises(SystemExit):
         program.main(families.flags(folder, "--dry_run", "--shard_weights"))
     assert "experts in 3-D parameters cannot be sharded" in capsys.readouterr().err
+
+
+def test_a_dry_run_reads_the_rows_as_the_run_does(tmp_path, capsys):
+    import families
+
+    import train as program
+    with pytest.raises(SystemExit):
+        program.main(families.flags(mixture_folder(tmp_path, "Mixtral"), "--dry_run", "--format", "sharegpt"))
+    assert "no text in 'conversations'" in capsys.readouterr().err
