@@ -420,38 +420,43 @@ def scramble(x: torch.Tensor) -> torch.Tensor:
         x = (x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))) * factor
     return x
 
-def seeded_columns(sizes: tuple[int, ...], first: int, count: int, seed: int, device, dtype) -> list:
+def seeded_columns(sizes: tuple, first: int, count: int, seed: int, device, dtype, drawn=()) -> list:
     """(count, size) for each size: columns first .. first + count - 1 of an orthonormal matrix, as rows.
 
         D C,   D random signs,   C[j, f] = (2/size)^1/2 cos(pi (2j + 1) f / (2 size))   the DCT,
 
-    with the frequencies f in a random order. Signs and order come from `seed` alone.
+    with the frequencies f in a random order. Signs and order come from `seed` alone, or from what
+    `ingredients` gave before, for E layers of these sizes at once: (E, count, size).
     """
-    made, device = [], torch.device(device)
-    for size, (signs, f, low) in zip(sizes, ingredients(sizes, first, count, seed, device, dtype)):
-        odd, table = cosines(size, device, dtype)
-        C = table[odd * f % (4 * size)]         # (count, size)
-        for i in low:
-            C[i] *= math.sqrt(0.5)              # frequency 0, if it is here
-        made.append(C.mul_(signs))
+    made, last = [], first + count
+    for size, draws in zip(sizes, zip(*(drawn or [ingredients(sizes, last, seed, device)]))):
+        odd, table = cosines(size, torch.device(device), dtype)
+        signs, f = (torch.stack(parts) for parts in zip(*(draw[:2] for draw in draws)))
+        at = (odd * f[:, first:last, None]).remainder_(4 * size)        # (E, count, size)
+        C = table.index_select(0, at.flatten()).view_as(at)
+        for e, (_, _, zero) in enumerate(draws):
+            if first <= zero < last:
+                C[e, zero - first] *= math.sqrt(0.5)                    # the constant column is here
+        C *= signs[:, None]
+        made.append(C if drawn else C[0])
     return made
 
-@functools.lru_cache(4096)
-def ingredients(sizes: tuple[int, ...], first: int, count: int, seed: int, device, dtype) -> list:
-    """What `seeded_columns` looks up: a few numbers a column and row, kept; the matrices are not."""
+def ingredients(sizes: tuple[int, ...], count: int, seed: int, device) -> list:
+    """What `seeded_columns` is made from: a byte a row, four a column, and where the constant column is."""
     generator, made = torch.Generator().manual_seed(seed), []
     like = dict(generator=generator, device="cpu")              # equal draws on every device
     for size in sizes:
-        signs = 2 * torch.randint(0, 2, (1, size), dtype=torch.float64, **like) - 1
-        f = torch.randperm(size, **like)[first:first + count, None].contiguous()    # (count, 1)
-        made.append((hd_pissa.sent(signs.to(dtype), device), hd_pissa.sent(f, device),
-                     f[:, 0].eq(0).nonzero()[:, 0].tolist()))
+        signs = 2 * torch.randint(0, 2, (size,), dtype=torch.int8, **like) - 1
+        f = torch.randperm(size, **like)
+        made.append((hd_pissa.sent(signs, device), hd_pissa.sent(f[:count].int(), device), int(f.argmin())))
     return made
 
 @functools.lru_cache(64)
 def cosines(size: int, device, dtype):
     table = torch.cos(torch.arange(4 * size, device=device, dtype=torch.float64) * (math.pi / (2 * size)))
-    return 2 * torch.arange(size, device=device) + 1, table.to(dtype) * math.sqrt(2 / size)
+    small = torch.int32 if size <= 2**15 else torch.int64       # for products with a frequency
+    odd = 2 * torch.arange(size, device=device, dtype=small) + 1
+    return odd, table.to(dtype) * math.sqrt(2 / size)
 
 class Seeded:
     """A_i (k, m, r) and B_i (k, r, n) of shards first .. first + k - 1, made when they are asked for."""
@@ -459,12 +464,25 @@ class Seeded:
     def __init__(self, slot, seed: int, first: int, k: int):
         self.slot, self.seed, self.first, self.k = slot, seed, first, k
 
+    def drawn(self, device) -> list:
+        """Kept with the layer, once for all shards: to draw takes longer than to make."""
+        slot, kept = self.slot, vars(self.slot).setdefault("drawn", {})
+        if device not in kept:
+            seed = hd_pissa.seed_of("dct", self.seed, slot.name)
+            kept[device] = ingredients((slot.m, slot.n), slot.adapters.K * slot.r, seed, device)
+        return kept[device]
+
     def make(self, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        slot, at, k = self.slot, self.first * self.slot.r, self.k * self.slot.r
-        A, B = seeded_columns((slot.m, slot.n), at, k, hd_pissa.seed_of("dct", self.seed, slot.name),
-                              device, dtype)
-        root = slot.s ** -0.5           # s A_i B_i are slices of one orthogonal matrix, as S = 1 would give
-        return root * A.unflatten(0, (self.k, slot.r)).mT, root * B.unflatten(0, (self.k, slot.r))
+        A, B = make_all([self], device, dtype)
+        return A[0], B[0]
+
+def make_all(seeded: list[Seeded], device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(E, k, m, r) and (E, k, r, n) of E layers of equal sizes."""
+    slot, at, k = seeded[0].slot, seeded[0].first, seeded[0].k
+    A, B = (C.unflatten(1, (k, slot.r)) for C in seeded_columns(
+        (slot.m, slot.n), at * slot.r, k * slot.r, 0, device, dtype, [one.drawn(device) for one in seeded]))
+    root = slot.s ** -0.5               # s A_i B_i are slices of one orthogonal matrix, as S = 1 would give
+    return A.mul_(root).mT, B.mul_(root)
 
 class MuteFromSeed(hd_pissa.Mute):
     """The mute whose A, B (a Seeded, and None) are made in the backward and dropped again."""
@@ -580,8 +598,9 @@ class MuteExperts(torch.autograd.Function):
         s, r = ctx.slots[0].s, ctx.slots[0].r
         with torch.autocast(dW.device.type, enabled=False):
             dW = dW if ctx.slots[0].conv1d else dW.mT                           # (E, m, n)
-            pairs = [A.make(dW.device, ctx.like) if B is None else (A, B) for A, B in ctx.factors]
-            A, B = (s * torch.stack(side) for side in zip(*pairs))              # (E, k, m, r), (E, k, r, n)
+            A, B = zip(*ctx.factors)
+            A, B = (make_all(A, dW.device, ctx.like) if B[0] is None else map(torch.stack, (A, B)))
+            A, B = A.mul_(s), B.mul_(s)                                         # (E, k, m, r), (E, k, r, n)
             A, B = A.transpose(1, 2).flatten(2).to(dW.dtype), B.flatten(1, 2).to(dW.dtype)
             gA = (dW @ B.mT).unflatten(2, (-1, r)).transpose(1, 2)      # (E, m, kr) -> (E, k, m, r)
             gB = (A.mT @ dW).unflatten(1, (-1, r))                      # (E, kr, n) -> (E, k, r, n)

@@ -6,6 +6,7 @@ stack plus s A B; the frozen model's logits; PEFT's share of the weights.
 
 import copy
 import functools
+import gc
 import importlib.util
 import io
 import pickle
@@ -549,6 +550,40 @@ def test_one_update_of_an_expert_has_rank_2_k_r(rank, shards):
         assert hd_pissa.effective_rank(hd_pissa.update_spectrum(a, b), 1e-9) == 2 * rank * shards
 
 
+@pytest.mark.parametrize("gradients", ["local", "global"])
+def test_a_basis_from_a_seed_is_drawn_once(gradients, monkeypatch):
+    """However many experts there are and shards that take turns: signs and orders of every layer are drawn in
+    the first step, kept in a byte a row and four a column of A_i, B_i, and go with the adapters."""
+    draw, calls = hd_pissa_extra.ingredients, []
+    monkeypatch.setattr(hd_pissa_extra, "ingredients", lambda *args: calls.append(draw(*args)) or calls[-1])
+    model = Mixture()
+    adapters = hd_pissa_extra.attach(model, R, shards=K, init="random", gradients=gradients)
+    train(model, adapters, steps=2)
+    assert len(calls) == len(adapters.slots) == 1 + 2 * E
+    held = sum(part.nbytes for drawn in calls for side in drawn for part in side[:2])
+    assert held == sum(slot.m + slot.n + 2 * 4 * K * R for slot in adapters.slots)
+    last = weakref.ref(calls[-1][0][0])
+    calls.clear()
+    assert last() is not None
+    adapters.detach_()
+    del adapters
+    gc.collect()
+    assert last() is None
+
+
+def test_experts_of_a_stack_are_made_together(monkeypatch):
+    """One gather for all of a stack's experts, and what each gets alone."""
+    model, calls = Mixture(), []
+    adapters = hd_pissa_extra.attach(model, R, shards=K, init="random", targets="experts", alpha=6.0)
+    columns = hd_pissa_extra.seeded_columns
+    monkeypatch.setattr(hd_pissa_extra, "seeded_columns", lambda *args: calls.append(1) or columns(*args))
+    model(*rows(0)).square().mean().backward()
+    assert len(calls) == 2
+    both = hd_pissa_extra.make_all([slot.A for slot in adapters.slots[:E]], "cpu", torch.float64)
+    for e, slot in enumerate(adapters.slots[:E]):
+        assert all(torch.equal(a[e], b) for a, b in zip(both, slot.A.make("cpu", torch.float64)))
+
+
 # ---- W in bfloat16, checkpoints ----------------------------------------------------------------------------
 
 def updates(dtype, rounding="exact", is_transposed=False):
@@ -701,14 +736,13 @@ def test_the_backward_of_a_stack_takes_what_the_dry_run_says(dtype, options):
         max_position_embeddings=64)).to(dtype)  # fmt: skip
     x, columns = torch.arange(16)[None], r * (4 if options else 1)
     plain = copy.deepcopy(model)
-    _, beside = saved_bytes(plain, hd_pissa_extra.find_layers(plain)[0], x, False, columns=columns,
-                            seeded=bool(options))  # fmt: skip
+    _, beside = saved_bytes(plain, hd_pissa_extra.find_layers(plain)[0], x, False, columns=columns)
     hd_pissa_extra.attach(model, r, shards=4, decompose=hd_pissa.components, **options)
     loss = model(x).logits.square().mean()
     with Peak() as peak:
         loss.backward()
     stay = 4 * columns * number * (width + 2 * hidden + hidden + width)
-    assert beside > 1.5 * number * width * 2 * hidden * dtype.itemsize or not options, "factors matter here"
+    assert beside > 1.3 * number * width * 2 * hidden * dtype.itemsize or not options, "factors matter here"
     assert peak.most == pytest.approx(beside + stay, rel=0.03)
 
 

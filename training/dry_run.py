@@ -34,13 +34,13 @@ class Grouped(TorchDispatchMode):
 
 
 def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool, *, also=(), columns: int = 0,
-                seeded: bool = False, packed: bool = False) -> tuple[int, int] | None:
+                packed: bool = False) -> tuple[int, int] | None:
     """Bytes that one forward of the muted model keeps for its backward, by autograd's own hooks, and bytes
     that are alive beside them while the backward passes the head, or a stack of experts.
 
     layers      (name, module) pairs that are muted, as `hd_pissa_extra.attach` does; parameters do not count
     also        parameters that train whole
-    columns     of A_i in one backward of an expert: r, or K r; seeded: they are made in it
+    columns     of A_i in one backward of an expert: r, or K r
     packed      rows stand one behind the other in x
     None where the forward asks for numbers that tensors of shapes alone do not have.
     """
@@ -79,7 +79,7 @@ def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool, *, al
     except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException):
         return None                     # a loop over the experts that have tokens
     # The gradients before and behind the softmax; or dW of a stack, A and B as it wants them, g_A and g_B.
-    factors = [columns * len(W) * sum(W.shape[1:]) * (2 * W.itemsize + 4 * seeded) for W in stacks.values()]
+    factors = [columns * len(W) * sum(W.shape[1:]) * 2 * W.itemsize for W in stacks.values()]
     dW = [W.nbytes + size for W, size in zip(stacks.values(), factors)]
     return sum(seen.values()), max(2 * logits.nbytes, *dW, 0)
 
@@ -208,7 +208,7 @@ def dry_run(args, load_model, default_steps: int) -> dict:
         gathered = units(model)
         activations = saved_bytes(
             model.train(), layers, x, args.dtype == "autocast", packed=args.packing,
-            also=[cast[id(p)] for p in also.values()], seeded=args.init == "random",
+            also=[cast[id(p)] for p in also.values()],
             columns=r * (K if args.gradients == "global" else 1))
     check_layers(args, model, layers)
     what = "unknown: the forward depends on its tokens" if activations is None else (
