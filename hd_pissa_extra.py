@@ -1203,13 +1203,12 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
     def make(model, found, skipped, config, exchange, seed, place):
         check_arguments(dropout, gradients, basis, dtype, rounding, send)
         keys = {x.key for _, x in found if isinstance(x, Expert)}
-        if keys and (dropout or accumulate):
-            why = ("dropout: the input of one expert is not known" if dropout else
-                   "accumulate (--export_lora): a LoRA file holds no experts")
+        if keys and dropout:
             paths = [(name.split("."), isinstance(x, Expert)) for name, x in found]
             own = sorted({path[-3] if path[2:] else path[-2] for path, expert in paths if expert})
             rest = sorted({".".join(path[-1 - (path[-1] in keys):]) for path, expert in paths if not expert})
-            raise ValueError(f"{why}; leave experts out: exclude={own}, or --targets {','.join(rest)}")
+            raise ValueError("dropout: the input of one expert is not known; leave experts out: "
+                             f"exclude={own}, or --targets {','.join(rest)}")
         for name, module in found if dtype is not None else ():
             W = module.weight
             if dtype != W.dtype and (W.dtype, dtype) != (torch.float32, torch.bfloat16):
@@ -1290,6 +1289,25 @@ def lora_factors(adapters, slot, rank: int | None = None) -> tuple[torch.Tensor,
         P, Q = F.pad(P, (0, rank - len(Q))), F.pad(Q, (0, 0, 0, rank - len(Q)))
     return P, Q
 
+def weight_in(state: dict, name: str) -> torch.Tensor | None:
+    """The weight of a layer, or an expert's part of its stack, in a state_dict that has it."""
+    stack, _, index = name.rpartition(".")
+    if stack in state and index.isdecimal():
+        return state[stack][int(index)]
+    return state.get(name + ".weight")
+
+def lora_places(layers) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """A LoraConfig's targets for (name, module) pairs, and {layer or stack: where PEFT keeps its LoRA}.
+
+    It wraps a module once for each of its stacks, one around the other in the order of its parameters.
+    """
+    names = [name for name, x in layers if not isinstance(x, Expert)]
+    stacks = list(dict.fromkeys(name.rpartition(".")[0] for name, x in layers if isinstance(x, Expert)))
+    owners = [stack.rpartition(".")[0] for stack in stacks]
+    places = {stack: owner + ".base_layer" * owners[i + 1:].count(owner)
+              for i, (stack, owner) in enumerate(zip(stacks, owners))}
+    return dict(target_modules=names, target_parameters=stacks), {name: name for name in names} | places
+
 EXPORT = ("adapter_model.safetensors", "adapter_config.json")       # what an export writes, in this order
 MARK = {"format": "pt", "written_by": "hd_pissa_extra.export_lora"}
 
@@ -1327,7 +1345,7 @@ def export_lora(adapters, folder: str, base: dict, base_name: str = "", rank: in
         except ImportError:
             raise ValueError("a LoRA export needs peft: pip install -r requirements-extra.txt") from None
         for slot in adapters.slots:
-            W0 = base.get(slot.name + ".weight")
+            W0 = weight_in(base, slot.name)
             if W0 is None or W0.shape != slot.module.weight.shape:
                 raise ValueError(f"base has no {slot.name}.weight of {tuple(slot.module.weight.shape)}; give "
                                  "the state_dict that the run began with")
@@ -1337,12 +1355,22 @@ def export_lora(adapters, folder: str, base: dict, base_name: str = "", rank: in
 
     everywhere(check_base)
     tensors, squares = {}, torch.zeros((1, 2), dtype=torch.float64, device=adapters.device)
+    targets, places = lora_places([(slot.name, slot.module) for slot in adapters.slots])
     for slot in adapters.slots:
         P, Q = lora_factors(adapters, slot, rank)
-        tensors[f"base_model.model.{slot.name}.lora_A.weight"] = P.T.float().contiguous()
-        tensors[f"base_model.model.{slot.name}.lora_B.weight"] = Q.T.float().contiguous()
+        A, B, expert = P.T.float().contiguous(), Q.T.float().contiguous(), isinstance(slot, ExpertSlot)
+        name = slot.name.rpartition(".")[0] if expert else slot.name
+        key = f"base_model.model.{places[name]}.lora_"
+        if expert:                          # PEFT's A are (E r, m), its B (n, r E): experts last
+            stacked = [tensors.setdefault(f"{key}{side}.weight", torch.zeros(shape, device=A.device))
+                       for side, shape in (("A", (len(slot.module.stack) * len(A), slot.m)),
+                                           ("B", (slot.n, len(A) * len(slot.module.stack))))]
+            stacked[0].unflatten(0, (-1, len(A)))[slot.module.index] = A
+            stacked[1].unflatten(1, (len(A), -1))[:, :, slot.module.index] = B
+        else:
+            tensors |= {key + "A.weight": A, key + "B.weight": B}
         W, rows = stored(slot)
-        dW = W.double() - base[slot.name + ".weight"][rows].to(P)
+        dW = W.double() - weight_in(base, slot.name)[rows].to(P)
         left, right = (P, Q) if slot.conv1d else (Q.T, P.T)
         squares += torch.stack((left[rows] @ right - dW, dW)).square().sum((1, 2))
     rank = 2 * adapters.K * adapters.r if rank is None else rank
@@ -1354,8 +1382,8 @@ def export_lora(adapters, folder: str, base: dict, base_name: str = "", rank: in
             task = "CAUSAL_LM" if hasattr(adapters.model, "generate") else None
             unfinished = folder + ".tmp"
             LoraConfig(r=rank, lora_alpha=rank, base_model_name_or_path=base_name, task_type=task,
-                       fan_in_fan_out=adapters.slots[0].conv1d, inference_mode=True,
-                       target_modules=[slot.name for slot in adapters.slots]).save_pretrained(unfinished)
+                       fan_in_fan_out=type(adapters.slots[0]) is Slot and adapters.slots[0].conv1d,
+                       inference_mode=True, **targets).save_pretrained(unfinished)
             save_file(tensors, os.path.join(unfinished, EXPORT[0]), MARK)
             if not os.path.lexists(folder):
                 os.rename(unfinished, folder)           # whole at once

@@ -240,7 +240,8 @@ NAMED = "a 3-D parameter (experts), 44.9% of the model"
 @pytest.mark.parametrize("arguments, found, skipped", [
     ({}, {"first"} | ALL, {}),
     (dict(targets="experts"), ALL, {"first": "not in targets"}),
-    (dict(targets=["experts.up"]), {n for n in ALL if "up" in n}, {"first": "not in targets"}),
+    (dict(targets=["experts.up"]), {n for n in ALL if "up" in n},
+     {"first": "not in targets", "experts.down": NAMED}),
     (dict(targets=["up", "first"]), {"first"} | {n for n in ALL if "up" in n}, {"experts.down": NAMED}),
     (dict(exclude="experts"), {"first"}, {"experts.up": "in exclude", "experts.down": "in exclude"}),
     (dict(exclude=["down"]), {"first"} | {n for n in ALL if "up" in n}, {"experts.down": "in exclude"}),
@@ -357,9 +358,7 @@ def test_sharded_stacks_are_refused(tmp_path):
         assert "--shard_weights: experts cannot be sharded" in flag and "--targets" in flag
 
 
-@pytest.mark.parametrize("options, words", [(dict(dropout=0.1), "the input of one expert is not known"),
-                                            (dict(accumulate=True), "a LoRA file holds no experts")])
-def test_what_experts_cannot_have_is_refused_with_a_remedy(options, words):
+def test_dropout_of_experts_is_refused_with_a_remedy():
     """A layer that is called as a stack is keeps its place in the remedy."""
     def model():
         mixture = Mixture()
@@ -367,10 +366,11 @@ def test_what_experts_cannot_have_is_refused_with_a_remedy(options, words):
         mixture.dense.up = nn.Linear(WIDTH, WIDTH).double()
         return mixture
 
-    text = refused(lambda: hd_pissa_extra.attach(model(), R, **options))
-    assert words in text and text.endswith("exclude=['experts'], or --targets dense.up,first")
+    text = refused(lambda: hd_pissa_extra.attach(model(), R, dropout=0.1))
+    assert "the input of one expert is not known" in text
+    assert text.endswith("exclude=['experts'], or --targets dense.up,first")
     for remedy in (dict(exclude=["experts"]), dict(targets=["dense.up", "first"])):
-        adapters = hd_pissa_extra.attach(model(), R, **options, **remedy)
+        adapters = hd_pissa_extra.attach(model(), R, dropout=0.1, **remedy)
         assert [slot.name for slot in adapters.slots] == ["first", "dense.up"]
 
 
@@ -650,6 +650,46 @@ def test_replicas_are_compared_and_a_run_goes_on(tmp_path):
     other.load_state_dict(weights)
     again.load_state_dict(state)
     assert all(torch.equal(a, b) for a, b in zip(expected, train(other, again, 2, start=2)))
+
+
+# ---- A run as a LoRA ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, rank, name", [
+    ({}, None, "Mixtral"), (dict(targets=["gate_up_proj"]), 3, "gpt-oss"),
+    (dict(exclude="down_proj", init="random"), None, "OLMoE")])  # fmt: skip
+def test_peft_loads_the_lora_of_experts(name, options, rank, tmp_path):
+    """Oracle: the weights that PEFT merges are the trained ones, but for the error that is reported."""
+    from peft import PeftModel
+    model, inputs = family(name)
+    base = copy.deepcopy(model).requires_grad_(False)
+    adapters = hd_pissa_extra.attach(model, R, shards=K, accumulate=True, **options)
+    bench().steps(model, adapters, name)
+    error = hd_pissa_extra.export_lora(adapters, tmp_path / "lora", base.state_dict(), rank=rank)
+    assert 0 < error < (0.08 if rank is None else 0.7)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora")
+    merged = dict(loaded.merge_and_unload().named_parameters())
+    there, trained = ({key for key, W in weights.items() if not torch.equal(W, base.get_parameter(key))}
+                      for weights in (merged, dict(model.named_parameters())))
+    assert there == trained and any("experts" in key for key in there)
+    off, moved = (torch.cat([(merged[key] - other.get_parameter(key)).flatten() for key in there]).norm()
+                  for other in (model, base))  # fmt: skip
+    assert off / moved == pytest.approx(error, rel=0.2)
+
+
+def test_a_run_writes_the_lora_of_experts(tmp_path, capsys):
+    """train.py compares what PEFT loads with the run's logits; another base is refused."""
+    import families
+
+    import train as program
+    folder = mixture_folder(tmp_path / "base", "Mixtral")
+    flags = families.flags(folder, "--export_lora", "--out", tmp_path / "out")
+    result = program.main(flags)
+    assert 0 < result["lora_error"] < 0.05 and "in PEFT its logits are" in capsys.readouterr().out
+    model, sums = program.load_model(str(folder), 0)[0], {"model.layers.0.mlp.experts.down_proj.1": 0}
+    with pytest.raises(ValueError, match="experts.down_proj.1.weight differs"):
+        program.models.export(program.parse(flags), model, None, sums, [([1, 2], 1)], "cpu",
+                              program.load_model)  # fmt: skip
 
 
 # ---- What a run of it needs, counted without weights -------------------------------------------------------
