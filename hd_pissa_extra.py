@@ -688,7 +688,7 @@ def overlapping(model: nn.Module) -> set[int]:
     """Ids of parameters and buffers some of whose numbers are another's too."""
     spans, ids, end, last = [], set(), 0, None
     for p in {id(p): p for p in (*model.parameters(), *model.buffers())}.values():
-        if not (p.is_meta or nn.parameter.is_lazy(p) or hasattr(p, "to_local") or p.numel() == 0):
+        if type(p) in (nn.Parameter, torch.Tensor) and not p.is_meta and p.numel():
             last_number = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride()))
             spans.append((p.data_ptr(), p.data_ptr() + (last_number + 1) * p.element_size(), id(p)))
     for a, b, i in sorted(spans):
