@@ -432,38 +432,43 @@ def scramble(x: torch.Tensor) -> torch.Tensor:
         x = (x ^ ((x >> shift) & ((1 << (32 - shift)) - 1))) * factor
     return x
 
-def seeded_columns(sizes: tuple[int, ...], first: int, count: int, seed: int, device, dtype) -> list:
+def seeded_columns(sizes: tuple, first: int, count: int, seed: int, device, dtype, drawn=()) -> list:
     """(count, size) for each size: columns first .. first + count - 1 of an orthonormal matrix, as rows.
 
         D C,   D random signs,   C[j, f] = (2/size)^1/2 cos(pi (2j + 1) f / (2 size))   the DCT,
 
-    with the frequencies f in a random order. Signs and order come from `seed` alone.
+    with the frequencies f in a random order. Signs and order come from `seed` alone, or from what
+    `ingredients` gave before, for E layers of these sizes at once: (E, count, size).
     """
-    made, device = [], torch.device(device)
-    for size, (signs, f, low) in zip(sizes, ingredients(sizes, first, count, seed, device, dtype)):
-        odd, table = cosines(size, device, dtype)
-        C = table[odd * f % (4 * size)]         # (count, size)
-        for i in low:
-            C[i] *= math.sqrt(0.5)              # frequency 0, if it is here
-        made.append(C.mul_(signs))
+    made, last = [], first + count
+    for size, draws in zip(sizes, zip(*(drawn or [ingredients(sizes, last, seed, device)]))):
+        odd, table = cosines(size, torch.device(device), dtype)
+        signs, f = (torch.stack(parts) for parts in zip(*(draw[:2] for draw in draws)))
+        at = (odd * f[:, first:last, None]).remainder_(4 * size)        # (E, count, size)
+        C = table.index_select(0, at.flatten()).view_as(at)
+        for e, (_, _, zero) in enumerate(draws):
+            if first <= zero < last:
+                C[e, zero - first] *= math.sqrt(0.5)                    # the constant column is here
+        C *= signs[:, None]
+        made.append(C if drawn else C[0])
     return made
 
-@functools.lru_cache(4096)
-def ingredients(sizes: tuple[int, ...], first: int, count: int, seed: int, device, dtype) -> list:
-    """What `seeded_columns` looks up: a few numbers a column and row, kept; the matrices are not."""
+def ingredients(sizes: tuple[int, ...], count: int, seed: int, device) -> list:
+    """What `seeded_columns` is made from: a byte a row, four a column, and where the constant column is."""
     generator, made = torch.Generator().manual_seed(seed), []
     like = dict(generator=generator, device="cpu")              # equal draws on every device
     for size in sizes:
-        signs = 2 * torch.randint(0, 2, (1, size), dtype=torch.float64, **like) - 1
-        f = torch.randperm(size, **like)[first:first + count, None].contiguous()    # (count, 1)
-        made.append((hd_pissa.sent(signs.to(dtype), device), hd_pissa.sent(f, device),
-                     f[:, 0].eq(0).nonzero()[:, 0].tolist()))
+        signs = 2 * torch.randint(0, 2, (size,), dtype=torch.int8, **like) - 1
+        f = torch.randperm(size, **like)
+        made.append((hd_pissa.sent(signs, device), hd_pissa.sent(f[:count].int(), device), int(f.argmin())))
     return made
 
 @functools.lru_cache(64)
 def cosines(size: int, device, dtype):
     table = torch.cos(torch.arange(4 * size, device=device, dtype=torch.float64) * (math.pi / (2 * size)))
-    return 2 * torch.arange(size, device=device) + 1, table.to(dtype) * math.sqrt(2 / size)
+    small = torch.int32 if size <= 2**15 else torch.int64       # for products with a frequency
+    odd = 2 * torch.arange(size, device=device, dtype=small) + 1
+    return odd, table.to(dtype) * math.sqrt(2 / size)
 
 class Seeded:
     """A_i (k, m, r) and B_i (k, r, n) of shards first .. first + k - 1, made when they are asked for."""
@@ -471,12 +476,25 @@ class Seeded:
     def __init__(self, slot, seed: int, first: int, k: int):
         self.slot, self.seed, self.first, self.k = slot, seed, first, k
 
+    def drawn(self, device) -> list:
+        """Kept with the layer, once for all shards: to draw takes longer than to make."""
+        slot, kept = self.slot, vars(self.slot).setdefault("drawn", {})
+        if device not in kept:
+            seed = hd_pissa.seed_of("dct", self.seed, slot.name)
+            kept[device] = ingredients((slot.m, slot.n), slot.adapters.K * slot.r, seed, device)
+        return kept[device]
+
     def make(self, device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        slot, at, k = self.slot, self.first * self.slot.r, self.k * self.slot.r
-        A, B = seeded_columns((slot.m, slot.n), at, k, hd_pissa.seed_of("dct", self.seed, slot.name),
-                              device, dtype)
-        root = slot.s ** -0.5           # s A_i B_i are slices of one orthogonal matrix, as S = 1 would give
-        return root * A.unflatten(0, (self.k, slot.r)).mT, root * B.unflatten(0, (self.k, slot.r))
+        A, B = make_all([self], device, dtype)
+        return A[0], B[0]
+
+def make_all(seeded: list[Seeded], device, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """(E, k, m, r) and (E, k, r, n) of E layers of equal sizes."""
+    slot, at, k = seeded[0].slot, seeded[0].first, seeded[0].k
+    A, B = (C.unflatten(1, (k, slot.r)) for C in seeded_columns(
+        (slot.m, slot.n), at * slot.r, k * slot.r, 0, device, dtype, [one.drawn(device) for one in seeded]))
+    root = slot.s ** -0.5               # s A_i B_i are slices of one orthogonal matrix, as S = 1 would give
+    return A.mul_(root).mT, B.mul_(root)
 
 class MuteFromSeed(hd_pissa.Mute):
     """The mute whose A, B (a Seeded, and None) are made in the backward and dropped again."""
@@ -592,8 +610,9 @@ class MuteExperts(torch.autograd.Function):
         s, r = ctx.slots[0].s, ctx.slots[0].r
         with torch.autocast(dW.device.type, enabled=False):
             dW = dW if ctx.slots[0].conv1d else dW.mT                           # (E, m, n)
-            pairs = [A.make(dW.device, ctx.like) if B is None else (A, B) for A, B in ctx.factors]
-            A, B = (s * torch.stack(side) for side in zip(*pairs))              # (E, k, m, r), (E, k, r, n)
+            A, B = zip(*ctx.factors)
+            A, B = (make_all(A, dW.device, ctx.like) if B[0] is None else map(torch.stack, (A, B)))
+            A, B = A.mul_(s), B.mul_(s)                                         # (E, k, m, r), (E, k, r, n)
             A, B = A.transpose(1, 2).flatten(2).to(dW.dtype), B.flatten(1, 2).to(dW.dtype)
             gA = (dW @ B.mT).unflatten(2, (-1, r)).transpose(1, 2)      # (E, m, kr) -> (E, k, m, r)
             gB = (A.mT @ dW).unflatten(1, (-1, r))                      # (E, kr, n) -> (E, k, r, n)
@@ -681,7 +700,7 @@ def overlapping(model: nn.Module) -> set[int]:
     """Ids of parameters and buffers some of whose numbers are another's too."""
     spans, ids, end, last = [], set(), 0, None
     for p in {id(p): p for p in (*model.parameters(), *model.buffers())}.values():
-        if not (p.is_meta or nn.parameter.is_lazy(p) or hasattr(p, "to_local") or p.numel() == 0):
+        if type(p) in (nn.Parameter, torch.Tensor) and not p.is_meta and p.numel():
             last_number = sum((size - 1) * stride for size, stride in zip(p.shape, p.stride()))
             spans.append((p.data_ptr(), p.data_ptr() + (last_number + 1) * p.element_size(), id(p)))
     for a, b, i in sorted(spans):
@@ -1216,13 +1235,12 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
     def make(model, found, skipped, config, exchange, seed, place):
         check_arguments(dropout, gradients, basis, dtype, rounding, send)
         keys = {x.key for _, x in found if isinstance(x, Expert)}
-        if keys and (dropout or accumulate):
-            why = ("dropout: the input of one expert is not known" if dropout else
-                   "accumulate (--export_lora): a LoRA file holds no experts")
+        if keys and dropout:
             paths = [(name.split("."), isinstance(x, Expert)) for name, x in found]
             own = sorted({path[-3] if path[2:] else path[-2] for path, expert in paths if expert})
             rest = sorted({".".join(path[-1 - (path[-1] in keys):]) for path, expert in paths if not expert})
-            raise ValueError(f"{why}; leave experts out: exclude={own}, or --targets {','.join(rest)}")
+            raise ValueError("dropout: the input of one expert is not known; leave experts out: "
+                             f"exclude={own}, or --targets {','.join(rest)}")
         for name, module in found if dtype is not None else ():
             W = module.weight
             if dtype != W.dtype and (W.dtype, dtype) != (torch.float32, torch.bfloat16):
@@ -1303,6 +1321,25 @@ def lora_factors(adapters, slot, rank: int | None = None) -> tuple[torch.Tensor,
         P, Q = F.pad(P, (0, rank - len(Q))), F.pad(Q, (0, 0, 0, rank - len(Q)))
     return P, Q
 
+def weight_in(state: dict, name: str) -> torch.Tensor | None:
+    """The weight of a layer, or an expert's part of its stack, in a state_dict that has it."""
+    stack, _, index = name.rpartition(".")
+    if stack in state and index.isdecimal():
+        return state[stack][int(index)]
+    return state.get(name + ".weight")
+
+def lora_places(layers) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """A LoraConfig's targets for (name, module) pairs, and {layer or stack: where PEFT keeps its LoRA}.
+
+    It wraps a module once for each of its stacks, one around the other in the order of its parameters.
+    """
+    names = [name for name, x in layers if not isinstance(x, Expert)]
+    stacks = list(dict.fromkeys(name.rpartition(".")[0] for name, x in layers if isinstance(x, Expert)))
+    owners = [stack.rpartition(".")[0] for stack in stacks]
+    places = {stack: owner + ".base_layer" * owners[i + 1:].count(owner)
+              for i, (stack, owner) in enumerate(zip(stacks, owners))}
+    return dict(target_modules=names, target_parameters=stacks), {name: name for name in names} | places
+
 EXPORT = ("adapter_model.safetensors", "adapter_config.json")       # what an export writes, in this order
 MARK = {"format": "pt", "written_by": "hd_pissa_extra.export_lora"}
 
@@ -1340,7 +1377,7 @@ def export_lora(adapters, folder: str, base: dict, base_name: str = "", rank: in
         except ImportError:
             raise ValueError("a LoRA export needs peft: pip install -r requirements-extra.txt") from None
         for slot in adapters.slots:
-            W0 = base.get(slot.name + ".weight")
+            W0 = weight_in(base, slot.name)
             if W0 is None or W0.shape != slot.module.weight.shape:
                 raise ValueError(f"base has no {slot.name}.weight of {tuple(slot.module.weight.shape)}; give "
                                  "the state_dict that the run began with")
@@ -1350,12 +1387,22 @@ def export_lora(adapters, folder: str, base: dict, base_name: str = "", rank: in
 
     everywhere(check_base)
     tensors, squares = {}, torch.zeros((1, 2), dtype=torch.float64, device=adapters.device)
+    targets, places = lora_places([(slot.name, slot.module) for slot in adapters.slots])
     for slot in adapters.slots:
         P, Q = lora_factors(adapters, slot, rank)
-        tensors[f"base_model.model.{slot.name}.lora_A.weight"] = P.T.float().contiguous()
-        tensors[f"base_model.model.{slot.name}.lora_B.weight"] = Q.T.float().contiguous()
+        A, B, expert = P.T.float().contiguous(), Q.T.float().contiguous(), isinstance(slot, ExpertSlot)
+        name = slot.name.rpartition(".")[0] if expert else slot.name
+        key = f"base_model.model.{places[name]}.lora_"
+        if expert:                          # PEFT's A are (E r, m), its B (n, r E): experts last
+            stacked = [tensors.setdefault(f"{key}{side}.weight", torch.zeros(shape, device=A.device))
+                       for side, shape in (("A", (len(slot.module.stack) * len(A), slot.m)),
+                                           ("B", (slot.n, len(A) * len(slot.module.stack))))]
+            stacked[0].unflatten(0, (-1, len(A)))[slot.module.index] = A
+            stacked[1].unflatten(1, (len(A), -1))[:, :, slot.module.index] = B
+        else:
+            tensors |= {key + "A.weight": A, key + "B.weight": B}
         W, rows = stored(slot)
-        dW = W.double() - base[slot.name + ".weight"][rows].to(P)
+        dW = W.double() - weight_in(base, slot.name)[rows].to(P)
         left, right = (P, Q) if slot.conv1d else (Q.T, P.T)
         squares += torch.stack((left[rows] @ right - dW, dW)).square().sum((1, 2))
     rank = 2 * adapters.K * adapters.r if rank is None else rank
@@ -1367,8 +1414,8 @@ def export_lora(adapters, folder: str, base: dict, base_name: str = "", rank: in
             task = "CAUSAL_LM" if hasattr(adapters.model, "generate") else None
             unfinished = folder + ".tmp"
             LoraConfig(r=rank, lora_alpha=rank, base_model_name_or_path=base_name, task_type=task,
-                       fan_in_fan_out=adapters.slots[0].conv1d, inference_mode=True,
-                       target_modules=[slot.name for slot in adapters.slots]).save_pretrained(unfinished)
+                       fan_in_fan_out=type(adapters.slots[0]) is Slot and adapters.slots[0].conv1d,
+                       inference_mode=True, **targets).save_pretrained(unfinished)
             save_file(tensors, os.path.join(unfinished, EXPORT[0]), MARK)
             if not os.path.lexists(folder):
                 os.rename(unfinished, folder)           # whole at once

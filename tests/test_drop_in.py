@@ -3,13 +3,16 @@
 Oracle: the same training written out, on the very rows that the trainer took, or the twin.
 """
 
+import copy
 import importlib.util
+import itertools
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -227,6 +230,19 @@ def test_a_state_without_the_adapters_is_refused(tmp_path):
         trained(data, checkpoint(model, optimizer, tmp_path / "b"), aggregate="sum")
 
 
+def test_a_state_in_the_middle_of_a_step_is_told():
+    """What has been added up so far is in no checkpoint: neither a plain loop's nor a trainer's."""
+    data = toy.problem()[2]
+    model, adapters, optimizer = trained(data[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.state_dict()
+    with adapters.shard(1):
+        model(data[0][1][0]).square().mean().backward()
+    with pytest.warns(UserWarning, match="saved in the middle of a step: gradients .* Save after"):
+        optimizer.state_dict()
+
+
 def elastic(path):
     """On each of two processes: steps 3 to 5 from a file of one process; a file of its own."""
     data = toy.problem()[2]
@@ -287,7 +303,10 @@ def logged(trainer, what: str) -> list[float]:
 
 
 def written_out(model, seen, rates, clip=1.0, accumulate=1, loss=None, make=torch.optim.AdamW):
-    """The training in a loop of its own: (model, norms). A shard's loss is the mean over its tokens."""
+    """The training in a loop of its own: (model, norms). A shard's loss is the mean over its tokens.
+
+    accumulate      micro-batches of a step, of all or of each
+    """
     def loss_of(batch):                 # sum over its tokens
         logits = model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
         labels = batch["labels"][:, 1:].flatten()
@@ -296,10 +315,10 @@ def written_out(model, seen, rates, clip=1.0, accumulate=1, loss=None, make=torc
     loss = loss or loss_of
     adapters = hd_pissa.attach(model, rank=2, shards=4)
     optimizer = make(adapters.parameters(), lr=1e-2, weight_decay=0.0)
-    norms = []
-    for step, lr in enumerate(rates):
+    norms, seen = [], iter(seen)
+    for lr, n in zip(rates, [accumulate] * len(rates) if isinstance(accumulate, int) else accumulate):
         optimizer.param_groups[0]["lr"] = lr
-        mine = seen[step * 4 * accumulate:(step + 1) * 4 * accumulate]
+        mine = list(itertools.islice(seen, 4 * n))
         for s in range(4):
             tokens = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in mine[s::4])
             for batch in mine[s::4]:
@@ -396,6 +415,93 @@ def test_gradient_accumulation(using, tmp_path):
     model, norms = written_out(using.small_model(), seen, logged(trainer, "learning_rate"), accumulate=2)
     near(trainer.model, model, using.small_model())
     assert logged(trainer, "grad_norm") == pytest.approx(norms, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_last_cycle_of_fewer_micro_batches(using, tmp_path):
+    """Six batches an epoch, four a step: the second step of an epoch has two. A resumed run goes the same
+    way from the middle of an epoch."""
+    saving = dict(gradient_accumulation_steps=4, save_strategy="steps", save_steps=1)
+    trainer, seen = run(using, tmp_path / "whole", uneven_rows(), **saving)
+    assert len(seen) == 4 * 12
+    model, norms = written_out(using.small_model(), seen, logged(trainer, "learning_rate"),
+                               accumulate=[4, 2, 4, 2])  # fmt: skip
+    near(trainer.model, model, using.small_model())
+    assert logged(trainer, "grad_norm") == pytest.approx(norms, rel=1e-4)
+    for step in (1, 3):
+        resumed, _ = using.make(tmp_path / "resumed", max_steps=4, **saving)
+        resumed.train_dataset = uneven_rows()
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert resumed.state.global_step == 4 and same(resumed.model, trainer.model)
+
+
+def test_a_step_that_has_run_out_of_memory_leaves_nothing(using, tmp_path, monkeypatch):
+    """auto_find_batch_size begins anew with fewer rows: without the gradients that there were."""
+    trainer, _ = using.make(tmp_path, max_steps=3, auto_find_batch_size=True)
+    seen, collate, loader, calls = [], trainer.data_collator, trainer.get_train_dataloader, []
+    trainer.data_collator = lambda rows: seen.append(collate(rows)) or seen[-1]
+    trainer.get_train_dataloader = lambda: seen.clear() or loader()
+    step = using.Trainer.training_step
+
+    def fails_once(self, *args):
+        loss = step(self, *args)
+        calls.append(args)
+        if len(calls) == 3:
+            raise RuntimeError("CUDA out of memory.")
+        return loss
+
+    monkeypatch.setattr(using.Trainer, "training_step", fails_once)
+    trainer.train()
+    assert sum(len(batch["input_ids"]) for batch in seen[:4]) == trainer._train_batch_size < 16
+    model, norms = written_out(using.small_model(), seen, logged(trainer, "learning_rate")[-3:])
+    near(trainer.model, model, using.small_model())
+    assert logged(trainer, "grad_norm")[-3:] == pytest.approx(norms, rel=1e-4)
+
+
+def evaluating(using, folder, **settings):
+    """A trainer that evaluates on its way."""
+    trainer, _ = using.make(folder, **settings)
+    trainer.eval_dataset = using.small_data(13)
+    trainer.args.eval_strategy = using.transformers.IntervalStrategy.STEPS
+    return trainer
+
+
+def test_evaluation_on_the_way_and_the_tokens_seen(using, tmp_path):
+    """It sees W, it changes no bit; tokens of all shards are counted."""
+    plain = run(using, tmp_path)[0]
+    trainer = evaluating(using, tmp_path, max_steps=4, eval_steps=2, per_device_eval_batch_size=5,
+                         include_num_input_tokens_seen="all")  # fmt: skip
+    trainer.train()
+    assert same(trainer.model, plain.model)
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    assert losses[-1] == pytest.approx(trainer.evaluate()["eval_loss"]) and losses[0] > losses[1]
+    assert trainer.state.num_input_tokens_seen == 4 * 16 * 12
+
+
+@pytest.mark.slow
+def test_early_stopping_and_the_best_model(using, tmp_path):
+    """The worst one here, so that it is an earlier one: it stays in the model, where training goes on."""
+    from safetensors.torch import load_file
+    trainer = evaluating(using, tmp_path, eval_steps=1, save_strategy="steps", save_steps=1, warmup_steps=0,
+                         metric_for_best_model="eval_loss", greater_is_better=True)  # fmt: skip
+    trainer.args.load_best_model_at_end = True
+    trainer.add_callback(using.transformers.EarlyStoppingCallback(2))
+    trainer.train()
+    assert trainer.state.global_step == 3 and trainer.state.best_model_checkpoint.endswith("-1")
+    best = load_file(f"{trainer.state.best_model_checkpoint}/model.safetensors")
+    W = trainer.model.state_dict()
+    assert all(torch.equal(best[key], W[key]) for key in best)
+    trainer.train()
+    assert trainer.adapters.step == 6 and any(not torch.equal(best[key], W[key]) for key in best)
+
+
+@pytest.mark.slow
+def test_torch_compile(using, tmp_path):
+    """torch_compile=True compiles the muted model; the weights are those of the run without."""
+    plain, _ = run(using, tmp_path)
+    trainer, _ = run(using, tmp_path, torch_compile=True, torch_compile_backend="aot_eager")
+    assert type(trainer.model_wrapped).__name__ == "OptimizedModule"
+    near(trainer.model, plain.model, using.small_model())
 
 
 def test_a_batch_that_is_no_multiple_of_the_shards(using, tmp_path):
@@ -537,6 +643,28 @@ def test_sft_with_packing(sft, using, tmp_path, settings):
 
 
 @pytest.mark.slow
+def test_sft_with_a_last_cycle_of_fewer_micro_batches_and_evaluation(sft, using, tmp_path):
+    trainer, seen = run(sft, tmp_path, steps=3, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    batches = len(trainer.train_dataset) // 4
+    assert batches % 4, "nothing was tested"
+    model = using.small_model()
+    cycles = ([4] * (batches // 4) + [batches % 4]) * 3
+    model, norms = written_out(model, seen, logged(trainer, "learning_rate"), accumulate=cycles,
+                               loss=documents(model))  # fmt: skip
+    near(trainer.model, model, using.small_model())
+    assert logged(trainer, "grad_norm") == pytest.approx(norms, rel=1e-4)
+    evaluated, adapters = sft.make(tmp_path, max_steps=3, per_device_train_batch_size=4, eval_steps=1,
+                                   gradient_accumulation_steps=4)  # fmt: skip
+    evaluated = sft.HDPissaSFTTrainer(evaluated.model, evaluated.args, train_dataset=sft.small_rows(),
+                                      eval_dataset=sft.small_rows(40), processing_class=sft.small_tokenizer(),
+                                      adapters=adapters)  # fmt: skip
+    evaluated.args.eval_strategy = using.transformers.IntervalStrategy.STEPS
+    evaluated.train()
+    assert same(evaluated.model, trainer.model)
+    assert len([line for line in evaluated.state.log_history if "eval_loss" in line]) == 3
+
+
+@pytest.mark.slow
 def test_sft_resumes(sft, tmp_path):
     saving = dict(save_strategy="steps", save_steps=4)
     whole = run(sft, tmp_path, steps=8, **saving)[0]
@@ -622,7 +750,86 @@ def test_what_lightning_refuses(lightning, tmp_path, monkeypatch):
         lightning.fit(tmp_path, ckpt_path=tmp_path / "x.ckpt")
 
 
+def test_lightning_fits_again(lightning, tmp_path):
+    """The adapters of a fit() before are taken off: the second is that of a new module on the same W."""
+    module, _ = lightning.fit(tmp_path, epochs=1)
+    other = copy.deepcopy(module.model)
+    rows = lightning.DataLoader((torch.arange(96)[:, None] * 7 + 3 * torch.arange(12)) % 64, 16)
+
+    def again(module):
+        lightning.lightning.Trainer(default_root_dir=tmp_path, max_epochs=1, logger=False, accelerator="cpu",
+                                    enable_checkpointing=False, enable_progress_bar=False,
+                                    enable_model_summary=False).fit(module, rows)  # fmt: skip
+        return module.model
+
+    assert same(again(module), again(lightning.HDPissaModule(other, rank=2, shards=4, lr=1e-2)))
+    assert module.adapters.step == 6
+
+
+@pytest.mark.slow
+def test_lightning_with_a_last_cycle_of_fewer_micro_batches(lightning, tmp_path, monkeypatch):
+    """Lightning divides their losses by the four of a whole cycle."""
+    found, _, seen, norms = fit(lightning, tmp_path, monkeypatch, accumulate_grad_batches=4)
+    model = lightning.small_model()
+    adapters = hd_pissa.attach(model, rank=2, shards=4)
+    optimizer, seen = torch.optim.AdamW(adapters.parameters(), 1e-2, weight_decay=0.0), iter(seen)
+    for n in (4, 2, 4, 2):
+        for batch in itertools.islice(seen, n):
+            for s, rows in enumerate(lightning.deal(batch, 4)):
+                with adapters.shard(s):
+                    (model(input_ids=rows, labels=rows).loss / 4).backward()
+        adapters.clip_grad_norm_(1.0)
+        optimizer.step()
+        adapters.merge_()
+    assert same(found, model) and len(norms) == 4 and next(seen, None) is None
+
+
+@pytest.mark.slow
+def test_lightnings_tuner_leaves_no_trace(lightning, tmp_path):
+    """It trains, puts W back, and the fit after it is that of a new module."""
+    from lightning.pytorch.tuner import Tuner
+    rows = (torch.arange(96)[:, None] * 7 + 3 * torch.arange(12)) % 64
+    settings = dict(default_root_dir=tmp_path, max_epochs=1, logger=False, enable_checkpointing=False,
+                    accelerator="cpu", enable_progress_bar=False, enable_model_summary=False)
+
+    def fitted(tuned: bool):
+        module = lightning.HDPissaModule(lightning.small_model(), rank=2, shards=4, lr=1e-2)
+        trainer, loader = lightning.lightning.Trainer(**settings), lightning.DataLoader(rows, 16)
+        if tuned:
+            Tuner(trainer).lr_find(module, loader, num_training=5, update_attr=False)
+            assert module.adapters.step == 5 and same(module.model, lightning.small_model())
+        trainer.fit(module, loader)
+        return module.model
+
+    assert same(fitted(True), fitted(False))
+
+
 # ---- Accelerate --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_accelerate_with_a_last_cycle_of_fewer_micro_batches_and_compiled():
+    module = program("with_accelerate")
+    from accelerate.state import AcceleratorState
+    plain, found = module.run(4)[1], []
+    AcceleratorState._reset_state(True)
+    compiled = module.run(4, dynamo_backend="aot_eager")[1]
+    assert type(compiled).__name__ == "OptimizedModule" and same(compiled, plain)
+    AcceleratorState._reset_state(True)
+    _, found, seen, norms = module.run(4, gradient_accumulation_steps=4)
+    AcceleratorState._reset_state(True)
+    model = module.small_model()
+    adapters = hd_pissa.attach(model, rank=2, shards=4)
+    optimizer, seen = torch.optim.AdamW(adapters.parameters(), 1e-2, weight_decay=0.0), iter(seen)
+    for n, norm in zip((4, 2, 4, 2), norms):
+        for batch in itertools.islice(seen, n):
+            for s, rows in enumerate(module.deal(batch, 4)):
+                with adapters.shard(s):
+                    (model(input_ids=rows, labels=rows).loss / 4).backward()
+        assert float(adapters.clip_grad_norm_(1.0)) == pytest.approx(norm)
+        optimizer.step()
+        adapters.merge_()
+    assert same(found, model)
 
 
 @pytest.mark.slow

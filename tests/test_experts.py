@@ -6,11 +6,13 @@ stack plus s A B; the frozen model's logits; PEFT's share of the weights.
 
 import copy
 import functools
+import gc
 import importlib.util
 import io
 import pickle
 import threading
 import warnings
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +21,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from spawned import spawn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import hd_pissa
@@ -354,9 +358,7 @@ def test_sharded_stacks_are_refused(tmp_path):
         assert "--shard_weights: experts cannot be sharded" in flag and "--targets" in flag
 
 
-@pytest.mark.parametrize("options, words", [(dict(dropout=0.1), "the input of one expert is not known"),
-                                            (dict(accumulate=True), "a LoRA file holds no experts")])
-def test_what_experts_cannot_have_is_refused_with_a_remedy(options, words):
+def test_dropout_of_experts_is_refused_with_a_remedy():
     """A layer that is called as a stack is keeps its place in the remedy."""
     def model():
         mixture = Mixture()
@@ -364,10 +366,11 @@ def test_what_experts_cannot_have_is_refused_with_a_remedy(options, words):
         mixture.dense.up = nn.Linear(WIDTH, WIDTH).double()
         return mixture
 
-    text = refused(lambda: hd_pissa_extra.attach(model(), R, **options))
-    assert words in text and text.endswith("exclude=['experts'], or --targets dense.up,first")
+    text = refused(lambda: hd_pissa_extra.attach(model(), R, dropout=0.1))
+    assert "the input of one expert is not known" in text
+    assert text.endswith("exclude=['experts'], or --targets dense.up,first")
     for remedy in (dict(exclude=["experts"]), dict(targets=["dense.up", "first"])):
-        adapters = hd_pissa_extra.attach(model(), R, **options, **remedy)
+        adapters = hd_pissa_extra.attach(model(), R, dropout=0.1, **remedy)
         assert [slot.name for slot in adapters.slots] == ["first", "dense.up"]
 
 
@@ -547,6 +550,40 @@ def test_one_update_of_an_expert_has_rank_2_k_r(rank, shards):
         assert hd_pissa.effective_rank(hd_pissa.update_spectrum(a, b), 1e-9) == 2 * rank * shards
 
 
+@pytest.mark.parametrize("gradients", ["local", "global"])
+def test_a_basis_from_a_seed_is_drawn_once(gradients, monkeypatch):
+    """However many experts there are and shards that take turns: signs and orders of every layer are drawn in
+    the first step, kept in a byte a row and four a column of A_i, B_i, and go with the adapters."""
+    draw, calls = hd_pissa_extra.ingredients, []
+    monkeypatch.setattr(hd_pissa_extra, "ingredients", lambda *args: calls.append(draw(*args)) or calls[-1])
+    model = Mixture()
+    adapters = hd_pissa_extra.attach(model, R, shards=K, init="random", gradients=gradients)
+    train(model, adapters, steps=2)
+    assert len(calls) == len(adapters.slots) == 1 + 2 * E
+    held = sum(part.nbytes for drawn in calls for side in drawn for part in side[:2])
+    assert held == sum(slot.m + slot.n + 2 * 4 * K * R for slot in adapters.slots)
+    last = weakref.ref(calls[-1][0][0])
+    calls.clear()
+    assert last() is not None
+    adapters.detach_()
+    del adapters
+    gc.collect()
+    assert last() is None
+
+
+def test_experts_of_a_stack_are_made_together(monkeypatch):
+    """One gather for all of a stack's experts, and what each gets alone."""
+    model, calls = Mixture(), []
+    adapters = hd_pissa_extra.attach(model, R, shards=K, init="random", targets="experts", alpha=6.0)
+    columns = hd_pissa_extra.seeded_columns
+    monkeypatch.setattr(hd_pissa_extra, "seeded_columns", lambda *args: calls.append(1) or columns(*args))
+    model(*rows(0)).square().mean().backward()
+    assert len(calls) == 2
+    both = hd_pissa_extra.make_all([slot.A for slot in adapters.slots[:E]], "cpu", torch.float64)
+    for e, slot in enumerate(adapters.slots[:E]):
+        assert all(torch.equal(a[e], b) for a, b in zip(both, slot.A.make("cpu", torch.float64)))
+
+
 # ---- W in bfloat16, checkpoints ----------------------------------------------------------------------------
 
 def updates(dtype, rounding="exact", is_transposed=False):
@@ -613,3 +650,163 @@ def test_replicas_are_compared_and_a_run_goes_on(tmp_path):
     other.load_state_dict(weights)
     again.load_state_dict(state)
     assert all(torch.equal(a, b) for a, b in zip(expected, train(other, again, 2, start=2)))
+
+
+# ---- A run as a LoRA ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options, rank, name", [
+    ({}, None, "Mixtral"), (dict(targets=["gate_up_proj"]), 3, "gpt-oss"),
+    (dict(exclude="down_proj", init="random"), None, "OLMoE")])  # fmt: skip
+def test_peft_loads_the_lora_of_experts(name, options, rank, tmp_path):
+    """Oracle: the weights that PEFT merges are the trained ones, but for the error that is reported."""
+    from peft import PeftModel
+    model, inputs = family(name)
+    base = copy.deepcopy(model).requires_grad_(False)
+    adapters = hd_pissa_extra.attach(model, R, shards=K, accumulate=True, **options)
+    bench().steps(model, adapters, name)
+    error = hd_pissa_extra.export_lora(adapters, tmp_path / "lora", base.state_dict(), rank=rank)
+    assert 0 < error < (0.08 if rank is None else 0.7)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "lora")
+    merged = dict(loaded.merge_and_unload().named_parameters())
+    there, trained = ({key for key, W in weights.items() if not torch.equal(W, base.get_parameter(key))}
+                      for weights in (merged, dict(model.named_parameters())))
+    assert there == trained and any("experts" in key for key in there)
+    off, moved = (torch.cat([(merged[key] - other.get_parameter(key)).flatten() for key in there]).norm()
+                  for other in (model, base))  # fmt: skip
+    assert off / moved == pytest.approx(error, rel=0.2)
+
+
+def test_a_run_writes_the_lora_of_experts(tmp_path, capsys):
+    """train.py compares what PEFT loads with the run's logits; another base is refused."""
+    import families
+
+    import train as program
+    folder = mixture_folder(tmp_path / "base", "Mixtral")
+    flags = families.flags(folder, "--export_lora", "--out", tmp_path / "out")
+    result = program.main(flags)
+    assert 0 < result["lora_error"] < 0.05 and "in PEFT its logits are" in capsys.readouterr().out
+    model, sums = program.load_model(str(folder), 0)[0], {"model.layers.0.mlp.experts.down_proj.1": 0}
+    with pytest.raises(ValueError, match="experts.down_proj.1.weight differs"):
+        program.models.export(program.parse(flags), model, None, sums, [([1, 2], 1)], "cpu",
+                              program.load_model)  # fmt: skip
+
+
+# ---- What a run of it needs, counted without weights -------------------------------------------------------
+
+
+def mixture_folder(path, name):
+    """A tiny member of the bench's family with tokenizer and rows, as files."""
+    import families
+    families.folder(path, "llama")
+    bench().build(name, vocab_size=families.VOCABULARY).save_pretrained(path)
+    return path
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that lived at once, of those made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.most, self.sizes = 0, 0, {}
+
+    def gone(self, key):
+        self.live -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def storages(tree):
+            return {t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(tree)
+                    if isinstance(t, torch.Tensor)}
+
+        taken, out = storages((args, kwargs)), function(*args, **(kwargs or {}))
+        for key, storage in storages(out).items():
+            if key not in taken.keys() | self.sizes.keys():
+                self.sizes[key] = storage.nbytes()
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.gone, key)
+        self.most = max(self.most, self.live)
+        return out
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "gpt-oss"])
+def test_a_dry_run_counts_experts(name, tmp_path, capsys):
+    """Oracle: what attach, a backward and AdamW hold, and what autograd keeps of a real forward."""
+    import families
+
+    import train as program
+    folder = mixture_folder(tmp_path, name)
+    said = program.main(families.flags(folder, "--dry_run", "--micro_batch_size", 4, "--also", "model.norm"))
+    memory, words = list(said["memory"].values()), capsys.readouterr().out
+    model, _, _ = program.load_model(str(folder), 0)
+    adapters, kept = hd_pissa_extra.attach(model, R, shards=K, also=["model.norm"]), {}
+    layers, weights = repr(adapters).split()[1:5:2]
+    assert f"{weights} of them in {layers} adapted layers" in words
+    own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+
+    def keep(t):
+        if t.untyped_storage()._cdata not in own:
+            kept[t.untyped_storage()._cdata] = t.untyped_storage()
+        return t
+
+    x = torch.full((4, int(words.split("(4 rows of ")[1].split()[0])), 7)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        logits = hd_pissa.logits_of(model.train(), x)
+        loss = F.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="sum")
+    assert memory[-1] == sum(storage.nbytes() for storage in kept.values()) + 2 * logits.nbytes
+    loss.backward()
+    optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0)
+    optimizer.step()
+    norm = model.get_parameter("model.norm.weight")
+    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
+    assert memory[2] == adapters.basis.nbytes and memory[3] == memory[4] == adapters.increments.nbytes
+    assert memory[5] == K * (moments - 2 * norm.nbytes) and memory[-3] == 3 * norm.nbytes
+
+
+@pytest.mark.parametrize("options", [{}, dict(gradients="global", init="random")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backward_of_a_stack_takes_what_the_dry_run_says(dtype, options):
+    """Beside the gradients that stay: dW and factors of the larger stack, to 3 %."""
+    from training.dry_run import saved_bytes
+    bench()
+    import transformers
+    width, hidden, number, r = 256, 192, 16, 8
+    model = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
+        hidden_size=width, moe_intermediate_size=hidden, num_experts=number, num_experts_per_tok=2,
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=64,
+        max_position_embeddings=64)).to(dtype)  # fmt: skip
+    x, columns = torch.arange(16)[None], r * (4 if options else 1)
+    plain = copy.deepcopy(model)
+    _, beside = saved_bytes(plain, hd_pissa_extra.find_layers(plain)[0], x, False, columns=columns)
+    hd_pissa_extra.attach(model, r, shards=4, decompose=hd_pissa.components, **options)
+    loss = model(x).logits.square().mean()
+    with Peak() as peak:
+        loss.backward()
+    stay = 4 * columns * number * (width + 2 * hidden + hidden + width)
+    assert beside > 1.3 * number * width * 2 * hidden * dtype.itemsize or not options, "factors matter here"
+    assert peak.most == pytest.approx(beside + stay, rel=0.03)
+
+
+def test_a_loop_over_experts_that_have_tokens_is_told(tmp_path, capsys, monkeypatch):
+    """Which those are tensors without numbers do not say: activations are unknown, the rest is printed."""
+    import families
+    from transformers import PreTrainedModel
+
+    import train as program
+    monkeypatch.setattr(PreTrainedModel, "get_correct_experts_implementation", lambda *args: "eager")
+    folder = mixture_folder(tmp_path, "Mixtral")
+    assert program.main(families.flags(folder, "--dry_run"))["memory"]
+    words = capsys.readouterr().out
+    assert "activations (unknown: the forward depends on its tokens)" in words
+    assert "fits: the sum, without activations, against" in words
+    with pytest.raises(SystemExit):
+        program.main(families.flags(folder, "--dry_run", "--shard_weights"))
+    assert "experts in 3-D parameters cannot be sharded" in capsys.readouterr().err
+
+
+def test_a_dry_run_reads_the_rows_as_the_run_does(tmp_path, capsys):
+    import families
+
+    import train as program
+    with pytest.raises(SystemExit):
+        program.main(families.flags(mixture_folder(tmp_path, "Mixtral"), "--dry_run", "--format", "sharegpt"))
+    assert "no text in 'conversations'" in capsys.readouterr().err

@@ -46,14 +46,24 @@ def test_columns_are_a_signed_dct(sizes):
     assert all(torch.equal(a, b[1:2]) for a, b in zip(part, every))
 
 
+@pytest.mark.parametrize("size", [2**15, 2**15 + 1])
+def test_the_largest_frequency_of_a_long_side(size):
+    """Where its products with the positions are the largest whole numbers, and beyond."""
+    generator = torch.Generator().manual_seed(3)
+    signs = 2 * torch.randint(0, 2, (size,), generator=generator, dtype=torch.float64) - 1
+    place = int(torch.randperm(size, generator=generator).argmax())
+    column, = hd_pissa_extra.seeded_columns((size,), place, 1, 3, "cpu", torch.float64)
+    angles = torch.arange(1, 2 * size, 2, dtype=torch.float64) * (size - 1) * (torch.pi / (2 * size))
+    torch.testing.assert_close(column[0], signs * (2 / size) ** 0.5 * angles.cos(), rtol=0, atol=1e-9)
+
+
 def test_signs_and_frequencies_are_drawn_anew_for_every_seed():
     """Half of the signs are equal in two draws, and few of 40 in 4000 columns."""
-    draws = [hd_pissa_extra.ingredients((4000,), 0, 40, hd_pissa.seed_of(i), torch.device("cpu"),
-                                        torch.float64)[0] for i in range(4)]
+    draws = [hd_pissa_extra.ingredients((4000,), 40, hd_pissa.seed_of(i), "cpu")[0] for i in range(4)]
     for i, (signs, f, _) in enumerate(draws):
         assert 0.46 < (signs > 0).double().mean() < 0.54 and 1500 < f.double().mean() < 2500
-        assert all(0.46 < (signs == other).double().mean() < 0.54 and len({*f[:, 0].tolist()} &
-                   {*places[:, 0].tolist()}) < 5 for other, places, _ in draws[:i])
+        assert all(0.46 < (signs == other).double().mean() < 0.54 and len({*f.tolist()} &
+                   {*places.tolist()}) < 5 for other, places, _ in draws[:i])
 
 
 @pytest.mark.parametrize("exchange", ["all_gather", "all_reduce"])

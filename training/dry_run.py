@@ -1,31 +1,59 @@
 """What a train.py command would need, computed without its weights: memory, traffic, work, steps."""
 
 import collections
+import contextlib
 import math
 import os
+import sys
 import time
+import types
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hd_pissa
 import hd_pissa_extra
 from data.rows import enough, lengths, load
+from training.models import check_layers
 from training.processes import say
 from training.report import sampled
 
 SPARE = 4 * 2**30       # of a GPU's memory: CUDA itself, fragments between tensors, a step's small ones
 
 
-def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool) -> tuple[int, int]:
-    """Bytes that one forward of the muted model keeps for its backward, by autograd's own hooks, and bytes
-    that are alive beside them while the backward passes the head.
+class Grouped(TorchDispatchMode):
+    """The product of a mixture's experts, whose rule for tensors without numbers knows bfloat16 alone."""
 
-    layers      (name, module) pairs that are muted, as `hd_pissa.attach` does; parameters do not count
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "overloadpacket", None) is getattr(torch.ops.aten, "_grouped_mm", ""):
+            return args[0].new_empty((len(args[0]), args[1].shape[-1]))     # (T, m) (E, m, n) -> (T, n)
+        return function(*args, **(kwargs or {}))
+
+
+def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool, *, also=(), columns: int = 0,
+                packed: bool = False) -> tuple[int, int] | None:
+    """Bytes that one forward of the muted model keeps for its backward, by autograd's own hooks, and bytes
+    that are alive beside them while the backward passes the head, or a stack of experts.
+
+    layers      (name, module) pairs that are muted, as `hd_pissa_extra.attach` does; parameters do not count
+    also        parameters that train whole
+    columns     of A_i in one backward of an expert: r, or K r
+    packed      rows stand one behind the other in x
+    None where the forward asks for numbers that tensors of shapes alone do not have.
     """
+    from torch._subclasses import fake_tensor
+    # Of positions without numbers transformers does not know that rows stand alone, and would make a mask.
+    masks = sys.modules.get("transformers.masking_utils", types.SimpleNamespace())
+    alone = mock.patch.object(masks, "find_packed_sequence_indices", lambda positions: None, create=True)
     model.requires_grad_(False)
-    for _, module in layers:
+    stacks = {id(module.stack): module.stack for _, module in layers
+              if isinstance(module, hd_pissa_extra.Expert)}
+    for p in (*stacks.values(), *also):
+        p.requires_grad_()              # a stack's backward gets dW, whole, and makes of it g_A and g_B
+    for module in (module for _, module in layers if not isinstance(module, hd_pissa_extra.Expert)):
         conv1d, zero = not isinstance(module, nn.Linear), torch.zeros(())
         m, n = module.weight.shape if conv1d else module.weight.T.shape
         A, B = zero.expand(1, m, 1), zero.expand(1, 1, n)
@@ -42,12 +70,18 @@ def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool) -> tu
         kept.append(storage)            # a freed storage's address would be given to the next
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
-            logits = hd_pissa.logits_of(model, x)
-        nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="sum")
-    # The gradients before and behind the softmax.
-    return sum(seen.values()), 2 * logits.numel() * logits.element_size()
+    try:
+        with (Grouped(), contextlib.nullcontext() if packed else alone,
+              torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+                logits = hd_pissa.logits_of(model, x)
+            nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten(), reduction="sum")
+    except (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException):
+        return None                     # a loop over the experts that have tokens
+    # The gradients before and behind the softmax; or dW of a stack, A and B as it wants them, g_A and g_B.
+    factors = [columns * len(W) * sum(W.shape[1:]) * 2 * W.itemsize for W in stacks.values()]
+    dW = [W.nbytes + size for W, size in zip(stacks.values(), factors)]
+    return sum(seen.values()), max(2 * logits.nbytes, *dW, 0)
 
 
 def lora(factors: int, K: int, times: int, zero: int) -> dict[str, float]:
@@ -94,11 +128,12 @@ def units(model: nn.Module) -> tuple[int, int, int]:
 
 def needs(shapes, everything: int, gathered, activations, *, rank: int, shards: int, processes: int,
           dtype="float32", rounding="exact", shard_weights=False, exchange="auto", basis="cached",
-          bucket_mb=256, micro_batches=1, gpu=False, export_lora=False, watched=0, **options):
+          bucket_mb=256, micro_batches=1, gpu=False, export_lora=False, watched=0, also=0, **options):
     """Bytes that a process holds, by what they are, and `hd_pissa_numbers` of these options.
 
     shapes          of the adapted weights; everything: numbers of all weights; gathered: `units`
     activations     `saved_bytes`; watched: numbers of W copied for the rank of dW at the end
+    also            numbers that train whole
     """
     S, width = shards // processes, 8 if dtype == "float64" else 4
     factors, adapted = rank * sum(a + b for a, b in shapes), sum(a * b for a, b in shapes)
@@ -121,6 +156,7 @@ def needs(shapes, everything: int, gathered, activations, *, rank: int, shards: 
             "gradients": own["gradients"] * width, "AdamW moments": own["moments"] * width,
             "weights that FSDP2 gathers: two blocks and the rest": whole * (cut > 1),
             "sums of increments, for --export_lora": S * factors * width * export_lora,
+            "gradients and AdamW moments of --also": 3 * also * width,
             "copies of up to 8 weights, for the rank of dW at the end": watched * width,
             "the larger of activations and exchange": max(sum(activations), fold)}, own
 
@@ -149,7 +185,10 @@ def dry_run(args, load_model, default_steps: int) -> dict:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, tokenizer, context = load_model(args.model, args.seed, False, args.tokenizer)
         least = r * (1 if args.init == "top" else K)
-        layers, skipped = hd_pissa.find_layers(model, args.targets, least=least)
+        also = hd_pissa_extra.also_parameters(model, args.also)
+        layers = [(name, module) for name, module in
+                  hd_pissa_extra.find_layers(model, args.targets, least=least)[0]
+                  if not {name + ".weight", name.rpartition(".")[0]} & also.keys()]
         by_name = {name: tuple(module.weight.shape) for name, module in layers}
         shapes = list(by_name.values())
         adapted = sum(a * b for a, b in shapes)
@@ -160,29 +199,38 @@ def dry_run(args, load_model, default_steps: int) -> dict:
             for name, p in module._parameters.items():
                 module._parameters[name] = p if p is None else cast[id(p)]
         block = min(args.block_size or min(context, 1024), context)
-        rows, held, _ = load(args.data, args.eval_data, args.eval_rows, tokenizer, block)
+        rows, held, _ = load(args.data, args.eval_data, args.eval_rows, tokenizer, block,
+                             format=args.format, loss=args.loss)
         enough(args, rows, held)
         sizes = lengths(rows)
-        longest = int(sizes.max()) - 1
+        longest = (block if args.packing else int(sizes.max())) - 1
         x = torch.zeros((min(args.micro_batch_size, args.batch_size // K), longest), dtype=torch.long)
         gathered = units(model)
-        activations = saved_bytes(model.train(), layers, x, args.dtype == "autocast")
+        activations = saved_bytes(
+            model.train(), layers, x, args.dtype == "autocast", packed=args.packing,
+            also=[cast[id(p)] for p in also.values()],
+            columns=r * (K if args.gradients == "global" else 1))
+    check_layers(args, model, layers)
+    what = "unknown: the forward depends on its tokens" if activations is None else (
+        f"{x.shape[0]} rows of {longest} tokens")
     factors = r * sum(a + b for a, b in shapes)                         # numbers of one shard
+    beside = sum(p.numel() for p in also.values())                      # and what trains whole
     micro_batches = -(-args.batch_size // K // args.micro_batch_size)
     room, where = available(args.device)
     spare = SPARE if "GPU" in where else 0
     memory, own = needs(
-        shapes, everything, gathered, activations, rank=r, shards=K, processes=processes, dtype=args.dtype,
-        rounding=args.rounding, shard_weights=args.shard_weights, gradients=args.gradients, send=args.send,
-        micro_batches=micro_batches, init=args.init, exchange=args.exchange, basis=args.basis,
-        bucket_mb=args.bucket_mb, export_lora=args.export_lora, gpu="GPU" in where,
+        shapes, everything, gathered, activations or (0, 0), rank=r, shards=K, processes=processes,
+        dtype=args.dtype, rounding=args.rounding, shard_weights=args.shard_weights, gradients=args.gradients,
+        send=args.send, micro_batches=micro_batches, init=args.init, exchange=args.exchange, basis=args.basis,
+        bucket_mb=args.bucket_mb, export_lora=args.export_lora, gpu="GPU" in where, also=beside,
         watched=sum(math.prod(by_name[name]) for name in sampled(list(by_name))))
-    memory[f"the larger of activations ({x.shape[0]} rows of {longest} tokens) and exchange"] = memory.pop(
+    memory[f"the larger of activations ({what}) and exchange"] = memory.pop(
         "the larger of activations and exchange")
     share = (processes - 1) / processes
     each = 2 if args.dtype == "bfloat16" else width
-    traffic = {"all_gather": own["received"] * width,
-               "all_reduce": 2 * share * adapted * width
+    sums = 2 * share * beside * width                                   # of the gradients of --also
+    traffic = {"all_gather": own["received"] * width + sums,
+               "all_reduce": 2 * share * adapted * width + sums
                + (args.gradients == "global") * share * K * factors * width}
     if args.shard_weights:              # every forward gathers all units, every backward all blocks again
         traffic["either, for --shard_weights"] = (
@@ -212,11 +260,13 @@ def dry_run(args, load_model, default_steps: int) -> dict:
     for name, size in traffic.items():
         say(f"  {name:70} {size / 2**20:12.1f} MiB")
     fits = sum(memory.values()) <= room - spare
-    say(f"{'fits' if fits else 'does not fit'}: the sum against {room / 2**20:.1f} MiB of {where}"
+    known = "" if activations else ", without activations,"
+    say(f"{'fits' if fits else 'does not fit'}: the sum{known} against {room / 2**20:.1f} MiB of {where}"
         + (f", of which {spare / 2**20:.0f} are held back" if spare else ""))
     if not fits:
-        say("  less: more processes with --shard_weights, a lower --rank, --micro_batch_size or "
-                     "--block_size, --exchange all_reduce")
+        mixture = any(isinstance(module, hd_pissa_extra.Expert) for _, module in layers)
+        say(f"  less: more processes{'' if mixture else ' with --shard_weights'}, a lower --rank, "
+            "--micro_batch_size or --block_size, --exchange all_reduce")
     say(f"decomposition: about {init:.0f} s on this CPU\nsteps: {steps}, about {tokens:,.0f} tokens")
     return {"memory": memory, "fits": fits, "traffic": traffic, "init_seconds": init,
             "steps": steps, "tokens": tokens}

@@ -270,9 +270,11 @@ def compare(load, state: dict, logits: torch.Tensor, rows, what) -> None:
 
 
 def taken(peft_model) -> set[str]:
-    """Names of the base model's layers that have a LoRA in a PeftModel."""
-    return {name.removeprefix("base_model.model.") for name, module in peft_model.named_modules()
-            if len(getattr(module, "lora_A", ()))}
+    """Names of the base model's layers, and of its stacks of experts, that have a LoRA in a PeftModel."""
+    wrapped = {name.removeprefix("base_model.model."): module for name, module in peft_model.named_modules()
+               if len(getattr(module, "lora_A", ()))}
+    return {f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+            if hasattr(module, "parameter_name") else name for name, module in wrapped.items()}
 
 
 def check_exportable(model, layers) -> None:
@@ -283,24 +285,26 @@ def check_exportable(model, layers) -> None:
     from peft import LoraConfig, PeftModel
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
-    names, tensors = [name for name, _ in layers], {}
+    (targets, places), tensors = hd_pissa_extra.lora_places(layers), {}
     for name, module in layers:
-        m, n = module.weight.shape if not isinstance(module, torch.nn.Linear) else module.weight.T.shape
-        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.zeros(1, m)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(n, 1)
+        expert = isinstance(module, hd_pissa_extra.Expert)
+        many, *shape = module.stack.shape if expert else (1, *module.weight.shape)
+        m, n = shape if not isinstance(module, torch.nn.Linear) else shape[::-1]
+        place = f"base_model.model.{places[name.rpartition('.')[0] if expert else name]}.lora_"
+        tensors |= {place + "A.weight": torch.zeros(many, m), place + "B.weight": torch.zeros(n, many)}
     remedy = "PEFT does not load a LoRA of this model; leave the flag out, OUT/model is whole"
     with (tempfile.TemporaryDirectory() as trial, warnings.catch_warnings(),
           one_line("--export_lora", remedy)):
         warnings.simplefilter("ignore")         # tensors without bytes take none
-        LoraConfig(r=1, target_modules=names, task_type="CAUSAL_LM").save_pretrained(trial)
+        LoraConfig(r=1, task_type="CAUSAL_LM", **targets).save_pretrained(trial)
         save_file(tensors, os.path.join(trial, "adapter_model.safetensors"))
         with torch.device("meta"):
             plain = AutoModelForCausalLM.from_config(model.config)
         there = taken(PeftModel.from_pretrained(plain, trial, torch_device="cpu"))
-    if lost := sorted(set(names) - there):
-        kept, gone = ({name.rpartition(".")[2] for name in some} for some in (there & set(names), lost))
-        raise ValueError(f"--export_lora: PEFT leaves out {len(lost)} of {len(names)} layers when it loads a "
-                         f"LoRA of this model, {lost[0]} the first. Leave the flag out, or train the "
+    if lost := sorted(places.keys() - there):
+        kept, gone = ({name.rpartition(".")[2] for name in some} for some in (there & places.keys(), lost))
+        raise ValueError(f"--export_lora: PEFT leaves out {len(lost)} of {len(places)} layers when it loads "
+                         f"a LoRA of this model, {lost[0]} the first. Leave the flag out, or train the "
                          f"others alone: --targets {','.join(sorted(kept - gone))}")
 
 
@@ -311,8 +315,8 @@ def check_layers(args, model, layers) -> None:
         kinds = ",".join(sorted({".".join(name.split(".")[-2:]) for name, _ in plain}))
         raise ValueError("--shard_weights: experts in 3-D parameters cannot be sharded; leave them out, "
                          f"--targets {kinds}")
-    if args.export_lora:
-        check_exportable(model, plain)
+    for some in [plain, layers][:1 + (plain != layers)] if args.export_lora else ():
+        check_exportable(model, some)
 
 
 def export(args, model, adapters, sums: dict, held, device, load_model) -> float:
@@ -329,7 +333,7 @@ def export(args, model, adapters, sums: dict, held, device, load_model) -> float
         bases.append(base.double() if args.dtype == "float64" else base)
         state = bases[0].state_dict()
         for name, there in sums.items():
-            if hd_pissa.checksum(state[name + ".weight"]) != there:
+            if hd_pissa.checksum(hd_pissa_extra.weight_in(state, name)) != there:
                 raise ValueError(f"--model {args.model} is not what this run began with: {name}.weight "
                                  "differs. A LoRA belongs to one base; put that back and run this again")
         return state
@@ -339,7 +343,8 @@ def export(args, model, adapters, sums: dict, held, device, load_model) -> float
         base, = bases
         before = first_logits(base, rows, "cpu")
         loaded = PeftModel.from_pretrained(base, staged, torch_device="cpu")
-        lost = {slot.name for slot in adapters.slots} - taken(loaded)
+        layers = [(slot.name, slot.module) for slot in adapters.slots]
+        lost = hd_pissa_extra.lora_places(layers)[1].keys() - taken(loaded)
         off, moved = (first_logits(loaded, rows, "cpu") - logits).norm(), (logits - before).norm()
         rounding = (0.1 if args.dtype == "bfloat16" else 1e-3) * logits.norm()
         if lost or not off <= 10 * error * moved + rounding:

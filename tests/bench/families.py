@@ -116,13 +116,13 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def build(family: str):
+def build(family: str, **changes):
     """The model in eval mode. Biases and norms are drawn too: initial zeros and ones would hide faults."""
     import transformers
     _, name, config = FAMILIES[family]
     kind = getattr(transformers, name)
     torch.manual_seed(0)
-    model = kind(kind.config_class(**config))
+    model = kind(kind.config_class(**config | changes))
     with torch.no_grad():
         for p in filter(lambda p: p.requires_grad, model.parameters()):   # sinusoids are not saved
             p.add_(torch.randn_like(p), alpha=0.05)

@@ -3,6 +3,7 @@
 Copy this file beside the recipe that you take.
 """
 
+import warnings
 from itertools import chain
 
 import torch
@@ -36,6 +37,10 @@ def bind(adapters, optimizer) -> None:
                 for g, group in enumerate(optimizer.param_groups)]
 
     def save(optimizer, state):
+        if any(p.grad is not None for p in adapters.parameters()):
+            warnings.warn("saved in the middle of a step: gradients of its micro-batches so far are not in "
+                          "this state, and whoever resumes from it makes that step without them. Save after "
+                          "optimizer.step()", stacklevel=2)
         if adapters.step == 0:
             return {**state, "hd_pissa": None}      # nothing has trained; Accelerate asks for it then
         order = [*chain(*names(optimizer))]

@@ -58,6 +58,8 @@ class HDPissaMixin:
         return self.optimizer
 
     def get_train_dataloader(self):
+        for p in self.adapters.parameters():    # auto_find_batch_size begins anew after a step that has run
+            p.grad = None                       # out of memory, and zeroes the model's gradients alone
         rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else 0
         left = 0 if self.args.dataloader_drop_last else rows % self._train_batch_size
         if left and hd_pissa.world_size() == 1:     # several processes get full batches: rows are repeated
@@ -88,6 +90,10 @@ class HDPissaMixin:
 
     def floating_point_ops(self, inputs):
         return sum(map(super().floating_point_ops, inputs))
+
+    def _track_num_input_tokens(self, inputs):
+        for rows in inputs:
+            super()._track_num_input_tokens(rows)
 
     def _save_optimizer_and_scheduler(self, folder):
         if not self.args.should_save:

@@ -45,6 +45,9 @@ class HDPissaModule(lightning.LightningModule):
                 self.trainer.precision not in ("32-true", "bf16-mixed", "64-true")):
             raise ValueError(f"{type(strategy).__name__}, precision {self.trainer.precision}: use NoDDP() as "
                              "strategy of several processes, and precision 32-true or bf16-mixed")
+        if hasattr(self, "adapters"):               # fit() again, or a Tuner before it: W as it is now is cut
+            self.adapters.next_step()
+            self.adapters.detach_()
         # Here the process group runs, whose processes attach counts, and no checkpoint is loaded yet.
         self.model.to(strategy.root_device)
         self.adapters = hd_pissa.attach(self.model, self.rank, shards=self.shards)
