@@ -150,14 +150,15 @@ def alone(out: Path):
         return handle, made
 
     handle, made = everywhere(lock)
-    try:
-        yield
-    finally:
-        for path in made:               # where an error came before anything was written
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        if handle is not None:          # last: nobody else may be in what is removed
-            os.close(handle)            # and the kernel does so when a process is killed
+    with contextlib.ExitStack() as last:
+        if handle is not None:          # nobody else may be in what is removed
+            last.callback(os.close, handle)     # and the kernel does so when a process is killed
+        try:
+            yield
+        finally:
+            for path in made:           # where an error came before anything was written
+                with contextlib.suppress(OSError):
+                    path.rmdir()
 
 
 def inputs(args) -> list[str | None]:
