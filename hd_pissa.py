@@ -235,8 +235,8 @@ class Slot:
         self.leaves, self.was = [], self.kind()                     # (dA, dB) of each local shard
         W = self.W
         if W.dtype not in self.dtypes or hasattr(W, "to_local"):
-            raise ValueError(f"{name}.weight is {self.was}: load float32 weights and attach before "
-                             "fully_shard (bfloat16, FSDP2: hd_pissa_extra.attach)")
+            raise ValueError(f"{name}.weight is {self.was}: load float32 weights, and attach before they "
+                             "are sharded (bfloat16, FSDP2: hd_pissa_extra.attach)")
         if not W.is_meta and not torch.isfinite(W).all():
             raise ValueError(f"{name}.weight holds NaN or Inf; the file is damaged, load it again")
 
@@ -535,13 +535,14 @@ class Adapters:
                              "(accelerate: if accelerator.sync_gradients), on every process, with all of "
                              "adapters.parameters() and a learning rate above 0")
         if self.phase == "filled" and any(size):        # the first update: layers that no backward reached
+            there = [[s.leaves[i][1].grad is not None for s in self.slots] for i in range(self.S)]
             moved = [self.increments[:, s.start:s.start + s.size].any(dim=1) for s in self.slots]
-            reached = gather_shards(torch.stack(moved, dim=1)).any(dim=0).tolist()      # (K, layers)
+            either = torch.stack(moved, dim=1) | sent(torch.tensor(there, device="cpu"), self.device)
+            reached = gather_shards(either).any(dim=0).tolist()         # (K, layers) -> (layers,)
             dead = [slot.name for slot, yes in zip(self.slots, reached) if not yes]
             if dead and process_index() == 0:
-                warnings.warn(f"{len(dead)} of {len(reached)} adapted layers did not move, {dead[:4]}: the "
-                              "model does not call them, or zeros follow; leave them out with exclude=",
-                              stacklevel=3)
+                warnings.warn(f"{len(dead)} of {len(reached)} adapted layers got no gradient, {dead[:4]}: "
+                              "the model does not call them; leave them out with exclude=", stacklevel=3)
             self.phase = "running"
         return told, all(idle) and not self.stepped and self.increments._version == self.merged
 

@@ -7,6 +7,8 @@
     basis=, bucket_mb=    A_i, B_i of other processes gathered again at every merge; size of a collective
     accumulate=           sums of the increments, for `export_lora`: a finished run as a PEFT adapter
     experts               of a mixture, which transformers 5 keeps side by side in 3-D parameters
+    more refusals         replicas and rates that part, threads, reentrant checkpointing, heads drawn anew,
+                          weights that overlap, layers and increments that were replaced
 
 hd_pissa.py knows nothing of this file. Notation as there.
 """
@@ -101,12 +103,22 @@ def gather_later(local: torch.Tensor):
         return out
     return result
 
-def reduce_shards(whole: torch.Tensor) -> torch.Tensor:
-    """(K, ...) on each process -> its own (S, ...), summed over the processes."""
+def reduce_later(whole: torch.Tensor):
+    """(K, ...) on each process -> its own (S, ...), summed over the processes once the function beside it,
+    which waits for that, was called."""
     if world_size() == 1:
-        return whole
+        return whole, lambda: None
     out = whole.new_empty((whole.shape[0] // world_size(), *whole.shape[1:]))
-    getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, whole)
+    work = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)(out, whole, async_op=True)
+
+    def wait(sent=whole):               # as in gather_later
+        work.wait()
+    return out, wait
+
+def reduce_shards(whole: torch.Tensor) -> torch.Tensor:
+    """The same, waited for."""
+    out, wait = reduce_later(whole)
+    wait()
     return out
 
 def nan_if_not_finite(tensors) -> torch.Tensor | float:
@@ -759,7 +771,7 @@ class Adapters(hd_pissa.Adapters):
             config.update(seed=seed)    # it is the basis
         self.dropout, self.whole_batch, self.resend = dropout, gradients == "global", basis == "resend"
         self.init, self.rounding, self.also, self.collected = init, rounding, also, False
-        self.send, self.astray = send, 0.0
+        self.send, self.astray, self.travels = send, 0.0, None
         self.owner, self.lock = None, threading.RLock()             # of the thread inside shard()
         self.groups = weakref.WeakKeyDictionary()                   # of optimizers
         self.there, self.uses = {}, {}                              # modules and weights: see Slot.fault
@@ -906,6 +918,18 @@ class Adapters(hd_pissa.Adapters):
                 slot.caught[1].register_post_accumulate_grad_hook(self.note(i))
 
     @torch.no_grad()
+    def arrive(self) -> None:
+        """Wait for gradients that a backward has sent; add them to earlier ones unless those were dropped."""
+        if self.travels is None:
+            return
+        (wait, rows, tag, places), self.travels = self.travels, None
+        wait()
+        self.astray += (rows[:, -1] - tag * world_size()).abs().sum()
+        for p, before, g in places:
+            if before is not None and p.grad is before:
+                before.add_(g)
+
+    @torch.no_grad()
     def collect_(self) -> None:
         """Sum gradients over the processes: caught ones, each shard's at its owner, and those of `also`.
 
@@ -916,6 +940,7 @@ class Adapters(hd_pissa.Adapters):
         if self.collected or not (summed or self.also):
             return                      # once a step on every process, whatever it has caught: none waits
         self.collected = True
+        self.arrive()
         self.sum_also()
         if self.astray:
             raise ValueError("the processes ran their backwards in different orders, or through different "
@@ -1125,14 +1150,21 @@ def _after_catching(ref, mine, own):
     return hook
 
 def _send(ref, mine, tag):
-    """Sum (K, ...) over the processes; the own shards' stay. The tag tells whether all sent one layer's."""
+    """Sum (K, ...) over the processes; the own shards' stay. The tag tells whether all sent one layer's.
+
+    It travels while the backward does the next layer, and has arrived when the backward ends.
+    """
     def hook(leaf):
         _refuse_collected(ref)
-        rows, leaf.grad = leaf.grad.flatten(1), None
-        rows = reduce_shards(torch.cat((rows, rows.new_full((len(rows), 1), tag)), dim=1))  # (S, ...)
-        ref().astray += (rows[:, -1] - tag * world_size()).abs().sum()
-        for p, g in zip(mine, rows[:, :-1]):
-            p.grad = g.view_as(p).clone() if p.grad is None else p.grad.add_(g.view_as(p))
+        adapters, rows = ref(), leaf.grad.flatten(1)
+        leaf.grad = None
+        adapters.arrive()
+        rows, wait = reduce_later(torch.cat((rows, rows.new_full((len(rows), 1), tag)), dim=1))     # (S, ...)
+        places = [(p, p.grad, g.view_as(p)) for p, g in zip(mine, rows[:, :-1])]
+        adapters.travels = wait, rows, tag, places
+        for p, before, g in places:
+            p.grad = g if before is None else before
+        torch.autograd.Variable._execution_engine.queue_callback(adapters.arrive)
     return hook
 
 def _refuse_collected(ref):

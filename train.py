@@ -234,13 +234,14 @@ def finish(args, model, tokenizer, adapters, held, watched, extra, device, exami
         """The report, and last result.json, which says that all is there."""
         if hd_pissa.process_index() == 0:
             folder.write(out / "spectra.json", json.dumps(spectra))
+            report.drop_best(out, result["best"], args.max_steps)
             report.report_page(out, result)
             whole = json.dumps(result | {"files": files}, indent=1)
             folder.write(out / "result.json", whole + "\n")
 
     everywhere(write)
     report.report_losses(extra["before"], after)
-    report.report_best(out, exams, args.max_steps, isinstance(model, GPT))
+    report.report_best(out, result["best"], args.max_steps, isinstance(model, GPT))
     report.report_samples(result["samples"])
     report.report_rank(args, ranks)
     report.report_files(out, isinstance(model, GPT))

@@ -313,6 +313,8 @@ def alone(work: Path):
         try:
             import fcntl
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not work.is_dir() or not os.path.samestat(os.fstat(handle), work.stat()):
+                raise BlockingIOError       # who had it has ended, and removed it
         except BlockingIOError:
             raise ValueError(f"another prepare.py is writing to {work}; wait for it, or give "
                              "another --out") from None
@@ -359,12 +361,19 @@ def prepare(name: str, sources: dict, tokenizer, model: str, out: Path, seed: in
         if manifest["settings"] != settings:
             raise ValueError(f"--out {out}: holds a set that was prepared otherwise (its "
                              "manifest.json says how); remove it or give another --out")
-        if read_settings(work) == settings:
-            discard(work)
+        if work.is_dir():                                   # left by a kill behind the last rename
+            with contextlib.suppress(OSError, ValueError), alone(work):
+                if read_settings(work) in (None, settings):
+                    discard(work)
         print(f"{out} is prepared already")
         report(manifest, out)
         return manifest
     with alone(work):
+        if os.path.lexists(out):
+            with contextlib.suppress(OSError):
+                work.rmdir()
+            raise ValueError(f"another prepare.py has made {out} meanwhile; start the same command "
+                             "again, it says whether that is this set")
         if read_settings(work) != settings:
             discard(work, itself=False)                     # the lock is on this folder
             whole(work / "settings.json", json.dumps(settings, indent=1).encode())

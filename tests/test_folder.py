@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import families
 import pytest
+import safetensors.torch
 import torch
 from conftest import ROOT
 from few_rows import ROWS
@@ -186,7 +188,7 @@ def test_nothing_is_written_through_a_link_at_an_unfinished_file(tmp_path, done)
     (tmp_path / "thesis.txt").write_text("precious")
     (tmp_path / "out").mkdir()
     shutil.copy(done / "config.json", tmp_path / "out")
-    for name in ("config.json", "log.jsonl", "model.pt", "result.json"):
+    for name in ("config.json", "log.jsonl", "model.pt", "report.html", "result.json"):
         (tmp_path / "out" / f"{name}.tmp").symlink_to(tmp_path / "thesis.txt")
     run(tmp_path / "out")
     assert (tmp_path / "thesis.txt").read_text() == "precious" and folder.read_result(tmp_path / "out")
@@ -222,6 +224,24 @@ def test_the_lock_covers_the_whole_run(tmp_path, capsys, monkeypatch):
     run(out)
     assert len(errors) == 2 and all(f"another run is writing to {out}" in error for error in errors)
     assert folder.read_result(out)
+
+
+def test_no_lock_is_on_a_folder_that_is_gone(tmp_path, monkeypatch):
+    """A run that failed removes the folder that it made before it lets go; who came meanwhile is refused."""
+    fcntl = pytest.importorskip("fcntl")
+    out, rmdir, flock, refused = tmp_path / "out", Path.rmdir, fcntl.flock, "another run is writing to"
+
+    def meanwhile(path):
+        with pytest.raises(ValueError, match=refused), folder.alone(out):
+            pass
+        rmdir(path)
+
+    with monkeypatch.context() as patch, folder.alone(out):
+        patch.setattr(Path, "rmdir", meanwhile)
+    assert not out.exists()
+    monkeypatch.setattr(fcntl, "flock", lambda *args: rmdir(out) or flock(*args))
+    with pytest.raises(ValueError, match=refused), folder.alone(out):
+        pass
 
 
 def test_a_folder_that_another_run_has_taken_is_left(tmp_path, capsys, monkeypatch):
@@ -377,6 +397,65 @@ def test_a_kill_between_any_two_changes_of_files(flags, done, tmp_path, monkeypa
         assert not list(out.glob("**/*.tmp")), what
 
 
+def test_the_result_is_the_last_change(tmp_path, monkeypatch):
+    """A best model that the last is not above is removed before: a kill would leave half of it for good."""
+    with monkeypatch.context() as patch:
+        seen = operations(patch, None)
+        run(tmp_path / "out", "--eval_every", "1")
+    assert "unlink best.pt" in seen
+    assert [what for what in seen if what != "rmdir out"][-1] == "replace result.json"
+
+
+@contextlib.contextmanager
+def limited(size: int):
+    """No file may grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_small_model_that_cannot_be_written(copy, done, capsys):
+    """A limit on files stands for a full disk: the sentence has file and reason, which torch does not say."""
+    (copy / "result.json").unlink()
+    before = (copy / "model.pt").read_bytes()
+    with limited(len(before) // 2):
+        assert f"{copy / 'model.pt'} was not written ([Errno 27] File too large" in refused(capsys, copy)
+    assert (copy / "model.pt").read_bytes() == before
+    run(copy)
+    assert same(weights(copy), weights(done)) and folder.read_result(copy)
+
+
+@pytest.mark.slow
+def test_an_export_that_is_killed_or_cannot_be_written(tmp_path, capsys, monkeypatch):
+    """Safetensors leaves an unfinished file, or raises an error of its own: the same command goes on."""
+    pytest.importorskip("peft")
+    base, out = families.folder(tmp_path / "base", "llama"), tmp_path / "out"
+    save_file = safetensors.torch.save_file
+    flags = families.flags(base, "--device", "cpu", "--export_lora", "--out", out)
+
+    def killed(tensors, path, *more):
+        if "lora" not in str(path):
+            return save_file(tensors, path, *more)
+        Path(path).with_name(".tmpAb3dEf").write_text("half")
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors.torch, "save_file", killed)
+        with pytest.raises(Killed):
+            train.main(flags)
+    size = (out / "model" / "model.safetensors").stat().st_size
+    capsys.readouterr()
+    with limited(size // 2), pytest.raises(SystemExit) as stop:
+        train.main(flags)
+    assert stop.value.code == 2 and f"error: {out / 'model'} was not written (" in capsys.readouterr().err
+    train.main(flags)
+    assert sorted(os.listdir(out / "lora")) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert folder.read_result(out) and not list(out.glob("*/unfinished*"))
+
+
 @pytest.mark.parametrize("spoil", [
     lambda out: (out / "model.pt").unlink(), lambda out: (out / "model.pt").write_bytes(b""),
     lambda out: (out / "result.json").write_text((out / "result.json").read_text().replace(
@@ -503,6 +582,37 @@ def test_a_signal_outside_of_training_has_a_sentence(where, tmp_path, capsys, mo
         run(tmp_path / "out")
     assert stop.value.code == 128 + signal.SIGINT
     assert "stopped by SIGINT outside of training" in capsys.readouterr().out
+
+
+@contextlib.contextmanager
+def protected(path: Path):
+    """Nobody can remove what is in the folder, not even root."""
+    def change(mode, flag):
+        if os.geteuid():
+            path.chmod(mode)
+        elif not shutil.which("chattr") or subprocess.run(["chattr", flag, path]).returncode:
+            pytest.skip("root, and no chattr that works here")
+
+    change(0o555, "+i")
+    try:
+        yield
+    finally:
+        change(0o755, "-i")
+
+
+def test_a_protected_checkpoint_ends_no_run(tmp_path, capsys, monkeypatch):
+    """It stays beside the --keep others; a run that would begin anew says so before it deletes anything."""
+    out, flags = tmp_path / "out", [*SIX, "--keep", "1"]
+    cut(monkeypatch, out, *flags, after=3)
+    with protected(out / "checkpoint" / "step_2"):
+        run(out, *flags)
+        assert f"{out / 'checkpoint' / 'step_2'} stays: " in capsys.readouterr().out
+        assert {path.name for path in (out / "checkpoint").iterdir()} == {"step_2", "step_6"}
+        before = contents(out)
+        assert "step_2 is no folder that can be written" in refused(capsys, out, *flags, "--resume", "never")
+        assert contents(out) == before
+    run(tmp_path / "undisturbed", *flags)
+    assert same(weights(out), weights(tmp_path / "undisturbed"))
 
 
 # ---- Waiting -----------------------------------------------------------------------------------------------

@@ -277,14 +277,14 @@ def sent():
     for send in ("step", "backward"):
         model = toy.module(*toy.problem()[:2])
         adapters = hd_pissa_extra.attach(model, toy.R, shards=2, gradients="global", send=send)
-        held, moved, reduce = [], [], hd_pissa_extra.reduce_shards
+        held, moved, reduce = [], [], hd_pissa_extra.reduce_later
 
         def counted(whole, moved=moved, reduce=reduce):
-            own = reduce(whole)
+            own, wait = reduce(whole)
             moved.append(own.numel())
-            return own
+            return own, wait
 
-        hd_pissa_extra.reduce_shards = counted
+        hd_pissa_extra.reduce_later = counted
         try:
             for x, _ in toy.problem()[2][0][:3]:
                 model(x).square().mean().backward()
@@ -292,7 +292,7 @@ def sent():
                 held.append(sum(grad.numel() for grad in caught if grad is not None))
             adapters.collect_()
         finally:
-            hd_pissa_extra.reduce_shards = reduce
+            hd_pissa_extra.reduce_later = reduce
         out[send] = max(held), sum(moved), adapters.increments.numel()
     return out
 

@@ -978,6 +978,37 @@ def test_two_at_once_and_files_of_killed_ones(tmp_path, monkeypatch, capsys):
     assert not mine.exists()
 
 
+def test_two_that_end_at_the_same_moment(tmp_path, monkeypatch, capsys):
+    """Nobody works in a folder that is gone, makes a set twice, or removes what the other is removing."""
+    fcntl = pytest.importorskip("fcntl")
+    out, work, alone, flock = tmp_path / "out", tmp_path / "out.tmp", prepare.alone, fcntl.flock
+    command = ["rows", "--from", jsonl(tmp_path / "a.jsonl", embedded(30)), "--out", out]
+
+    def late(folder):
+        monkeypatch.setattr(prepare, "alone", alone)
+        prepare.main([str(part) for part in command])
+        return alone(folder)
+
+    monkeypatch.setattr(prepare, "alone", late)         # between the look at OUT and the lock
+    assert f"another prepare.py has made {out} meanwhile" in refused(command, capsys)
+    before = everything(out)
+    assert before and not work.exists()
+    work.mkdir()                                        # a kill before the very last step
+    prepare.main([str(part) for part in command])
+    assert not work.exists()
+    work.mkdir()
+    settings = json.dumps(json.loads((out / "manifest.json").read_text())["settings"])
+    (work / "settings.json").write_text(settings)
+    with alone(work):                                   # the other is not yet done
+        prepare.main([str(part) for part in command])
+        assert (work / "settings.json").exists()
+    prepare.main([str(part) for part in command])
+    assert not work.exists() and everything(out) == before
+    monkeypatch.setattr(fcntl, "flock", lambda *args: work.rmdir() or flock(*args))
+    with pytest.raises(ValueError, match="another prepare.py is writing to"), alone(work):
+        pass
+
+
 def test_many_domains(tmp_path):
     """More than two bytes count."""
     some = [{"instruction": f"a{i}", "response": "b", "domain": f"d{i}"} for i in range(66_000)]

@@ -170,7 +170,10 @@ def save(folder_: Path, step: int, model, adapters, optimizer, config: dict, ext
             sync(folder_)
             before = [path for path in steps(folder_) if int(path.name[5:]) <= step]
             for path in before[:-keep]:
-                folder.remove_folder(path, folder.CHECKPOINT)
+                try:
+                    folder.remove_folder(path, folder.CHECKPOINT)
+                except OSError as e:                                    # someone protects it
+                    say(f"{path} stays: {e}")
 
     state = tensors_of(model, adapters, optimizer)          # first: it lets go of weights gathered whole
     sums = check_replicas(adapters, device)

@@ -52,16 +52,32 @@ def digest(path: Path) -> list:
     return [path.stat().st_size, h.hexdigest()]
 
 
+@contextlib.contextmanager
+def writing(what: Path):
+    """OSError, one sentence that names `what`, where it cannot be written; safetensors has errors of its own.
+
+    ValueError and RuntimeError, which a collective raises, pass unless `everywhere` made them of an OSError.
+    """
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, (ValueError, RuntimeError)) and not isinstance(e.__cause__, OSError):
+            raise
+        raise OSError(f"{what} was not written ({' '.join(str(e).split())}); mend that, or make room, and "
+                      "the same command goes on") from e
+
+
 def put(path: Path, write) -> None:
     """write(temporary path), then the file under its name: the whole new one, or the one before."""
     path = Path(os.path.realpath(path))                                 # a link is followed
     unfinished = path.with_name(path.name + ".tmp")
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(unfinished)           # left by a kill; and through a link or pipe nothing is written
-    write(unfinished)
-    sync(unfinished)
-    os.replace(unfinished, path)
-    sync(path.parent)
+    with writing(path):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(unfinished)       # left by a kill; and through a link or pipe nothing is written
+        write(unfinished)
+        sync(unfinished)
+        os.replace(unfinished, path)
+        sync(path.parent)
 
 
 def write(path: Path, text: str) -> None:
@@ -122,6 +138,8 @@ def alone(out: Path):
         try:
             import fcntl
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not out.is_dir() or not os.path.samestat(os.fstat(handle), out.stat()):
+                raise BlockingIOError   # who had it has failed, and removed what it had made
         except BlockingIOError:
             os.close(handle)
             raise ValueError(
@@ -135,11 +153,11 @@ def alone(out: Path):
     try:
         yield
     finally:
-        if handle is not None:
-            os.close(handle)            # and the kernel does so when a process is killed
         for path in made:               # where an error came before anything was written
             with contextlib.suppress(OSError):
                 path.rmdir()
+        if handle is not None:          # last: nobody else may be in what is removed
+            os.close(handle)            # and the kernel does so when a process is killed
 
 
 def inputs(args) -> list[str | None]:
@@ -172,18 +190,25 @@ def check_ours(out: Path, *inputs: str | None) -> None:
                 raise ValueError(f"{path} is no file, but a run writes one there; move it away, or give "
                                  "another --out")
         for path in (out, *(out / name for name in FOLDERS)):
-            try:
-                if os.path.lexists(path):
-                    tempfile.TemporaryFile(dir=path).close()
-            except OSError as e:
-                raise ValueError(f"{path} is no folder that can be written ({e}); mend or remove it, or "
-                                 "give another --out") from e
+            if os.path.lexists(path):
+                check_writable(path)
 
     everywhere(check)
 
 
+def check_writable(path: Path) -> None:
+    """ValueError unless files can be made in the folder, and so be removed."""
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as e:
+        raise ValueError(f"{path} is no folder that can be written ({e}); mend, move or remove it, or give "
+                         "another --out") from e
+
+
 def check_room(out: Path, checkpoint: int, result: int, keep: int, anew: bool) -> None:
-    """ValueError unless there is room for a checkpoint and the result; a warning if not for all of them.
+    """ValueError unless there is room for a checkpoint and the result, and what is in their way can go.
+
+    A warning if there is too little room for all of them.
 
     checkpoint, result  their bytes      keep  checkpoints that stay, while one more is written
     anew                the run's old checkpoints are removed before the first one
@@ -195,6 +220,8 @@ def check_room(out: Path, checkpoint: int, result: int, keep: int, anew: bool) -
             place = out / name if (out / name).is_dir() else out
             entry = needs.setdefault(place.stat().st_dev, [place, 0, 0])
             if anew and name == "checkpoint":
+                for path in filter(Path.is_dir, out.glob("checkpoint/step_*")):
+                    check_writable(path)
                 old = sum(path.stat().st_size for path in out.glob("checkpoint/step_*/*"))
                 least, most = least - old, most - old
             entry[1:] = entry[1] + least, entry[2] + most
@@ -256,8 +283,9 @@ def remember(out: Path, names) -> None:
 def unfinished(out: Path, name: str) -> Path:
     """An empty folder beside whose files OUT/name/ has its own, for `settle`."""
     path = out / name / "unfinished"
-    remove_folder(path, ".*")
-    path.mkdir(parents=True, exist_ok=True)
+    with writing(out / name):
+        remove_folder(path, ".*")
+        path.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -269,11 +297,12 @@ def settle(out: Path, name: str) -> dict[str, int]:
     path, final = out / name / "unfinished", out / name
     files = {f"{name}/{file.name}": file.stat().st_size for file in sorted(path.iterdir())}
     remember(out, files)
-    for file in sorted(path.iterdir()):
-        sync(file)
-        os.replace(file, final / file.name)
-    path.rmdir()
-    sync(final)
+    with writing(final):
+        for file in sorted(path.iterdir()):
+            sync(file)
+            os.replace(file, final / file.name)
+        path.rmdir()
+        sync(final)
     return files
 
 
@@ -328,7 +357,7 @@ def append_log(path: Path, record: dict, config: dict) -> OSError | None:
         if (there := config_of(path.parent)) and there.get("begun") != config.get("begun"):
             raise OSError(f"another run has taken {path.parent}, begun {there.get('begun')}; give this one "
                           "another --out")
-        with open(path, "a") as log:
+        with writing(path), open(path, "a") as log:
             log.write(json.dumps(line) + "\n")
     except OSError as e:
         return e

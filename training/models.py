@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import io
 import json
 import os
 import shutil
@@ -194,15 +195,19 @@ def save(out: Path, model, tokenizer, held, device, save_dtype: str, name: str =
             folder.remember(out, [file.name])
 
             def put(unfinished):
-                torch.save({key: t.cpu() for key, t in state.items()}, unfinished)  # loads without a GPU
+                # On the CPU it loads without a GPU; torch itself would not say why a file was not written.
+                whole = io.BytesIO()
+                torch.save({key: t.cpu() for key, t in state.items()}, whole)
+                unfinished.write_bytes(whole.getbuffer())
                 again = type(model).from_state_dict
                 compare(lambda: again(read_state(unfinished)), state, logits, rows, file)
 
             folder.put(file, put)
             return {file.name: file.stat().st_size}
         staged = folder.unfinished(out, name)
-        save_folder(staged, model, tokenizer, state)
-        declare(staged, dtype)
+        with folder.writing(out / name):
+            save_folder(staged, model, tokenizer, state)
+            declare(staged, dtype)
         compare(lambda: reloaded(staged), state, logits, rows, out / name)
         return folder.settle(out, name)
 
@@ -352,8 +357,15 @@ def export(args, model, adapters, sums: dict, held, device, load_model) -> float
             f"error {error:.1e} of dW; in PEFT its logits are {off / moved:.1e} of their change off")
 
     first, state = hd_pissa.process_index() == 0, everywhere(load_base)
-    everywhere(lambda: folder.unfinished(out, "lora") if first else None)
-    error = hd_pissa_extra.export_lora(adapters, staged, state, args.model, args.lora_rank)
+
+    def empty():
+        if first:
+            folder.unfinished(out, "lora")
+            folder.remove_folder(Path(staged + ".tmp"), ".*")           # of a kill inside the export
+
+    everywhere(empty)
+    with folder.writing(out / "lora"):
+        error = hd_pissa_extra.export_lora(adapters, staged, state, args.model, args.lora_rank)
     everywhere(lambda: load_into_peft() if first else None)
     return error
 

@@ -10,7 +10,7 @@ import torch
 
 import hd_pissa
 from training import folder
-from training.evaluate import HELD, SAMPLE_TOKENS, lowest
+from training.evaluate import HELD, SAMPLE_TOKENS
 from training.folder import read_result
 from training.processes import say
 from training.report_html import write_report
@@ -119,17 +119,21 @@ def report_samples(some: list[dict]) -> None:
                        f"  before  {short(sample['before'])}", f"  after   {short(sample['after'])}")))
 
 
-def report_best(out: Path, exams: list[dict], last: int, small: bool) -> None:
-    """Where the model of the lowest held-out loss is; one that the last is not above leaves none behind."""
-    if (best := lowest(exams)) is None:
-        return
-    where = out / ("best.pt" if small else "best")
-    if best["step"] == last and hd_pissa.process_index() == 0:
+def drop_best(out: Path, best: dict | None, last: int) -> None:
+    """Delete OUT/best where the last model is the best: before result.json says that all is done."""
+    if best and best["step"] == last:
         for name in folder.listed(out):
-            if Path(name).parts[0] == where.name:
+            if Path(name).parts[0] in ("best", "best.pt"):
                 folder.remove(out / name)
         with contextlib.suppress(OSError):
-            where.rmdir()
+            (out / "best").rmdir()
+
+
+def report_best(out: Path, best: dict | None, last: int, small: bool) -> None:
+    """Where the model of the lowest held-out loss is."""
+    if best is None:
+        return
+    where = out / ("best.pt" if small else "best")
     text = "the result" if best["step"] == last else str(where) if where.exists() else "not kept"
     say(f"\nlowest held-out loss {best['loss']:.4f} after step {best['step']} of {last}: {text}")
 
@@ -162,6 +166,6 @@ def report_files(out: Path, small: bool) -> None:
 def report_page(out: Path, result: dict) -> None:
     """OUT/report.html; what another program may have left in a log or eval.jsonl costs no result."""
     try:
-        write_report(out, result)
+        write_report(out, result, folder.write)
     except ValueError as e:
         say(f"no report.html: {e}")

@@ -10,7 +10,6 @@ import collections
 import html
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -283,10 +282,15 @@ def page(config: dict, log: list[dict], result: dict, exams: list[dict], spectra
             "</head><body>\n" + "\n".join(parts) + "\n</body></html>\n")
 
 
-def write_report(folder, result: dict | None = None) -> Path:
+def write_text(path: Path, text: str) -> None:
+    path.write_text(text, "utf-8", "backslashreplace")
+
+
+def write_report(folder, result: dict | None = None, write=write_text) -> Path:
     """Write FOLDER/report.html from what the run has left there; ValueError if that is nothing.
 
     result      what will be result.json, where that is not written yet
+    write       of a path and its text
     """
     folder = Path(folder)
 
@@ -308,10 +312,8 @@ def write_report(folder, result: dict | None = None) -> Path:
                     read("eval.jsonl", list), read("spectra.json", dict))
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as e:
         raise ValueError(f"{folder}: its files are not what a run writes ({type(e).__name__}: {e})") from None
-    path = Path(os.path.realpath(folder / "report.html"))
-    path.with_name("report.html.tmp").write_text(text, "utf-8", "backslashreplace")
-    os.replace(path.with_name("report.html.tmp"), path)
-    return path
+    write(folder / "report.html", text)
+    return folder / "report.html"
 
 
 if __name__ == "__main__":
