@@ -127,7 +127,8 @@ def test_the_checks_can_fail(name, monkeypatch):
 
         monkeypatch.setattr(hd_pissa.Adapters, "merge_", merge_)
     else:
-        monkeypatch.setattr(hd_pissa.Adapters, "exchange_and_fold", lambda *args: None)
+        for file in (hd_pissa, hd_pissa_extra):
+            monkeypatch.setattr(file.Adapters, "exchange_and_fold", lambda *args: None)
     with pytest.raises(AssertionError):
         module.main()
 
@@ -771,7 +772,7 @@ def test_lightning_with_a_last_cycle_of_fewer_micro_batches(lightning, tmp_path,
     """Lightning divides their losses by the four of a whole cycle."""
     found, _, seen, norms = fit(lightning, tmp_path, monkeypatch, accumulate_grad_batches=4)
     model = lightning.small_model()
-    adapters = hd_pissa.attach(model, rank=2, shards=4)
+    adapters = hd_pissa_extra.attach(model, rank=2, shards=4)
     optimizer, seen = torch.optim.AdamW(adapters.parameters(), 1e-2, weight_decay=0.0), iter(seen)
     for n in (4, 2, 4, 2):
         for batch in itertools.islice(seen, n):

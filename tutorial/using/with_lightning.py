@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 
 from shards import bind, deal  # noqa: E402
 
-import hd_pissa  # noqa: E402
+import hd_pissa_extra  # noqa: E402
 
 
 class NoDDP(DDPStrategy):
@@ -50,7 +50,7 @@ class HDPissaModule(lightning.LightningModule):
             self.adapters.detach_()
         # Here the process group runs, whose processes attach counts, and no checkpoint is loaded yet.
         self.model.to(strategy.root_device)
-        self.adapters = hd_pissa.attach(self.model, self.rank, shards=self.shards)
+        self.adapters = hd_pissa_extra.attach(self.model, self.rank, shards=self.shards)
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW(self.adapters.parameters(), self.lr, weight_decay=0.0)
@@ -94,7 +94,7 @@ def fit(folder, rows=None, epochs: int = 2, ckpt_path=None, **settings):
 def bare_loop(batches, S: int, steps_of: int = 1, clip: float = 1.0) -> LlamaForCausalLM:
     """The same training written out, on the batches of this process; `steps_of` of them make a step."""
     model = small_model().to(batches[0].device)
-    adapters = hd_pissa.attach(model, rank=2, shards=4)
+    adapters = hd_pissa_extra.attach(model, rank=2, shards=4)
     optimizer = torch.optim.AdamW(adapters.parameters(), 1e-2, weight_decay=0.0)
     for i, batch in enumerate(batches):
         for s, rows in enumerate(deal(batch, S)):
