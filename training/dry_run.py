@@ -34,7 +34,7 @@ class Grouped(TorchDispatchMode):
 
 
 def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool, *, also=(), columns: int = 0,
-                packed: bool = False) -> tuple[int, int] | None:
+                packed: bool = False, checkpointed: bool = False) -> tuple[int, int] | None:
     """Bytes that one forward of the muted model keeps for its backward, by autograd's own hooks, and bytes
     that are alive beside them while the backward passes the head, or a stack of experts.
 
@@ -42,6 +42,7 @@ def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool, *, al
     also        parameters that train whole
     columns     of A_i in one backward of an expert: r, or K r
     packed      rows stand one behind the other in x
+    checkpointed    of a block its input alone is kept, and the rest while the backward passes it
     None where the forward asks for numbers that tensors of shapes alone do not have.
     """
     from torch._subclasses import fake_tensor
@@ -61,7 +62,21 @@ def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool, *, al
         module.forward = lambda x, f=(module, A, B, *leaves, conv1d): hd_pissa.Mute.apply(
             x, f[0].weight, f[0].bias, *f[1:5], 1.0, f[5], None)
     own = {p.untyped_storage()._cdata for p in model.parameters()}
-    seen, kept = {}, []
+    seen, kept, inputs, inside = {}, [], [], []
+    blocks = [x for x in model.modules() if any(
+        kind.__name__ == "GradientCheckpointingLayer" for kind in type(x).__mro__)]     # of transformers
+    blocks = blocks or [block for x in model.modules() if isinstance(x, nn.ModuleList) for block in x]
+
+    def enter(_, args, kwargs):
+        inputs.append(next(iter((*args, *kwargs.values()))).nbytes)
+        inside.append(sum(seen.values()))
+
+    def leave(*_):
+        inside[-1] = sum(seen.values()) - inside[-1]
+
+    for block in blocks if checkpointed else ():
+        block.register_forward_pre_hook(enter, with_kwargs=True)
+        block.register_forward_hook(leave)
 
     def pack(tensor):
         storage = tensor.untyped_storage()
@@ -81,7 +96,8 @@ def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool, *, al
     # The gradients before and behind the softmax; or dW of a stack, A and B as it wants them, g_A and g_B.
     factors = [columns * len(W) * sum(W.shape[1:]) * 2 * W.itemsize for W in stacks.values()]
     dW = [W.nbytes + size for W, size in zip(stacks.values(), factors)]
-    return sum(seen.values()), max(2 * logits.nbytes, *dW, 0)
+    return (sum(seen.values()) - sum(inside) + sum(inputs),
+            max(2 * logits.nbytes, max(inside, default=0) + max(dW, default=0)))
 
 
 def lora(factors: int, K: int, times: int, zero: int) -> dict[str, float]:
@@ -208,7 +224,7 @@ def dry_run(args, load_model, default_steps: int) -> dict:
         gathered = units(model)
         activations = saved_bytes(
             model.train(), layers, x, args.dtype == "autocast", packed=args.packing,
-            also=[cast[id(p)] for p in also.values()],
+            also=[cast[id(p)] for p in also.values()], checkpointed=args.gradient_checkpointing,
             columns=r * (K if args.gradients == "global" else 1))
     check_layers(args, model, layers)
     what = "unknown: the forward depends on its tokens" if activations is None else (
