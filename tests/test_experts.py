@@ -848,3 +848,17 @@ def test_a_dry_run_reads_the_rows_as_the_run_does(tmp_path, capsys):
     with pytest.raises(SystemExit):
         program.main(families.flags(mixture_folder(tmp_path, "Mixtral"), "--dry_run", "--format", "sharegpt"))
     assert "no text in 'conversations'" in capsys.readouterr().err
+
+
+def test_a_recipe_knows_experts(tmp_path, capsys):
+    """Before a weight is read: as --targets, and where K r is too large for them."""
+    import families
+
+    import train as program
+    flags = families.flags(mixture_folder(tmp_path, "Mixtral"), "--dry_run", "--recipe", "best", "--targets",
+                           "experts")  # fmt: skip
+    program.main(flags)
+    assert " in 16 adapted layers" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        program.main([*flags, "--rank", "20"])
+    assert "largest rank of each kind of layer is down_proj 16, gate_up_proj 16" in capsys.readouterr().err

@@ -9,8 +9,10 @@ import os
 import torch
 
 import hd_pissa
+import hd_pissa_extra
 from training import models
 from training.processes import everywhere, say
+from training.report import kind_of
 
 LLAMA, MISTRAL = 2e-5, 5e-6         # table 4: the learning rate by the base model
 
@@ -106,7 +108,7 @@ def check_fit(args, layers) -> None:
     """
     K, largest = 1 if args.init == "top" else args.shards, {}
     for name, module in layers:
-        kind, most = name.rsplit(".", 1)[-1], min(module.weight.shape) // K
+        kind, most = kind_of(name), min(module.weight.shape) // K
         largest[kind] = min(most, largest.get(kind, most))
     if args.method == "hd_pissa" and largest and args.rank > min(largest.values()):
         table = ", ".join(f"{kind} {most}" for most, kind in sorted((m, k) for k, m in largest.items()))
@@ -127,6 +129,7 @@ def begin(args, load_model) -> None:
     def fits():
         with torch.device("cpu" if models.is_small(args.model) else "meta"):
             model = load_model(args.model, args.seed, False, args.tokenizer)[0]
-        check_fit(args, hd_pissa.find_layers(model, args.targets)[0])
+        find = (hd_pissa_extra if args.method == "hd_pissa" else hd_pissa).find_layers      # also experts
+        check_fit(args, find(model, args.targets)[0])
 
     everywhere(fits)
