@@ -1348,7 +1348,8 @@ def check_ours(folder: str) -> None:
     from safetensors import SafetensorError, safe_open
     for path in (folder, folder + ".tmp"):
         there = os.listdir(path) if os.path.isdir(path) else [path] * os.path.lexists(path)
-        foreign = sorted(set(there) - set(EXPORT))
+        # a kill inside an export leaves files of safetensors' own beside ours
+        foreign = sorted(name for name in {*there} - {*EXPORT} if path == folder or name[:4] != ".tmp")
         if there and not foreign and path == folder:
             try:
                 with safe_open(os.path.join(path, EXPORT[0]), "pt") as file:
@@ -1413,6 +1414,8 @@ def export_lora(adapters, folder: str, base: dict, base_name: str = "", rank: in
         if adapters.first == 0:
             task = "CAUSAL_LM" if hasattr(adapters.model, "generate") else None
             unfinished = folder + ".tmp"
+            for name in os.listdir(unfinished) if os.path.isdir(unfinished) else ():
+                os.unlink(os.path.join(unfinished, name))
             LoraConfig(r=rank, lora_alpha=rank, base_model_name_or_path=base_name, task_type=task,
                        fan_in_fan_out=type(adapters.slots[0]) is Slot and adapters.slots[0].conv1d,
                        inference_mode=True, **targets).save_pretrained(unfinished)

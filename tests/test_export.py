@@ -191,6 +191,8 @@ def test_no_foreign_folder_is_emptied(case, tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     again = tmp_path / "again"
     for rank in (None, 3):
+        (tmp_path / "again.tmp").mkdir()
+        (tmp_path / "again.tmp" / ".tmpAb1").write_text("safetensors' own, of a kill inside an export")
         hd_pissa_extra.export_lora(adapters, f"{again}/", base, rank=rank)
         assert sorted(path.name for path in again.iterdir()) == sorted(hd_pissa_extra.EXPORT)
         assert json.loads((again / "adapter_config.json").read_text())["r"] == (rank or 8)

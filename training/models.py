@@ -361,7 +361,6 @@ def export(args, model, adapters, sums: dict, held, device, load_model) -> float
     def empty():
         if first:
             folder.unfinished(out, "lora")
-            folder.remove_folder(Path(staged + ".tmp"), ".*")           # of a kill inside the export
 
     everywhere(empty)
     with folder.writing(out / "lora"):
