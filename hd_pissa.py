@@ -663,8 +663,9 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
         conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
         if not conv1d and not isinstance(module, nn.Linear):
             skipped |= {f"{name}.{key}": "a 3-D parameter (experts: hd_pissa_extra.attach)"
-                        for key, p in module._parameters.items() if p is not None and p.dim() == 3
-                        and min(p.shape) > 1 and not isinstance(module, nn.modules.conv._ConvNd)}
+                        for key, p in module._parameters.items()
+                        if not isinstance(module, nn.modules.conv._ConvNd) and p is not None
+                        and not nn.parameter.is_lazy(p) and p.dim() == 3 and min(p.shape) > 1}
             continue
         hits, outs = ({t for t in ts if f".{name}" == t or f".{name}".endswith(f".{t}")}
                       for ts in (targets, exclude))
@@ -716,9 +717,9 @@ def send_model(model: nn.Module, device: torch.device) -> None:
     sums = everywhere(lambda: [checksum(t) for t in tensors]) if world_size() > 1 else []
     other = [t for t, of_all in zip(tensors, zip(*sums)) if len({*of_all}) > 1]
     for t in other:
-        sent = t.detach().to(device).contiguous()
-        dist.broadcast(sent.flatten().view(torch.uint8), src=0)
-        t.copy_(sent)
+        whole = t.detach().to(device).contiguous()
+        dist.broadcast(whole.flatten().view(torch.uint8), src=0)
+        t.copy_(whole)
     if other and process_index() == 0:
         warnings.warn(f"{len(other)} of {len(tensors)} parameters and buffers differed between processes; "
                       "all have those of process 0 now", stacklevel=3)

@@ -407,6 +407,9 @@ def test_lazy_layers_are_left_out_until_they_have_a_shape():
     adapters.detach_()
     model(X)
     assert [slot.name for slot in hd_pissa.attach(model, 2).slots] == ["0", "1"]
+    for file in (hd_pissa, hd_pissa_extra):             # lazy ones of other kinds are in nobody's way
+        others = nn.Sequential(nn.Linear(12, 12), nn.LazyBatchNorm1d(), nn.LazyConv1d(4, 2))
+        assert [slot.name for slot in file.attach(others, 2).slots] == ["0"]
     text = refused(lambda: hd_pissa.attach(nn.Sequential(nn.LazyLinear(10)), 2))
     assert "no layer to adapt" in text and "run one forward before attach" in text
 
