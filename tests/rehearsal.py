@@ -352,7 +352,7 @@ class Counts(TorchDispatchMode):
             eager = kwargs.get("non_blocking") or name == "copy_" and args[2:] == (True,)
             if not eager or target.type == "cuda" and source.untyped_storage() not in self.pinned:
                 self.wait(f"copy from {source.device.type} to {target.type}")
-        if name.startswith("index"):
+        if name.startswith("index") and name != "index_select":        # whose indices are where it computes
             for t in (t for t in args[1] if t is not None):
                 if t.device.type == "cpu" or t.dtype == torch.bool:
                     self.wait("indices of the host" if t.device.type == "cpu" else "nonzero of a mask")
