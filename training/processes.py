@@ -204,6 +204,8 @@ def heartbeat(seconds: float, timeout: float):
         yield beat
     finally:
         over.set()
+        if seconds:
+            thread.join()       # a thread that outlives the interpreter may abort the process as it ends
 
 
 class Stopped(BaseException):
