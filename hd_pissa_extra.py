@@ -651,6 +651,19 @@ def muted_class(plain: type, keys: tuple[str, ...]) -> type:
     return type(f"Muted{plain.__name__}", (MutedExperts, plain),
                 {key: property(functools.partial(read_stack, key)) for key in keys})
 
+# ---- What is adapted, and what would stay as it is without a word --------------------------------
+
+def ends(name: str, suffix: str) -> bool:
+    return f".{name}" == suffix or f".{name}".endswith(f".{suffix}")
+
+def suffixes(given) -> list[str]:
+    """`targets` or `exclude` as a list."""
+    single = isinstance(given, str) or not hasattr(given, "__iter__")
+    names = [] if given is None else [given] if single else [*given]
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"{wrong[0]!r} (targets, exclude) must be the end of layers' names, a string")
+    return names
+
 def find_experts(model: nn.Module, targets: list, exclude: list, least: int):
     """(name, Expert) of each matrix in a stack, {name: reason} of stacks left out, suffixes that hit one."""
     found, skipped, used, uses = [], {}, set(), hd_pissa.uses_of(model.modules())
@@ -676,19 +689,6 @@ def find_experts(model: nn.Module, targets: list, exclude: list, least: int):
             kind = Expert if getattr(module, "is_transposed", False) else ExpertLinear
             found += [(f"{name}.{i}", kind(module, key, i)) for i in range(len(p))]
     return found, skipped, used
-
-# ---- What is adapted, and what would stay as it is without a word --------------------------------
-
-def ends(name: str, suffix: str) -> bool:
-    return f".{name}" == suffix or f".{name}".endswith(f".{suffix}")
-
-def suffixes(given) -> list[str]:
-    """`targets` or `exclude` as a list."""
-    single = isinstance(given, str) or not hasattr(given, "__iter__")
-    names = [] if given is None else [given] if single else [*given]
-    if wrong := [name for name in names if not isinstance(name, str)]:
-        raise ValueError(f"{wrong[0]!r} (targets, exclude) must be the end of layers' names, a string")
-    return names
 
 def heads_of(model: nn.Module, linear: dict) -> list[str]:
     """Layers of a transformers model that lie outside its base model, whatever their names."""
@@ -1181,15 +1181,15 @@ def groups_of(optimizer) -> list:
     return [(len(g["params"]), g.get("weight_decay")) for g in optimizer.param_groups]
 
 def _before_step(optimizer, *_):
+    now, held = groups_of(optimizer), held_by([optimizer])
     for adapters in list(hd_pissa.LIVE):
         if not isinstance(adapters, Adapters):
             continue
-        now = groups_of(optimizer)
-        if held_by([optimizer]) & adapters.ids:
+        if held & adapters.ids:
             if adapters.groups.get(optimizer, now) != now:
                 hd_pissa.check_optimizer(adapters, optimizer)
             adapters.collect_()
-        elif world_size() > 1 and held_by([optimizer]) & {*map(id, adapters.model.parameters())}:
+        elif world_size() > 1 and held & {*map(id, adapters.model.parameters())}:
             raise ValueError(f"{type(optimizer).__name__} holds parameters of the adapted model: no one adds "
                              "up their gradients over processes, as attach(also=...) does")
         adapters.groups[optimizer] = now
