@@ -8,6 +8,7 @@ import importlib.util
 import json
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -142,6 +143,73 @@ def test_tf32_is_what_is_simulated():
             bases.append(hd_pissa_extra.attach(model, 4, shards=8).basis)
     assert off["ieee"] < 1e-5 < 1e-4 < off["tf32"] < 1e-3
     assert torch.equal(*bases)
+
+
+def waits(steps: int, dtype) -> int:
+    """How often the host waits for the GPU in so many steps of `train`, after two that warm up."""
+    import train
+    torch.manual_seed(0)
+    model = train.GPT(60, block_size=32, layers=2, width=64).cuda()
+    adapters = hd_pissa_extra.attach(model, 2, shards=2, dtype=dtype)
+    rows = [(list(range(1 + i, 20 + i)), 4) for i in range(8)]
+    records = hd_pissa.train(model, adapters, [rows] * (steps + 2), lr=1e-3, max_steps=steps + 2,
+                             device="cuda", micro_batch_size=2, max_grad_norm=1.0, progress=False)
+    next(records), next(records)
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            assert len(list(records)) == steps
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    lines = [str(w.message) + f" {w.filename}:{w.lineno}" for w in said if "synchronizing" in str(w.message)]
+    print(*lines, sep="\n")
+    return len(lines)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+def test_a_step_of_the_loop_waits_once_for_the_gpu():
+    """As the rehearsal counts; two runs, so that what the loop's end waits for does not count."""
+    assert waits(4, None) - waits(2, None) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_fsdp2_on_nccl_changes_no_bit(dtype, tmp_path):
+    """One process that shards its weights with itself, against the plain model."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def weights(sharded):
+        g = torch.Generator("cuda").manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(48, 48, device="cuda") for _ in range(3)))
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.1, generator=g)
+        adapters = hd_pissa_extra.attach(model, 2, shards=4, dtype=dtype)
+        model.to(dtype)
+        if sharded:
+            fully_shard(model, mesh=init_device_mesh("cuda", (1,)))
+        optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0)
+        for _ in range(3):
+            for s in range(4):
+                with adapters.shard(s):
+                    x = torch.randn(8, 48, device="cuda", generator=g, dtype=dtype)
+                    model(x).square().sum().backward()
+            optimizer.step()
+            adapters.merge_()
+            optimizer.zero_grad()
+        return [slot.read()[0].clone() for slot in adapters.slots]
+
+    plain = weights(False)
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/met", rank=0, world_size=1,
+                            timeout=datetime.timedelta(seconds=60))
+    try:
+        assert all(torch.equal(a, b) for a, b in zip(plain, weights(True), strict=True))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow

@@ -4,9 +4,11 @@
     python tests/bench/gpu.py --rehearse        # every stage on the CPU at toy size, into a file of its own
 
 Stages: tests marked gpu; the main job and its held-out loss; step time and peak memory of all methods at the
-shapes of a 1B Llama; attach; the top kernels of a step; SmolLM2-135M; compiled steps. Each has a process of
-its own and a share of the time, and what earlier ones left: after a hang, an error of CUDA's or a missing
-package the next one begins. What was measured before a cut stays. `tables.py` makes the README's tables.
+shapes of a 1B Llama; the fold alone; peak memory of 1B to 13B models against --dry_run's formula; attach; the
+top kernels of a step; SmolLM2-135M; compiled steps. Each has a process of its own and a share of the time,
+and what earlier ones left: after a hang, an error of CUDA's or a missing package the next one begins. What
+was measured before a cut stays; --stages makes those rows again and keeps the rest. `tables.py` makes the
+README's tables.
 """
 
 import argparse
@@ -207,8 +209,8 @@ def step_times(results, toy, compile: bool = False) -> None:
                         nonlocal made
                         made = made or build(variant, args)
                         return one_step(made, args, t, results)
-                    if not results.measure("step", work, variant=variant, tokens=t, dtype=dtype,
-                                           layers=args.layers, compiled=compile):
+                    if not results.measure("compiled" if compile else "step", work, variant=variant,
+                                           tokens=t, dtype=dtype, layers=args.layers):
                         break                   # what an error has left half done is measured no more
 
 
@@ -234,6 +236,82 @@ def attach(results, toy) -> None:
     for m, n in ((64, 96), (64, 64)) if toy else ((4096, 4096), (4096, 11008)):
         for init in ("hd_pissa", "random"):
             results.measure("attach", functools.partial(work, m, n, init), m=m, n=n, init=init)
+
+
+def fold(results, toy) -> None:
+    """merge_ alone, K = 8, four LLaMA-2-7B weights; beside it the time to copy as many bytes as W has."""
+    import hd_pissa_extra
+    m, n, device = (64, 96, "cpu") if toy else (4096, 11008, "cuda")
+    args = SimpleNamespace(device=device)
+
+    def work(dtype, r):
+        with precision(dtype) as of_W:
+            model = torch.nn.Sequential(*(torch.nn.Linear(*side, bias=False, device=device)
+                                          for side in ((m, n), (n, m)) * 2))
+            adapters = hd_pissa_extra.attach(model, r, shards=8, decompose=quick, dtype=getattr(torch, of_W))
+            times, copies, W = [], [], torch.empty(4 * m * n, device=device)
+            x = torch.ones(1, m, device=device, dtype=model[0].weight.dtype)
+            for _ in range(2 if toy else 7):
+                for s in range(8):
+                    with adapters.shard(s):
+                        model(x).sum().backward()
+                adapters.increments.data.normal_(0, 1e-5)
+                synchronize(args)
+                start = time.perf_counter()
+                adapters.merge_()
+                synchronize(args)
+                times.append(time.perf_counter() - start)
+                start = time.perf_counter()
+                W.copy_(W.clone())          # 2 reads, 2 writes
+                synchronize(args)
+                copies.append((time.perf_counter() - start) / 2)
+                adapters.increments.grad = None
+            seconds, copied = statistics.median(times[1:]), statistics.median(copies[1:])
+            return {"seconds": seconds, "passes": 2 * seconds / copied,
+                    "TFLOP a second": 2 * 16 * r * 4 * m * n / seconds / 1e12}
+
+    for r in (2,) if toy else (16, 128):
+        for dtype in ("bfloat16", "float32", "tf32"):
+            results.measure("fold", functools.partial(work, dtype, r), dtype=dtype, r=r)
+
+
+def memory(results, toy) -> None:
+    """Steps of train() whose rows have 1024 tokens: the allocator's peak, and what --dry_run computes."""
+    import hardware
+
+    import hd_pissa
+    import hd_pissa_extra
+    needs("transformers")
+    hardware.MODELS["toy"] = 256, 384, 3, 2, 2, 512
+    tries = [("toy", {"dtype": "bfloat16"})] if toy else [
+        ("Llama-3.2-1B", {}), ("LLaMA-2-7B", {"dtype": "bfloat16"}), ("LLaMA-2-7B", hardware.TWO_BYTES),
+        ("LLaMA-2-7B", {"dtype": "autocast"}), ("LLaMA-2-13B", hardware.TWO_BYTES)]  # fmt: skip
+    device = "cpu" if toy else "cuda"
+
+    def work(name, options):
+        own = dict(options)
+        kind = own.pop("dtype", "float32")
+        own |= {"decompose": quick} if "init" not in own else {}
+        gc.collect()
+        if not toy:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        with torch.device(device):
+            model = hardware.build(name, hardware.MODELS[name][2], kind).requires_grad_(False)
+        adapters = hd_pissa_extra.attach(
+            model, 16, shards=8, dtype=torch.bfloat16 if kind == "bfloat16" else None, **own)
+        rows = [(list(range(1024 - i, 2049 - 2 * i)), 1) for i in range(8)]
+        rows = [([token % 512 for token in tokens], prompt) for tokens, prompt in rows]
+        *_, last = hd_pissa.train(model, adapters, [rows] * 3, lr=1e-5, max_steps=3, micro_batch_size=1,
+                                  device=device, autocast=kind == "autocast", progress=False)
+        peak = None if toy else torch.cuda.max_memory_allocated() / 2**30
+        computed = hardware.needed(name, options, gpu=not toy) / 2**30
+        return {"tokens a second": last["tokens_per_second"], "peak, GiB": peak, "computed, GiB": computed,
+                "peak over computed": peak and peak / computed}
+
+    for name, options in tries:
+        results.measure("memory", functools.partial(work, name, options), model=name,
+                        options=hardware.flags(options) or "(none)")
 
 
 def smollm2(results, toy) -> None:
@@ -263,16 +341,21 @@ def profile(results, toy) -> None:
         made(x)
         synchronize(args)
     kind = "self_cpu_time_total" if toy else "self_device_time_total"
-    top = sorted(seen.key_averages(), key=lambda event: -getattr(event, kind))
+    place = torch.autograd.DeviceType.CPU if toy else torch.autograd.DeviceType.CUDA
+    top = sorted((event for event in seen.key_averages() if event.device_type == place),
+                 key=lambda event: -getattr(event, kind))
+    results.add("profile", name="all", calls=sum(event.count for event in top),
+                ms=sum(getattr(event, kind) for event in top) / 1e3)
     for event in itertools.islice(top, 15):
         results.add("profile", name=event.key[:90], calls=event.count, ms=getattr(event, kind) / 1e3)
 
 
 # Stage: what it runs, its seconds of 8 minutes, and where its rows go.
-STAGES = {"tests": (marked_tests, 100, "tests"), "main job": (main_job, 80, "main job"),
-          "step": (step_times, 150, "step"), "attach": (attach, 25, "attach"),
-          "profile": (profile, 25, "profile"), "SmolLM2": (smollm2, 40, "SmolLM2"),
-          "compiled": (functools.partial(step_times, compile=True), 60, "step")}  # fmt: skip
+STAGES = {"tests": (marked_tests, 90, "tests"), "main job": (main_job, 60, "main job"),
+          "step": (step_times, 110, "step"), "fold": (fold, 20, "fold"), "memory": (memory, 60, "memory"),
+          "attach": (attach, 20, "attach"), "profile": (profile, 20, "profile"),
+          "SmolLM2": (smollm2, 40, "SmolLM2"),
+          "compiled": (functools.partial(step_times, compile=True), 60, "compiled")}  # fmt: skip
 
 
 def stage(name: str, results, toy) -> None:
@@ -322,9 +405,14 @@ def main(argv=None) -> dict:
     names = args.stages.split(",")
     if unknown := {*names} - {*STAGES}:
         parser.error(f"--stages {sorted(unknown)[0]!r}: there are {', '.join(STAGES)}")
-    path.unlink(missing_ok=True)
     device = "cpu" if toy else torch.cuda.get_device_properties(0).name
-    Results(path, device=device, torch=torch.__version__, rehearsed=bool(toy)).write()
+    about = {"device": device, "torch": torch.__version__, "rehearsed": bool(toy)}
+    if len(names) == len(STAGES) or path.exists() and json.loads(path.read_text())["about"] != about:
+        path.unlink(missing_ok=True)
+    results = Results(path, **about)
+    for name in names:
+        results.rows.pop(STAGES[name][2], None)
+    results.write()
     until, scale = time.time(), 60 * args.minutes / sum(STAGES[name][1] for name in names)
     for name in names:
         until += scale * STAGES[name][1]

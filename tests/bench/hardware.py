@@ -40,21 +40,26 @@ PLACES = {  # GiB, processes, and what may be tried there: model, options
 }  # fmt: skip
 
 
-def sizes(name: str, layers: int, dtype: str, rows: int = 1, tokens: int = 1024):
-    """(shapes of adapted weights, numbers of all weights, units, saved_bytes)."""
+def build(name: str, layers: int, dtype: str):
+    """The model with weights that nobody trained."""
     import transformers
     width, ffn, _, heads, kv, vocabulary = MODELS[name]
     config = transformers.LlamaConfig(
         hidden_size=width, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv, vocab_size=vocabulary, use_cache=False,
         tie_word_embeddings=name in ("SmolLM2-135M", "Llama-3.2-1B"))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+    try:
+        return transformers.LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(before)
+
+
+def sizes(name: str, layers: int, dtype: str, rows: int = 1, tokens: int = 1024):
+    """(shapes of adapted weights, numbers of all weights, units, saved_bytes)."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.bfloat16 if dtype == "bfloat16" else torch.float32)
-        try:
-            model = transformers.LlamaForCausalLM(config)
-        finally:
-            torch.set_default_dtype(before)
+        model = build(name, layers, dtype)
         found, _ = hd_pissa.find_layers(model)
         shapes, units = [(*module.weight.shape,) for _, module in found], dry_run.units(model)
         x = torch.zeros((rows, tokens), dtype=torch.long)
@@ -62,22 +67,29 @@ def sizes(name: str, layers: int, dtype: str, rows: int = 1, tokens: int = 1024)
         return shapes, sum(p.numel() for p in model.parameters()), units, kept
 
 
-def row(place: str, name: str, options: dict) -> dict:
-    """GiB of each process, and whether they are there. Layers are alike: two and three tell of all."""
-    room, processes, _ = PLACES[place]
+def needed(name: str, options: dict, processes: int = 1, gpu: bool = True) -> int:
+    """Bytes of each process. Layers are alike: two and three tell of all."""
     layers, dtype = MODELS[name][2], options.get("dtype", "float32")
     two, three = (sizes(name, n, dtype) for n in (2, 3))
     shapes = two[0] + (layers - 2) * two[0][len(two[0]) // 2:]
     everything, kept = (a + (layers - 2) * (b - a) for a, b in ((two[1], three[1]), (two[3][0], three[3][0])))
     units = (two[2][0], two[2][1], layers * two[2][1])
-    flags = [f"--{key}" + ("" if value is True else f" {value}") for key, value in options.items()]
-    options = {"shards": max(8, processes)} | options
-    gpu = "GPU" in place
     memory, _ = dry_run.needs(shapes, everything, units, (kept, two[3][1]), rank=16, processes=processes,
-                              gpu=gpu, **options)
-    needed = sum(memory.values())
-    return {"where": place, "model": name, "flags": " ".join(flags) or "(none)",
-            "GiB": round(needed / 2**30, 1), "fits": needed + gpu * dry_run.SPARE <= room * 2**30}
+                              gpu=gpu, **({"shards": max(8, processes)} | options))
+    return sum(memory.values())
+
+
+def flags(options: dict) -> str:
+    """As train.py is given them."""
+    return " ".join(f"--{key}" + ("" if value is True else f" {value}") for key, value in options.items())
+
+
+def row(place: str, name: str, options: dict) -> dict:
+    """GiB of each process, and whether they are there."""
+    (room, processes, _), gpu = PLACES[place], "GPU" in place
+    size = needed(name, options, processes, gpu)
+    return {"where": place, "model": name, "flags": flags(options) or "(none)",
+            "GiB": round(size / 2**30, 1), "fits": size + gpu * dry_run.SPARE <= room * 2**30}
 
 
 def rows() -> list[dict]:
