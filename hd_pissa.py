@@ -327,7 +327,10 @@ def check_optimizer(adapters, optimizer) -> str:
                  for i, d in held.items()}
         probe = object.__new__(type(optimizer))
         new = {id(hooks): type(hooks)() for key, hooks in vars(optimizer).items() if "hooks" in key}
-        new |= stand | {id(optimizer.state): collections.defaultdict(dict), id(optimizer): probe}
+        state = collections.defaultdict(dict)
+        if isinstance(optimizer, torch.optim.Adagrad):      # until torch 2.13 it begins with this state
+            state |= {p: dict(step=p.new_zeros(()), sum=torch.zeros_like(p)) for p in stand.values()}
+        new |= stand | {id(optimizer.state): state, id(optimizer): probe}
         try:
             vars(probe).update(copy.deepcopy(vars(optimizer), new))
             for group in probe.param_groups:

@@ -12,6 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
+def pytest_configure(config):
+    """The suite tells about the CPU on every machine, its subprocesses too; `pytest -m gpu` about the GPU."""
+    if "gpu" not in config.option.markexpr:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Every test starts with one thread, as `spawned` does: kernels round differently with two, and
