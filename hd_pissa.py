@@ -243,8 +243,8 @@ class Slot:
     def views(self, flat: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, m, r) and (rows, r, n) in `rows` of factors, whose columns begin at `offset`."""
         a, r = self.start - offset, self.r
-        A, B = flat[:, a:a + self.size].split((r * self.m, r * self.n), dim=1)
-        return A.unflatten(1, (self.m, r)), B.unflatten(1, (r, self.n))
+        A, B = flat.narrow(1, a, r * self.m), flat.narrow(1, a + r * self.m, r * self.n)
+        return A.view(-1, self.m, r), B.view(-1, r, self.n)
 
     def add_(self, left: torch.Tensor, right: torch.Tensor, share: float) -> None:
         """W += share left right, for factors of all shards."""

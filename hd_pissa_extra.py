@@ -143,35 +143,85 @@ def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     """The float32 weight of its halves, inverse of `split`."""
     return ((high.contiguous().view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
 
+def compiled_kernels() -> dict:
+    """`add_to_halves_` and `pieces` as one kernel each, by Triton.
+
+    Elementwise work on W is as slow as its traffic, and plain torch passes over W ten times. torch.compile
+    makes such kernels too, but a call of them takes the host longer than it takes the GPU.
+    """
+    global tl                           # where Triton looks up the names of a kernel
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def add(high, low, dU, share, size, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        here = i < size
+        bits = tl.load(high + i, here).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        bits += tl.load(low + i, here).to(tl.int32)
+        bits = (bits.to(tl.float32, bitcast=True) + share * tl.load(dU + i, here)).to(tl.int32, bitcast=True)
+        top = (bits + 0x8000) >> 16
+        tl.store(high + i, top.to(tl.int16).to(tl.bfloat16, bitcast=True), here)
+        tl.store(low + i, (bits - (top << 16)).to(tl.int16), here)
+
+    @triton.jit
+    def cut(x, out, size, second: tl.constexpr, third: tl.constexpr, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        here = i < size
+        value = tl.load(x + i, here)
+        top = (value.to(tl.int32, bitcast=True) + 0x8000) >> 16
+        value -= (top << 16).to(tl.float32, bitcast=True)
+        first = top.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        top = (value.to(tl.int32, bitcast=True) + 0x8000) >> 16
+        rest = top.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        tl.store(out + i, first, here)
+        tl.store(out + size + i, rest if second else first, here)
+        tl.store(out + 2 * size + i, rest if third else first, here)
+
+    def launch(kernel, size, *args):
+        with torch.cuda.device_of(args[0]):             # Triton launches on the current device
+            kernel[(triton.cdiv(size, 1024),)](*args, BLOCK=1024, enable_fp_fusion=False)
+
+    def add_to_halves_(high, low, dU, share):
+        launch(add, high.numel(), high, low, dU.contiguous(), share, high.numel())
+
+    def pieces(x, order):
+        out = x.new_empty((3 * len(x), x.shape[1]), dtype=torch.bfloat16)
+        launch(cut, x.numel(), x.contiguous(), out, x.numel(), order[1] == 1, order[2] == 1)
+        return out
+    return {"add_to_halves_": add_to_halves_, "pieces": pieces}
+
+@functools.cache
+def kernels() -> dict:
+    """`compiled_kernels`, tried once; empty where there is no Triton, or it does not work."""
+    from torch.utils._triton import has_triton
+    try:
+        made = compiled_kernels() if has_triton() else {}
+        if made:
+            made["pieces"](torch.zeros((1, 1), device="cuda"), (0, 0, 1))
+        return made
+    except Exception as e:              # whatever Triton's compiler, the C compiler or the driver say
+        said = f"{type(e).__name__}: {e}".splitlines()[0]
+        warnings.warn(f"Triton does not work here ({said}), so merges take more passes over W; is there a C "
+                      "compiler (CC)?", stacklevel=2)
+        return {}
+
 def add_to_halves_(high: torch.Tensor, low: torch.Tensor, dU: torch.Tensor, share: float) -> None:
     """high, low <- split(join(high, low) + share dU)."""
+    if high.is_cuda and high.is_contiguous() and low.is_contiguous() and kernels():
+        return kernels()["add_to_halves_"](high, low, dU, share)
     new_high, new_low = split(join(high, low) + share * dU)
     high.copy_(new_high)
     low.copy_(new_low)
 
-@functools.cache
-def fused(function):
-    """`function` as one kernel where Triton can make it. Elementwise work on W is as slow as its traffic."""
-    from torch.utils._triton import has_triton
-    if not has_triton():
-        return function
-    now = torch.compile(function, dynamic=True)
-
-    def call(*args):
-        nonlocal now
-        try:
-            return now(*args)
-        except torch._dynamo.exc.TorchDynamoException as e:     # before anything was computed
-            warnings.warn(f"torch.compile fails here ({str(e).splitlines()[0]}), so merges take more passes "
-                          "over W; does Triton work, is there a C compiler (CC)?", stacklevel=2)
-            now = function
-            return function(*args)
-    return call
-
-def pieces(x: torch.Tensor, dim: int, order: tuple[int, ...]) -> torch.Tensor:
-    """float32 as bfloat16 and the bfloat16 of its rest, side by side in `order`."""
-    parts = x.bfloat16(), (x - x.bfloat16().float()).bfloat16()
-    return torch.cat([parts[i] for i in order], dim)
+def pieces(x: torch.Tensor, order: tuple[int, int, int]) -> torch.Tensor:
+    """float32 (k, n) -> (3k, n): its bfloat16 (0) and that of the rest (1) below each other, in an `order`
+    that begins with 0; rounded as `split` does."""
+    if x.is_cuda and kernels():
+        return kernels()["pieces"](x, order)
+    first = split(x)[0]
+    parts = first, split(x - first.float())[0]
+    return torch.cat([parts[i] for i in order])
 
 def product(left: torch.Tensor, right: torch.Tensor, rows: slice) -> torch.Tensor:
     """left[rows] right in float32. On a GPU a b + a b' + a' b of bfloat16 pieces, by tensor cores.
@@ -228,11 +278,12 @@ class Slot(hd_pissa.Slot):
         self.low.zero_()
         self.note()
 
-    def note(self) -> None:
-        """The low halves belong to the weight as it is now."""
+    def note(self, sampled: torch.Tensor | None = None) -> None:
+        """The low halves belong to the weight as it is now; `sampled` where that is not yet known."""
         W, _ = own_rows(self.module.weight)
         sharded = hasattr(self.module.weight, "to_local")
-        self.noted, self.sampled = (W.data_ptr(), W._version, sharded), self.sample().clone()
+        self.noted = W.data_ptr(), W._version, sharded
+        self.sampled = self.sample().clone() if sampled is None else sampled
 
     def probe(self) -> torch.Tensor:
         """Some 64 numbers of W as one whole number, float64: equal where replicas are. Slices are none."""
@@ -246,20 +297,22 @@ class Slot(hd_pissa.Slot):
         W, _ = own_rows(self.module.weight.detach())
         return W.flatten()[::max(1, W.numel() // 64)]
 
-    def read(self) -> tuple[torch.Tensor, slice]:
-        """W to its last bit, in float32 if it is halved, of the rows on this process, and which."""
+    def read(self, most: int | None = None) -> tuple[torch.Tensor, slice]:
+        """W to its last bit, in float32 if it is halved, of the rows on this process (the first `most` of
+        them), and which these are."""
         W, rows = self.local()
+        W, rows = W[:most], slice(rows.start, min(rows.stop, rows.start + (most or rows.stop)))
         if self.low is not None:
-            return fused(join)(W, self.low) if W.is_cuda else join(W, self.low), rows
+            return join(W, self.low[:most]), rows
         return (W.float() if W.dtype == torch.bfloat16 else W), rows
 
     def write(self, W: torch.Tensor) -> None:
         """Put back what `read` gave."""
         local, rows = own_rows(self.module.weight)
         if self.low is not None:
-            high, self.low = fused(split)(W) if W.is_cuda else split(W)
+            high, self.low = split(W)
             local.copy_(high)
-            self.note()
+            self.note(self.sampled)
         elif local.dtype == torch.bfloat16:
             seed = hd_pissa.seed_of("rounding", self.adapters.seed, self.adapters.step, self.name)
             local.copy_(round_stochastically(W, seed, rows.start * W.shape[1]))
@@ -271,20 +324,23 @@ class Slot(hd_pissa.Slot):
         """
         (W, rows), n = self.local(), len(left)
         if TENSOR_CORES:
-            left, right = fused(pieces)(left, 1, (0, 0, 1)), fused(pieces)(right, 0, (0, 1, 0))
+            left, right = pieces(left.T, (0, 0, 1)).T, pieces(right, (0, 1, 0))
         step = 1 << max(8, (2**23 // W.shape[1]).bit_length() - 1)
         for a in range(rows.start - rows.start % step, rows.stop, step):
             here = slice(max(a, rows.start), min(a + step, n, rows.stop))
             dU = product(left, right, slice(a, min(a + step, n)))[here.start - a:here.stop - a]
             own = slice(here.start - rows.start, here.stop - rows.start)
-            fused(add_to_halves_)(W[own], self.low[own], dU, share)
-        self.note()
+            add_to_halves_(W[own], self.low[own], dU, share)
+        self.note(self.sampled)
 
     def add_(self, left, right, share) -> None:
         if self.low is not None and self.low.is_cuda:
             return self.add_halves_(left, right, share)
+        sharded = hasattr(self.module.weight, "to_local")
+        if self.dtype != torch.bfloat16 and not sharded:
+            return super().add_(left, right, share)
         W, rows = self.read()
-        if hasattr(self.module.weight, "to_local"):
+        if sharded:
             fold_rows_(W, rows, left, right, share)
         else:
             hd_pissa.fold_(W, left, right, share)
@@ -327,8 +383,9 @@ class Slot(hd_pissa.Slot):
         W, uses = self.W, self.adapters.uses
         if id(getattr(self, "owner", self.module)) not in self.adapters.there:
             return "is of a layer that was replaced"
-        memory = self.adapters.increments.untyped_storage().data_ptr()
-        if any(p.untyped_storage().data_ptr() != memory for pair in self.leaves for p in pair):
+        a = self.adapters.increments.data_ptr()
+        b = a + self.adapters.increments.nbytes
+        if not all(a <= p.data_ptr() < b for pair in self.leaves for p in pair):
             return "would miss increments that were replaced (p.data = ...); change them in place"
         if not hasattr(W, "to_local"):
             return super().fault() or ("is another module's too; tie before attach"
@@ -1067,6 +1124,10 @@ class Adapters(hd_pissa.Adapters):
                 self.fold(slot, *((Pt.T, Q) if slot.conv1d else (Q.T, Pt)))
         if self.sums is not None:
             self.sums += self.increments
+        if halves := [slot for slot in self.slots if slot.low is not None]:      # copied by one kernel
+            samples = [slot.sample() for slot in halves]
+            for slot, sampled in zip(halves, torch.cat(samples).split([len(x) for x in samples])):
+                slot.sampled = sampled
         # Experts were folded through views; autograd is told that their parameters have changed.
         torch.autograd.graph.increment_version(
             [owner._parameters[key] for owner, slots in self.owners.items() for key in slots])
@@ -1078,14 +1139,14 @@ class Adapters(hd_pissa.Adapters):
         """
         factors, looked_at = self.exchange == "all_gather", self.slots[self.step % len(self.slots)]
         if slot is looked_at:
-            W, rows = slot.read()
-            before = W[:8].clone()
-            dU = left[rows][:8].double() @ right.double() if factors else None
+            W, rows = slot.read(8)
+            before = W.clone()
+            dU = left[rows].double() @ right.double() if factors else None
         added = (slot.add_ if factors else slot.add_sum_)(
             *((left, right) if factors else (left @ right,)), self.share)
         if slot is looked_at:
             dW = self.share * (dU if factors else added[:8]).double()
-            self.folded = ((slot.read()[0][:8] - before).double() * dW).sum() / dW.square().sum()
+            self.folded = ((slot.read(8)[0] - before).double() * dW).sum() / dW.square().sum()
 
     def next_step(self) -> None:
         super().next_step()

@@ -32,6 +32,7 @@ from pathlib import Path
 from unittest import mock
 
 HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent)]
 
 
 def library() -> str:
@@ -63,7 +64,6 @@ import tf32  # noqa: E402
 import torch  # noqa: E402
 import torch._dynamo  # noqa: E402  (looks at torch.cuda as it is)
 import torch.distributed as dist  # noqa: E402
-import torch.utils._triton  # noqa: E402
 from torch._C._distributed_c10d import FakeWork  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -110,8 +110,8 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=Non
     return fused(q, k, v, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
 
 
-def compiled(function=None, **_):
-    """torch.compile of elementwise work: one kernel."""
+def one_kernel(function):
+    """What is one kernel on a GPU."""
     def one(*args):
         seen = Counts.entered[-1]
         launches, traffic = seen.launches.copy(), seen.traffic.copy()
@@ -120,14 +120,14 @@ def compiled(function=None, **_):
         seen.launches[seen.phase, project_line()] += 1
         seen.traffic[seen.phase, project_line()] += sum(t.nbytes for t in args if isinstance(t, torch.Tensor))
         return out
-    return one if function else compiled
+    return one
 
 
 def mm(left, right, out_dtype=None, plain=torch.mm):
     """bfloat16 in, float32 out, one kernel on a GPU; no kernel of the CPU's."""
     if out_dtype is None:
         return plain(left, right)
-    return compiled(lambda a, b: plain(a.to(out_dtype), b.to(out_dtype)))(left, right)
+    return one_kernel(lambda a, b: plain(a.to(out_dtype), b.to(out_dtype)))(left, right)
 
 
 def resize(storage, size):
@@ -158,8 +158,22 @@ for name, value in dict(
     if hasattr(torch.cuda.random, name):
         setattr(torch.cuda.random, name, value)             # it has imported some by name
 torch.UntypedStorage.resize_ = resize
-torch.compile, torch.utils._triton.has_triton, torch.mm = compiled, lambda: True, mm
-torch.nn.functional.scaled_dot_product_attention = attention
+torch.mm, torch.nn.functional.scaled_dot_product_attention = mm, attention
+
+import hd_pissa_extra  # noqa: E402
+
+
+def in_plain_torch(function):
+    """Of one of Triton's kernels: the same bits (a test in test_gpu.py)."""
+    def plain(*args):
+        with mock.patch.object(hd_pissa_extra, "kernels", dict):
+            return function(*args)
+    return plain
+
+
+KERNELS = {name: one_kernel(in_plain_torch(getattr(hd_pissa_extra, name)))
+           for name in ("add_to_halves_", "pieces")}  # fmt: skip
+hd_pissa_extra.kernels = lambda: KERNELS
 
 
 def processes(world: int) -> None:
@@ -480,7 +494,6 @@ def small(variant: str):
 
 def toy(variants: str) -> dict:
     """A small model on cuda:0 and on the CPU: are all bits equal, what does a step take?"""
-    import hd_pissa_extra
     told = {}
     rows = [(list(range(1 + i, 20 + i)), 4) for i in range(8)]
     for variant in variants.split(","):
@@ -505,7 +518,6 @@ def llama(layers: int, world: int = 8, rank: int = 16, rows: int = 128, tokens: 
     import transformers
 
     import hd_pissa
-    import hd_pissa_extra
     processes(world)
     hd_pissa.checksum = lambda tensor, start=0: 0       # at the first merge, of every weight in small parts
     config = transformers.LlamaConfig(
@@ -561,7 +573,6 @@ def faults() -> list[str]:
 
 def halves() -> float:
     """Error of one merge into bfloat16 halves, |W' - W - dU| / |dU|, as a GPU does it; dU is large."""
-    import hd_pissa_extra
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(96, 600, bias=False))
     W = model[0].weight.detach().double()
@@ -584,9 +595,8 @@ def planted(fault: str) -> None:
         logits_of = hd_pissa.logits_of
         hd_pissa.logits_of = lambda model, x: (out := logits_of(model, x), out.max().item())[0]
     if fault == "piece":                # one of the three products of bfloat16 pieces
-        import hd_pissa_extra
         pieces = hd_pissa_extra.pieces
-        hd_pissa_extra.pieces = lambda x, dim, order: pieces(x, dim, order[:2])
+        hd_pissa_extra.pieces = lambda x, order: pieces(x, order)[:2 * len(x)]
     if fault == "loose":                # a kernel for every gradient, as clipping without foreach has
         torch._foreach_norm = lambda tensors: [t.norm() for t in tensors]
 
@@ -608,7 +618,6 @@ def tests(words) -> dict:
 
 
 def main() -> None:
-    sys.path[:0] = [str(HERE.parent)]
     torch.set_num_threads(1)
     what, *words = sys.argv[1:]
     if what in ("command", "tests"):

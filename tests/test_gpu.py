@@ -4,8 +4,9 @@
 """
 
 import datetime
-import importlib.util
 import json
+import os
+import subprocess
 import sys
 import time
 import warnings
@@ -15,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import toy
+from conftest import ROOT
 
 import hd_pissa
 import hd_pissa_extra
@@ -112,18 +114,63 @@ def test_bfloat16_takes_the_whole_update(rounding):
 
 
 def test_where_triton_does_not_work_halves_are_folded_in_more_passes(monkeypatch):
-    """Said to be there it is asked, and fails: here since it is not, elsewhere for lack of a C compiler."""
-    if importlib.util.find_spec("triton"):
-        pytest.skip("Triton is here")
+    """Said to be there it is asked, and fails: for lack of itself, of a GPU, or of a C compiler."""
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
-    hd_pissa_extra.fused.cache_clear()
-    W = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    hd_pissa_extra.kernels.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="more passes over W; does Triton work"):
-            made = hd_pissa_extra.fused(hd_pissa_extra.split)(W)
-        assert all(torch.equal(a, b) for a, b in zip(made, hd_pissa_extra.split(W), strict=True))
+        with pytest.warns(UserWarning, match="Triton does not work here.*more passes over W; is there a C"):
+            assert hd_pissa_extra.kernels() == {}
     finally:
-        hd_pissa_extra.fused.cache_clear()
+        hd_pissa_extra.kernels.cache_clear()
+
+
+INTERPRETED = """
+import torch, torch.utils._triton, hd_pissa_extra
+from unittest import mock
+torch.utils._triton.has_triton = lambda: True
+g = torch.Generator().manual_seed(0)
+draw = lambda *shape: torch.randn(shape, generator=g) * 10.0 ** torch.randint(-44, 30, shape, generator=g)
+plain = {name: getattr(hd_pissa_extra, name) for name in ("add_to_halves_", "pieces")}
+zeros = torch.zeros
+with mock.patch.object(torch, "zeros", lambda *a, device=None: zeros(*a)):
+    made = hd_pissa_extra.kernels()
+assert made.keys() == plain.keys()
+for shape in ((1, 1), (37, 45), (64, 64)):
+    W, dU = draw(*shape), draw(*shape)
+    for share in (1.0, 0.125, 1 / 3):
+        halves = [[t.clone() for t in hd_pissa_extra.split(W)] for _ in range(2)]
+        plain["add_to_halves_"](*halves[0], dU, share)
+        made["add_to_halves_"](*halves[1], dU, share)
+        assert all(map(torch.equal, *halves)), (shape, share)
+        assert W.numel() == 1 or not torch.equal(halves[0][1], hd_pissa_extra.split(W)[1])
+    for order in ((0, 0, 1), (0, 1, 0)):
+        assert torch.equal(plain["pieces"](W, order), made["pieces"](W, order)), (shape, order)
+        assert torch.equal(plain["pieces"](W.T, order), made["pieces"](W.T, order)), (shape, order)
+"""
+
+
+def test_tritons_kernels_have_the_bits_of_plain_torch():
+    """By Triton's interpreter, which needs no GPU; numbers of many sizes, so that each bit matters."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], capture_output=True, text=True, cwd=ROOT,
+                          env={**os.environ, "TRITON_INTERPRET": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
+@pytest.mark.parametrize("shape", [(1, 1), (37, 45), (4096, 1111)])
+def test_tritons_kernels_have_the_bits_of_plain_torch_on_a_gpu(shape, monkeypatch):
+    W, dU = (torch.randn(shape, device="cuda") * 10.0 ** torch.randint(-44, 30, shape, device="cuda")
+             for _ in range(2))
+    halves = [[t.clone() for t in hd_pissa_extra.split(W)] for _ in range(2)]
+    cut = [hd_pissa_extra.pieces(W, (0, 1, 0))]
+    assert hd_pissa_extra.kernels()
+    hd_pissa_extra.add_to_halves_(*halves[0], dU, 1 / 3)
+    monkeypatch.setattr(hd_pissa_extra, "kernels", dict)
+    hd_pissa_extra.add_to_halves_(*halves[1], dU, 1 / 3)
+    assert all(map(torch.equal, *halves)) and torch.equal(cut[0], hd_pissa_extra.pieces(W, (0, 1, 0)))
 
 
 @pytest.mark.gpu
