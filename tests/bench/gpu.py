@@ -149,9 +149,14 @@ def shapes(toy) -> SimpleNamespace:
     return SimpleNamespace(shards=1, rank=16, compile=False, dtype="float32", **(small if toy else large))
 
 
+@functools.cache
+def orthonormal(side: int, k: int, device) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(side, k, device=device)).Q
+
+
 def quick(W, k, name="W"):
     """Any orthonormal components: the time of a step does not depend on which."""
-    U, V = (torch.linalg.qr(torch.randn(side, k, device=W.device)).Q for side in W.shape)
+    U, V = (orthonormal(side, k, W.device) for side in W.shape)
     return U, torch.ones(k, device=W.device), V.T
 
 
@@ -378,7 +383,7 @@ def apart(command, seconds: float) -> str:
         status = process.wait(seconds)
         return f"exit status {status}" if status else ""
     except subprocess.TimeoutExpired:
-        return "it hung, and was ended"
+        return "it was still at work when its time was over, and was ended"
     finally:            # also when this command is stopped: nothing of the stage stays on the GPU
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -117,9 +117,25 @@ def gpu(result, about: str) -> str:
     keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("flags", "failed")))
     cells = [[row.get(key, row.get("failed", "")) if key == keys[-1] else row.get(key) for key in keys]
              for row in rows]  # fmt: skip
-    cells = [["yes" if c is True else "no" if c is False else c for c in row] for row in cells]
+    cells = [["yes" if c is True else "no" if c is False else " ".join(c).strip("= ")
+              if isinstance(c, list) else c for c in row] for row in cells]  # fmt: skip
     here = result["about"]
     return f"{here['device']}, torch {here['torch']}\n\n" + table(keys, cells)
+
+
+def gpu_step(result, about: str) -> str:
+    """Seconds and GiB of every method, side by side."""
+    rows = [row for row in result.get(about, []) if "failed" not in row]
+    if not rows:
+        return gpu(result, about)
+    kinds = list(dict.fromkeys((row["dtype"], row["tokens"]) for row in rows))
+    cells = {(row["variant"], row["dtype"], row["tokens"]):
+             f"{row['seconds']:.3f} s, {row['peak'] / 1024:.1f} GiB" for row in rows}  # fmt: skip
+    here = result["about"]
+    return f"{here['device']}, torch {here['torch']}\n\n" + table(
+        ["", *(f"{dtype}, {tokens} tokens" for dtype, tokens in kinds)],
+        [[variant, *(cells.get((variant, *kind)) for kind in kinds)]
+         for variant in dict.fromkeys(row["variant"] for row in rows)])
 
 
 def hardware(result) -> str:
@@ -146,8 +162,9 @@ def memory(result) -> str:
 
 def gpu_tables(path: Path) -> dict[str, str]:
     result = json.loads(path.read_text()) if path.exists() else {}
-    return {f"gpu {name}": gpu(result, name)
-            for name in ("tests", "main job", "step", "attach", "SmolLM2", "profile")}  # fmt: skip
+    return {f"gpu {name}": (gpu_step if name in ("step", "compiled") else gpu)(result, name)
+            for name in ("tests", "main job", "step", "compiled", "fold", "memory", "attach", "SmolLM2",
+                         "profile")}  # fmt: skip
 
 
 def tables() -> dict[str, str]:
