@@ -365,6 +365,9 @@ class Slot(hd_pissa.Slot):
             raise NotImplementedError("torch.func and torch.jit.trace cannot look into a muted layer; call "
                                       "adapters.detach_() first")
         adapters, backward = self.adapters, torch._C._current_graph_task_id() >= 0
+        if x.device != (here := adapters.increments.device):
+            raise ValueError(f"{self.name} runs on {x.device}, its adapter is on {here}: attach when the "
+                             "model is where it trains")
         if adapters.owner not in (None, threading.get_ident()) and not backward:
             raise ValueError("another thread is inside adapters.shard(); train shards one after another")
         top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)     # from torch 2.8 on

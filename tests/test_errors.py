@@ -8,6 +8,7 @@ import torch.nn as nn
 import toy
 
 import hd_pissa
+import hd_pissa_extra
 import train
 
 
@@ -294,3 +295,11 @@ def test_cuda_without_a_gpu(tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.main(["--device", "cuda", "--out", str(tmp_path / "out")])
     assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def test_a_model_that_moves_after_attach_is_refused():
+    """A Trainer moves it to its GPU; "meta" stands in for that."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    hd_pissa_extra.attach(model, 2, shards=2)
+    with pytest.raises(ValueError, match="0 runs on meta, its adapter is on cpu: attach when the model is"):
+        model.to("meta")(torch.randn(1, 8, device="meta"))
