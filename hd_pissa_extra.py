@@ -13,6 +13,7 @@
 hd_pissa.py knows nothing of this file. Notation as there.
 """
 
+import collections
 import contextlib
 import functools
 import math
@@ -125,6 +126,10 @@ def nan_if_not_finite(tensors) -> torch.Tensor | float:
     """0, or NaN where one of the tensors holds what is not finite."""
     return torch.stack(torch._foreach_norm(tensors, math.inf)).amax() * 0 if tensors else 0.0
 
+def side_by_side(pairs) -> list[torch.Tensor]:
+    """[(A, B), ...] of E layers as (E, ...) and (E, ...); of one layer without a copy."""
+    return [side[0][None] if len(side) == 1 else torch.stack(side) for side in zip(*pairs)]
+
 # ---- W in bfloat16, exactly ----------------------------------------------------------------------
 
 TENSOR_CORES = "dtype" in torch.ops.aten.mm.overloads()     # since torch 2.8: bfloat16 in, float32 out
@@ -167,7 +172,7 @@ def compiled_kernels() -> dict:
     @triton.jit
     def cut(x, out, size, second: tl.constexpr, third: tl.constexpr, BLOCK: tl.constexpr):
         i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        here = i < size
+        here, x, out = i < size, x + tl.program_id(1) * size, out + tl.program_id(1) * 3 * size
         value = tl.load(x + i, here)
         top = (value.to(tl.int32, bitcast=True) + 0x8000) >> 16
         value -= (top << 16).to(tl.float32, bitcast=True)
@@ -178,16 +183,17 @@ def compiled_kernels() -> dict:
         tl.store(out + size + i, rest if second else first, here)
         tl.store(out + 2 * size + i, rest if third else first, here)
 
-    def launch(kernel, size, *args):
+    def launch(kernel, size, count, *args):
         with torch.cuda.device_of(args[0]):             # Triton launches on the current device
-            kernel[(triton.cdiv(size, 1024),)](*args, BLOCK=1024, enable_fp_fusion=False)
+            kernel[(triton.cdiv(size, 1024), count)](*args, BLOCK=1024, enable_fp_fusion=False)
 
     def add_to_halves_(high, low, dU, share):
-        launch(add, high.numel(), high, low, dU.contiguous(), share, high.numel())
+        launch(add, high.numel(), 1, high, low, dU.contiguous(), share, high.numel())
 
     def pieces(x, order):
-        out = x.new_empty((3 * len(x), x.shape[1]), dtype=torch.bfloat16)
-        launch(cut, x.numel(), x.contiguous(), out, x.numel(), order[1] == 1, order[2] == 1)
+        (E, k, n), second, third = x.shape, order[1] == 1, order[2] == 1
+        out = x.new_empty((E, 3 * k, n), dtype=torch.bfloat16)
+        launch(cut, k * n, E, x.contiguous(), out, k * n, second, third)
         return out
     return {"add_to_halves_": add_to_halves_, "pieces": pieces}
 
@@ -198,7 +204,7 @@ def kernels() -> dict:
     try:
         made = compiled_kernels() if has_triton() else {}
         if made:
-            made["pieces"](torch.zeros((1, 1), device="cuda"), (0, 0, 1))
+            made["pieces"](torch.zeros((1, 1, 1), device="cuda"), (0, 0, 1))
         return made
     except Exception as e:              # whatever Triton's compiler, the C compiler or the driver say
         said = f"{type(e).__name__}: {e}".splitlines()[0]
@@ -215,16 +221,16 @@ def add_to_halves_(high: torch.Tensor, low: torch.Tensor, dU: torch.Tensor, shar
     low.copy_(new_low)
 
 def pieces(x: torch.Tensor, order: tuple[int, int, int]) -> torch.Tensor:
-    """float32 (k, n) -> (3k, n): its bfloat16 (0) and that of the rest (1) below each other, in an `order`
-    that begins with 0; rounded as `split` does."""
+    """float32 (E, k, n) -> (E, 3k, n): its bfloat16 (0) and that of the rest (1) below each other, in an
+    `order` that begins with 0; rounded as `split` does."""
     if x.is_cuda and kernels():
         return kernels()["pieces"](x, order)
     first = split(x)[0]
     parts = first, split(x - first.float())[0]
-    return torch.cat([parts[i] for i in order])
+    return torch.cat([parts[i] for i in order], dim=1)
 
 def product(left: torch.Tensor, right: torch.Tensor, rows: slice) -> torch.Tensor:
-    """left[rows] right in float32. On a GPU a b + a b' + a' b of bfloat16 pieces, by tensor cores.
+    """left[rows] right in float32; of bfloat16 pieces a b + a b' + a' b, by tensor cores.
 
     Off by 4e-6 of dW; float32 W's own rounding is 7e-4 of it at the paper's rate. (TF32: 3e-4.)
     """
@@ -323,8 +329,6 @@ class Slot(hd_pissa.Slot):
         Parts are cut from the whole weight: a product rounds by its shape, and FSDP2's rows get the same.
         """
         (W, rows), n = self.local(), len(left)
-        if TENSOR_CORES:
-            left, right = pieces(left.T, (0, 0, 1)).T, pieces(right, (0, 1, 0))
         step = 1 << max(8, (2**23 // W.shape[1]).bit_length() - 1)
         for a in range(rows.start - rows.start % step, rows.stop, step):
             here = slice(max(a, rows.start), min(a + step, n, rows.stop))
@@ -1120,11 +1124,17 @@ class Adapters(hd_pissa.Adapters):
         for slots, a, after in zip(self.buckets, (c.start for c in columns), [*columns[1:], None]):
             here, ahead = ahead, after and begin(after)
             increments, basis = (wait() for wait in here)
-            for slot in slots:
-                A, B = (Seeded(slot, self.seed, first, k).make(self.device, self.increments.dtype)
-                        if self.init == "random" else slot.views(basis, a))
-                Pt, Q = hd_pissa.update_factors(A, B, *slot.views(increments, a))
-                self.fold(slot, *((Pt.T, Q) if slot.conv1d else (Q.T, Pt)))
+            for group in self.alike(slots, k):
+                A, B = (make_all([Seeded(slot, self.seed, first, k) for slot in group], self.device,
+                                 self.increments.dtype) if self.init == "random" else
+                        side_by_side([slot.views(basis, a) for slot in group]))
+                Pt, Q = hd_pissa.update_factors(
+                    A, B, *side_by_side([slot.views(increments, a) for slot in group]))
+                # (E, 2kr, m), (E, 2kr, n) of the E layers of a group
+                fast = factors and TENSOR_CORES and group[0].low is not None and Pt.is_cuda
+                Pt3, Q3 = (pieces(Pt, (0, 0, 1)), pieces(Q, (0, 1, 0))) if fast else (Pt, Q)
+                for slot, *four in zip(group, Pt, Q, Pt3, Q3):
+                    self.fold(slot, *four)
         if self.sums is not None:
             self.sums += self.increments
         if halves := [slot for slot in self.slots if slot.low is not None]:      # copied by one kernel
@@ -1135,16 +1145,30 @@ class Adapters(hd_pissa.Adapters):
         torch.autograd.graph.increment_version(
             [owner._parameters[key] for owner, slots in self.owners.items() for key in slots])
 
-    def fold(self, slot, left, right) -> None:
-        """W += share left right; `applied` is the part that rounding let through, in one layer a step.
+    def alike(self, slots, k: int):
+        """`slots` in groups of equal shapes, whose factors are put together by one kernel for all: as many
+        as take 32 MiB on a GPU; on a CPU, where a kernel costs little, as stay in its cache."""
+        groups, room = collections.defaultdict(list), 2**25 if self.device.type == "cuda" else 2**20
+        for slot in slots:
+            groups[slot.m, slot.n, slot.dtype].append(slot)
+        for same in groups.values():
+            step = max(1, room // (k * same[0].size * self.increments.itemsize))
+            yield from (same[i:i + step] for i in range(0, len(same), step))
+
+    def fold(self, slot, Pt, Q, Pt3, Q3) -> None:
+        """W += share P Q; `applied` is the part that rounding let through, in one layer a step.
 
             applied = (W' - W) . dW / |dW|^2   in the first 8 rows that this process holds of a weight
+
+        Pt3, Q3     what is multiplied: Pt and Q, or their bfloat16 pieces
         """
         factors, looked_at = self.exchange == "all_gather", self.slots[self.step % len(self.slots)]
+        left, right = (Pt.T, Q) if slot.conv1d else (Q.T, Pt)
         if slot is looked_at:
             W, rows = slot.read(8)
             before = W.clone()
             dU = left[rows].double() @ right.double() if factors else None
+        left, right = (Pt3.T, Q3) if slot.conv1d else (Q3.T, Pt3)
         added = (slot.add_ if factors else slot.add_sum_)(
             *((left, right) if factors else (left @ right,)), self.share)
         if slot is looked_at:

@@ -580,7 +580,9 @@ def halves() -> float:
     with Counts():
         adapters = hd_pissa_extra.attach(model, 4, shards=2, dtype=torch.bfloat16)
         slot, left, right = adapters.slots[0], torch.randn(600, 16), torch.randn(16, 96)
-        slot.add_(left.cuda(), right.cuda(), 0.5)
+        cut = hd_pissa_extra.pieces(left.T[None].cuda(), (0, 0, 1)), hd_pissa_extra.pieces(
+            right[None].cuda(), (0, 1, 0))
+        slot.add_(cut[0][0].T, cut[1][0], 0.5)
         now, dU = slot.read()[0].double().cpu(), 0.5 * left.double() @ right.double()
     return float((now - W - dU).norm() / dU.norm())
 
@@ -596,7 +598,7 @@ def planted(fault: str) -> None:
         hd_pissa.logits_of = lambda model, x: (out := logits_of(model, x), out.max().item())[0]
     if fault == "piece":                # one of the three products of bfloat16 pieces
         pieces = hd_pissa_extra.pieces
-        hd_pissa_extra.pieces = lambda x, order: pieces(x, order)[:2 * len(x)]
+        hd_pissa_extra.pieces = lambda x, order: pieces(x, order)[:, :2 * x.shape[1]]
     if fault == "loose":                # a kernel for every gradient, as clipping without foreach has
         torch._foreach_norm = lambda tensors: [t.norm() for t in tensors]
 

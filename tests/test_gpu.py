@@ -144,9 +144,10 @@ for shape in ((1, 1), (37, 45), (64, 64)):
         made["add_to_halves_"](*halves[1], dU, share)
         assert all(map(torch.equal, *halves)), (shape, share)
         assert W.numel() == 1 or not torch.equal(halves[0][1], hd_pissa_extra.split(W)[1])
+    both = torch.stack((W, dU))
     for order in ((0, 0, 1), (0, 1, 0)):
-        assert torch.equal(plain["pieces"](W, order), made["pieces"](W, order)), (shape, order)
-        assert torch.equal(plain["pieces"](W.T, order), made["pieces"](W.T, order)), (shape, order)
+        for x in (both, both[1:], both.mT):
+            assert torch.equal(plain["pieces"](x, order), made["pieces"](x, order)), (shape, order)
 """
 
 
@@ -165,12 +166,13 @@ def test_tritons_kernels_have_the_bits_of_plain_torch_on_a_gpu(shape, monkeypatc
     W, dU = (torch.randn(shape, device="cuda") * 10.0 ** torch.randint(-44, 30, shape, device="cuda")
              for _ in range(2))
     halves = [[t.clone() for t in hd_pissa_extra.split(W)] for _ in range(2)]
-    cut = [hd_pissa_extra.pieces(W, (0, 1, 0))]
+    both = torch.stack((W, dU))
+    cut = hd_pissa_extra.pieces(both, (0, 1, 0))
     assert hd_pissa_extra.kernels()
     hd_pissa_extra.add_to_halves_(*halves[0], dU, 1 / 3)
     monkeypatch.setattr(hd_pissa_extra, "kernels", dict)
     hd_pissa_extra.add_to_halves_(*halves[1], dU, 1 / 3)
-    assert all(map(torch.equal, *halves)) and torch.equal(cut[0], hd_pissa_extra.pieces(W, (0, 1, 0)))
+    assert all(map(torch.equal, *halves)) and torch.equal(cut, hd_pissa_extra.pieces(both, (0, 1, 0)))
 
 
 @pytest.mark.gpu

@@ -45,8 +45,8 @@ def test_a_step_on_a_gpu_gives_the_bits_of_the_cpu():
         # Halves are merged by tensor cores there, off by 4e-6 of dU: a high half may round otherwise.
         assert told["other"] < (0.02 if name == "bfloat16" else 1e-9), name
         within_budget(told)
-        most = 14 if name == "bfloat16" else 8
-        assert told["launches"]["merge"] <= most * told["layers"], told["by line"]
+        most = {"bfloat16": 92, "all_reduce": 70}.get(name, 64)
+        assert told["launches"]["merge"] <= most, told["by line"]
 
 
 @pytest.mark.slow
@@ -101,6 +101,10 @@ def test_peak_memory_is_the_dry_runs(options, monkeypatch):
     words = [f"{key}={value}".replace("shard_weights=True", "shard=1") for key, value in options.items()]
     told = rehearse("llama", "layers=2", "micro=4", f"dtype={dtype}", *(w for w in words if "dtype" not in w))
     assert 0.95 < told["peak"] / sum(memory.values()) < 1.05, (told["peaks"], memory)
+    # Beside products and what adds them to W: 2 kernels a layer, some for what processes agree about.
+    products = sum(n for line, n in told["by line"].items()
+                   if line.split()[-1] in ("fold_", "fold_rows_", "product", "add_to_halves_"))
+    assert told["launches"]["merge"] - products <= 2 * told["layers"] + 36, told["by line"]
     # What a process receives: 7 of 8 parts of what is gathered.
     increments = sum(n for line, n in told["sent"].items() if line == "merge")
     assert increments < 1.01 * own["received"] * 4 * 8 / 7
