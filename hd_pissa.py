@@ -204,8 +204,7 @@ def update_factors(A, B, dA, dB) -> tuple[torch.Tensor, torch.Tensor]:
 
         dU_i = dA_i B_i + A_i dB_i + dA_i dB_i = dA_i (B_i + dB_i) + A_i dB_i        (section 4.2)
 
-    A and dA are (K, m, r), B and dB (K, r, n). Any number of shards may stand in for K; or (E, K, ...) of E
-    layers.
+    A and dA are (K, m, r), B and dB (K, r, n), or (E, K, ...) of E layers. K may be any number of shards.
     """
     Pt = torch.stack((dA.mT, A.mT), -4).flatten(-4, -2)             # (2, K, r, m) -> (2Kr, m)
     Q = torch.stack((B + dB, dB), -4).flatten(-4, -2)               # (2, K, r, n) -> (2Kr, n)

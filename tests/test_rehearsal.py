@@ -112,7 +112,7 @@ def test_peak_memory_is_the_dry_runs(options, monkeypatch):
 
 @pytest.mark.slow
 def test_the_tests_that_want_a_gpu_pass_on_this_one():
-    told = rehearse("tests", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py"))
+    told = rehearse("tests", "-m", "gpu", "-k", "not waits_once", str(ROOT / "tests" / "test_gpu.py"))
     assert told["status"] == 0 and {line.split(": ")[-1] for line in told["calls"]} >= {
         "_allgather_base_", "_reduce_scatter_base_", "broadcast_", "allreduce_"}
 
