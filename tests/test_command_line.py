@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from few_rows import ROWS
 
 import train
 from training import processes
@@ -125,6 +126,28 @@ def main(): raise MemoryError("out of memory in a step")
 {tail}"""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20)
     assert done.returncode == 1 and "MemoryError: out of memory in a step" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are read from /proc")
+@pytest.mark.parametrize("flags", [
+    ["--max_steps", "1", "--shards", "2", "--batch_size", "4", "--eval_rows", "4"],
+    ["--data", "missing.jsonl"],
+])  # fmt: skip
+def test_gloo_ends_before_python(flags, tmp_path):
+    """A gloo thread that lives while Python ends may abort the process: at exit, none is left."""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import atexit, os, pathlib, runpy, sys
+def threads():          # registered first, so it is called last
+    names = [(task / "comm").read_text() for task in pathlib.Path("/proc/self/task").iterdir()]
+    os.write(2, f"gloo threads: {{sum('gloo' in name for name in names)}}\\n".encode())
+atexit.register(threads)
+sys.path[:0] = [{str(ROOT)!r}]
+runpy.run_path({str(ROOT / "train.py")!r}, run_name="__main__")
+""")
+    data = [] if "--data" in flags else ["--data", ROWS]
+    done = torchrun(program, *flags, *data, "--out", tmp_path / "out", "--device", "cpu", "--threads", "1")
+    assert {*re.findall(r"gloo threads: (\d+)", done.stderr)} == {"0"}, done.stderr
 
 
 def test_flags_of_a_file(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The processes of a run: how they are joined, who speaks, how an error ends them, who waits."""
 
+import atexit
 import contextlib
 import datetime
 import json
@@ -11,6 +12,7 @@ import time
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  before a group exists: see leave_processes
 
 import hd_pissa
 
@@ -121,6 +123,20 @@ def join_processes(backend: str, timeout: float) -> None:
     dist.init_process_group(backend, store=dist.PrefixStore(f"attempt {attempt}", store), rank=rank,
                             world_size=world_size, timeout=wait)
     _store, _patience = dist.PrefixStore(f"life {attempt}", store), timeout
+    if backend == "gloo":           # NCCL might wait for processes that have failed
+        atexit.register(leave_processes)
+
+
+def leave_processes() -> None:
+    """End gloo's threads while Python still runs.
+
+    Such a thread takes Python's lock to let go of a collective's tensor. If Python ends meanwhile, it ends
+    the thread inside C++, and the process aborts ("terminate called without an active exception"). Nothing
+    may hold the group beyond this: torch.distributed.nn.functional has it as default argument, forever, if
+    its first import, which making an optimizer brings about, comes when there is a group.
+    """
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def check_machine(args, device: torch.device) -> None:
