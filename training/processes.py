@@ -133,7 +133,8 @@ def leave_processes() -> None:
     Such a thread takes Python's lock to let go of a collective's tensor. If Python ends meanwhile, it ends
     the thread inside C++, and the process aborts ("terminate called without an active exception"). Nothing
     may hold the group beyond this: torch.distributed.nn.functional has it as default argument, forever, if
-    its first import, which making an optimizer brings about, comes when there is a group.
+    its first import, which making an optimizer brings about, comes when there is a group. Under
+    --shard_weights a cache of DTensor's has it too, and gloo's threads stay.
     """
     if dist.is_initialized():
         dist.destroy_process_group()
