@@ -6,6 +6,7 @@ import uuid
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  as training/processes.py does: gloo's threads end in time
 import torch.multiprocessing as mp
 
 TIMEOUT = 120  # seconds until processes that have not answered are killed
