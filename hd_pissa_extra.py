@@ -383,9 +383,11 @@ class Slot(hd_pissa.Slot):
                 and torch.is_grad_enabled() and top and not top(True)):     # the other kind has hooks then
             raise ValueError("reentrant checkpointing recomputes this layer outside adapters.shard(): call "
                              "backward inside it, or use use_reentrant=False")
-        halved = self.module.weight.dtype == torch.bfloat16
-        if halved and x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"{self.name} is bfloat16, its input {x.dtype}; run the model under "
+        halved, bias = self.module.weight.dtype == torch.bfloat16, getattr(self.module, "bias", None)
+        wrong = [f"{what} {t.dtype}" for what, t in (("input", x), ("bias", bias))
+                 if halved and t is not None and t.dtype != torch.bfloat16]
+        if wrong and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{self.name} is bfloat16, its {' and '.join(wrong)}; run the model under "
                              "torch.autocast, or cast the rest of it too (parameters but those of also=, no "
                              "buffers)")
 
