@@ -1086,7 +1086,7 @@ class Adapters(hd_pissa.Adapters):
         if also := [p.grad for p in self.also.values() if p.grad is not None]:
             columns[3] = nan_if_not_finite(also).isnan() & bool(self.stepped)
         if self.left is not None:
-            columns[5] = torch.linalg.vector_norm(self.increments) != self.left
+            torch.ne(torch.linalg.vector_norm(self.increments), self.left, out=columns[5])
         columns = columns.expand(self.S, len(columns))
         told, waits = super().refuse(columns if told is None else torch.cat((told, columns), dim=1))
         ruled, probes, halved, spoilt, loaded, changed = zip(*(row[-6:] for row in told))
