@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from tqdm import tqdm
 
 import hd_pissa
@@ -250,6 +250,10 @@ class Slot(hd_pissa.Slot):
                 or (W.dtype == torch.float64) != (V.dtype == torch.float64)):
             raise ValueError(f"{self.name}.weight is {self.was}, the first {V.dtype} on {V.device}: load "
                              "weights on one device, in one precision, outside torch.inference_mode")
+        if type(W).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:       # torchao's, say
+            raise ValueError(f"{self.name}.weight is {self.was}, which makes a float tensor for every use; "
+                             "an update would be lost with it. Load plain weights, or use "
+                             f"exclude=['.{self.name}']")
         self.low, self.exact, self.dtype = None, self.adapters.rounding == "exact", self.module.weight.dtype
         if self.adapters.init == "random":
             self.mute = MuteFromSeed
@@ -379,9 +383,11 @@ class Slot(hd_pissa.Slot):
                 and torch.is_grad_enabled() and top and not top(True)):     # the other kind has hooks then
             raise ValueError("reentrant checkpointing recomputes this layer outside adapters.shard(): call "
                              "backward inside it, or use use_reentrant=False")
-        halved = self.module.weight.dtype == torch.bfloat16
-        if halved and x.dtype != torch.bfloat16 and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"{self.name} is bfloat16, its input {x.dtype}; run the model under "
+        halved, bias = self.module.weight.dtype == torch.bfloat16, getattr(self.module, "bias", None)
+        wrong = [f"{what} {t.dtype}" for what, t in (("input", x), ("bias", bias))
+                 if halved and t is not None and t.dtype != torch.bfloat16]
+        if wrong and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{self.name} is bfloat16, its {' and '.join(wrong)}; run the model under "
                              "torch.autocast, or cast the rest of it too (parameters but those of also=, no "
                              "buffers)")
 
@@ -838,6 +844,8 @@ class Adapters(hd_pissa.Adapters):
         self.send, self.astray, self.travels = send, 0.0, None
         self.owner, self.lock = None, threading.RLock()             # of the thread inside shard()
         self.groups = weakref.WeakKeyDictionary()                   # of optimizers
+        self.states, self.loaded = weakref.WeakKeyDictionary(), 0.0     # of optimizers: see `moments`
+        self.left = None                        # norm of the increments that an optimizer left
         self.there, self.uses = {}, {}                              # modules and weights: see Slot.fault
         self.agreed = repr((basis, bucket_mb, rounding, send, [*also]))     # by all processes
         super().__init__(model, found, skipped, config, exchange, seed, device)
@@ -909,6 +917,7 @@ class Adapters(hd_pissa.Adapters):
 
     def detach_(self) -> None:
         super().detach_()
+        self.collected = False          # what `also` named may train on
         while self.owners:
             owner, _ = self.owners.popitem()
             owner.__class__ = owner.hd_pissa.plain_class
@@ -941,6 +950,8 @@ class Adapters(hd_pissa.Adapters):
                 dist.all_reduce(p.grad.add_(spoilt))        # all GradScalers leave such a step out, or none
             if not self.whole_batch:
                 p.grad.div_(self.K)
+            if not p.requires_grad:     # frozen since: by a gradient of zeros momentum would move it on
+                p.grad = None
 
     # -- dropout on the adapter's input
 
@@ -1035,7 +1046,7 @@ class Adapters(hd_pissa.Adapters):
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Over all K shards and what `also` names."""
         self.collect_()
-        also = [p.grad for p in self.also.values()]
+        also = [p.grad for p in self.also.values() if p.grad is not None]
         if not also:
             return super().clip_grad_norm_(max_norm)
         squares = torch.stack(torch._foreach_norm(also)).double().square().sum()
@@ -1052,7 +1063,8 @@ class Adapters(hd_pissa.Adapters):
         """Also raise where processes or replicas are not alike, or W is no longer this model's.
 
         Numbers for that travel with what the processes agree about: optimizers' rules, some of W, whether
-        low halves are W's, whether NaN was put into `also`.
+        low halves are W's, whether NaN was put into `also`, what moments were loaded, whether somebody has
+        changed the increments since the optimizer's step.
         """
         # Weights that an evaluation has gathered whole are copies: they would get the update.
         reshard(self.model)
@@ -1065,23 +1077,33 @@ class Adapters(hd_pissa.Adapters):
         rules = [(type(o).__name__, *(float(g["lr"]) for g in o.param_groups)) for o in self.stepped]
         rule = hd_pissa.seed_of(rules) % 2**52 if rules else 0
         looked_at = self.slots[self.step % len(self.slots)]
-        columns = torch.tensor((rule, 0.0, 1.0, 0.0), dtype=torch.float64, device="cpu")
+        columns = torch.tensor((rule, 0.0, 1.0, 0.0, self.loaded, 0.0), dtype=torch.float64, device="cpu")
         columns = hd_pissa.sent(columns, self.device)           # what follows is computed where W is
         columns[1] = looked_at.probe()
         if halves:
             then, now = (torch.cat(side) for side in zip(*((slot.sampled, slot.sample()) for slot in halves)))
             columns[2] = (then == now).all()
-        if also := [p.grad for p in self.also.values()]:
+        if also := [p.grad for p in self.also.values() if p.grad is not None]:
             columns[3] = nan_if_not_finite(also).isnan() & bool(self.stepped)
-        columns = columns.expand(self.S, 4)
+        if self.left is not None:
+            torch.ne(torch.linalg.vector_norm(self.increments), self.left, out=columns[5])
+        columns = columns.expand(self.S, len(columns))
         told, waits = super().refuse(columns if told is None else torch.cat((told, columns), dim=1))
-        ruled, probes, halved, spoilt = zip(*(row[-4:] for row in told))
+        ruled, probes, halved, spoilt, loaded, changed = zip(*(row[-6:] for row in told))
         if len({*probes}) > 1 and not first:
             raise ValueError(f"merge_: {looked_at.name}.weight differs between processes: load weights on "
                              "all of them alike, before attach")
         if len({*ruled} - {0}) > 1:
             raise ValueError("merge_: processes stepped by different optimizers or rates, here by "
                              f"{rules}; give all the same, and step schedulers on all")
+        moments = [value for value in loaded[::self.S] if value]        # one of each process
+        if len({*moments}) < len(moments) and self.init != "top":       # whose shards may be equal
+            raise ValueError("merge_: processes have loaded the same optimizer state, so shards go on with "
+                             "moments of others; let every process save and load its own state_dict()")
+        if any(changed) and hd_pissa.process_index() == 0:
+            warnings.warn("increments were changed after optimizer.step(). What reads or remembers them "
+                          "(Lookahead, averages) goes wrong, since every step begins at zero: use its inner "
+                          "optimizer alone", stacklevel=3)
         if any(spoilt):
             raise ValueError("merge_: a gradient of also= was not finite on one process, and others made "
                              "the step; with a GradScaler call adapters.collect_() before scaler.unscale_()")
@@ -1095,7 +1117,7 @@ class Adapters(hd_pissa.Adapters):
                               "stepped; build it from adapters.parameters() (also= adds others)",
                               stacklevel=3)
             hd_pissa.send_model(self.model, self.device)    # somebody may have loaded weights on one process
-        return [row[:-4] for row in told], waits
+        return [row[:-6] for row in told], waits
 
     def halved(self) -> list[Slot]:
         """Slots with low halves, which are those of W as it is now."""
@@ -1178,7 +1200,7 @@ class Adapters(hd_pissa.Adapters):
     def next_step(self) -> None:
         super().next_step()
         self.applied, self.folded = self.folded, torch.zeros(())       # 0 of a step that is left out
-        self.collected, self.astray = False, 0.0
+        self.collected, self.astray, self.loaded, self.left = False, 0.0, 0.0, None
         self.backwards.clear()
         for slot in self.slots if self.whole_batch else ():
             for leaf in slot.caught:
@@ -1268,6 +1290,13 @@ def groups_of(optimizer) -> list:
     """What somebody may change after the check."""
     return [(len(g["params"]), g.get("weight_decay")) for g in optimizer.param_groups]
 
+def moments(adapters, optimizer) -> float:
+    """A number for an optimizer's moments of the increments, 0 if there are none."""
+    own = {id(p) for slot in adapters.slots for pair in slot.leaves for p in pair}
+    kept = [x for p, state in optimizer.state.items() if id(p) in own for x in state.values()]
+    total = sum(x.double().abs().sum() for x in kept if isinstance(x, torch.Tensor) and x.numel() > 1)
+    return float(total) if math.isfinite(total) else 0.0
+
 def _before_step(optimizer, *_):
     now, held = groups_of(optimizer), held_by([optimizer])
     for adapters in list(hd_pissa.LIVE):
@@ -1277,12 +1306,21 @@ def _before_step(optimizer, *_):
             if adapters.groups.get(optimizer, now) != now:
                 hd_pissa.check_optimizer(adapters, optimizer)
             adapters.collect_()
+            if adapters.states.get(optimizer) != id(optimizer.state):       # new, or load_state_dict
+                adapters.states[optimizer] = id(optimizer.state)
+                adapters.loaded += moments(adapters, optimizer)
         elif world_size() > 1 and held & {*map(id, adapters.model.parameters())}:
             raise ValueError(f"{type(optimizer).__name__} holds parameters of the adapted model: no one adds "
                              "up their gradients over processes, as attach(also=...) does")
         adapters.groups[optimizer] = now
 
+def _after_step(optimizer, *_):
+    for adapters in list(hd_pissa.LIVE):
+        if isinstance(adapters, Adapters) and optimizer in adapters.stepped and adapters.step < 16:
+            adapters.left = torch.linalg.vector_norm(adapters.increments)
+
 register_optimizer_step_pre_hook(_before_step)
+register_optimizer_step_post_hook(_after_step)
 
 def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: float = 0.0,
            gradients: str = "local", send: str = "step", basis: str = "cached",

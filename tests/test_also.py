@@ -83,6 +83,44 @@ def test_clipping_is_joint():
         torch.testing.assert_close(p.grad, g * 1e-2 / (expected + 1e-6))
 
 
+@pytest.mark.parametrize("clip", [False, True])
+def test_what_is_frozen_later_stays_and_trains_again_once_it_may(clip):
+    """Oracle: a step of AdamW leaves out what has no gradient, its momentum too."""
+    model, data = problem()
+    adapters = hd_pissa_extra.attach(model, 2, also=["5", "2"])
+    optimizer = torch.optim.AdamW(adapters.parameters(), 1e-2, weight_decay=0.0)
+
+    def step():
+        before = [p.detach().clone() for p in model.parameters()]
+        model(data[0, 0]).square().mean().backward()
+        if clip:
+            adapters.clip_grad_norm_(1e-3)
+        optimizer.step()
+        adapters.merge_()
+        return {name for (name, p), old in zip(model.named_parameters(), before) if not torch.equal(p, old)}
+
+    everything = {"0.weight", "3.weight", "2.weight", "2.bias", "5.weight", "5.bias"}
+    assert step() == everything
+    model[5].requires_grad_(False)
+    assert step() == step() == everything - {"5.weight", "5.bias"}
+    model[5].requires_grad_(True)
+    assert step() == everything
+
+
+def test_what_was_named_trains_on_after_detach():
+    """A step whose gradients were summed, for clipping say, and which was then not made."""
+    model, data = problem()
+    adapters = hd_pissa_extra.attach(model, 2, also=["5"])
+    model(data[0, 0]).square().mean().backward()
+    adapters.clip_grad_norm_(1.0)
+    adapters.detach_()
+    before = model[5].weight.detach().clone()
+    model[5].zero_grad()
+    model(data[0, 0]).square().mean().backward()
+    torch.optim.SGD(model[5].parameters(), 0.1).step()
+    assert not torch.equal(model[5].weight, before)
+
+
 def test_a_name_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="also='scores' names no module"):
         hd_pissa_extra.attach(problem()[0], 2, also="scores")

@@ -493,6 +493,8 @@ def test_a_forward_of_another_dtype_than_bfloat16_weights_says_what_to_do():
     extra.attach(model, 2, dtype=torch.bfloat16)
     text = refused(lambda: model(X))
     assert "0 is bfloat16, its input torch.float32" in text and "autocast" in text
+    text = refused(lambda: model(X.bfloat16()))
+    assert "0 is bfloat16, its bias torch.float32" in text and "autocast" in text
     with torch.autocast("cpu", torch.bfloat16):
         model(X).float().sum().backward()
     model.bfloat16()(X.bfloat16())

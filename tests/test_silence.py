@@ -726,6 +726,89 @@ def test_processes_that_step_by_other_rules_or_rates_are_told_so(tmp_path):
         assert skipped == ""
 
 
+def states_of_one():
+    """On two processes: what merge_ says once both have loaded the state of the first, and their own."""
+    out = []
+    for all_load_the_first in (True, False):
+        model = small()
+        adapters = hd_pissa_extra.attach(model, 2)
+        optimizer = adamw(adapters)
+        x = X + hd_pissa.process_index()
+        one_step(model, adapters, optimizer, x)
+        state = [optimizer.state_dict()]
+        if all_load_the_first:
+            dist.broadcast_object_list(state, src=0)
+        optimizer.load_state_dict(state[0])
+        before = model[0].weight.clone()
+        try:
+            one_step(model, adapters, optimizer, x)
+            out.append("")
+        except ValueError as e:
+            out.append(f"{e} {torch.equal(before, model[0].weight)}")
+    return out
+
+
+def test_moments_of_one_process_that_all_have_loaded_are_refused(tmp_path):
+    """As it is done for DDP, whose processes have the same moments: saved by process 0, loaded by all."""
+    for shared, own in spawn(2, states_of_one, tmp_path):
+        assert "loaded the same optimizer state" in shared and shared.endswith("True")
+        assert own == ""
+
+
+class Lookahead:
+    """Around an optimizer, as its users write it: every second step goes half the way from where it was."""
+
+    def __init__(self, inner):
+        self.inner, self.steps = inner, 0
+        self.params = [p for group in inner.param_groups for p in group["params"]]
+        self.slow = [p.detach().clone() for p in self.params]
+
+    def step(self):
+        self.inner.step()
+        self.steps += 1
+        for p, slow in zip(self.params, self.slow) if self.steps % 2 == 0 else ():
+            p.data.copy_(slow.lerp_(p.detach(), 0.5))       # .data tells no version counter
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_increments_that_a_wrapper_changes_after_the_step_are_told(wrapped):
+    model = small()
+    adapters = hd_pissa_extra.attach(model, 2, shards=2)
+    optimizer = adamw(adapters)
+    optimizer = Lookahead(optimizer) if wrapped else optimizer
+    said = warned(lambda: [one_step(model, adapters, optimizer) for _ in range(2)])
+    assert ["changed after optimizer.step()" in text for text in said] == [True] * wrapped
+
+
+def test_weights_that_are_dequantized_for_every_use_are_refused_and_the_remedy_works():
+    """Theirs is a float dtype, and an update in place runs through: on a copy that is dropped."""
+    class Quantized(torch.Tensor):
+        @staticmethod
+        def __new__(cls, codes, scale):
+            made = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)
+            made.codes, made.scale = codes, scale
+            return made
+
+        @classmethod
+        def __torch_dispatch__(cls, op, types, args=(), kwargs=None):
+            if op is torch.ops.aten.detach.default:
+                return cls(args[0].codes, args[0].scale)
+            plain = [x.codes * x.scale if isinstance(x, cls) else x for x in args]
+            return op(*plain, **(kwargs or {}))
+
+    def model():
+        made = small()
+        codes = (made[0].weight.detach() * 300).round().to(torch.int8)
+        made[0].weight = nn.Parameter(Quantized(codes, 1 / 300), requires_grad=False)
+        return made
+
+    text = refused(lambda: hd_pissa_extra.attach(model(), 2))
+    assert "an update would be lost" in text
+    exclude = re.search(r"exclude=\['(.*)'\]", text)[1]
+    adapters = hd_pissa_extra.attach(model(), 2, exclude=[exclude])
+    assert [slot.name for slot in adapters.slots] == ["2"]
+
+
 def test_a_scaler_that_overflows_in_one_shard_ends_no_run():
     """The step of all shards is left out, those with finite gradients too; in the end all train."""
     model = small()
