@@ -194,7 +194,7 @@ class Muted:
 
     def __reduce_ex__(self, protocol):
         """Pickled or copied it is the plain layer: W holds all that was merged."""
-        state = {key: value for key, value in vars(self).items() if key != "hd_pissa"}
+        state = {key: value for key, value in self.__getstate__().items() if key != "hd_pissa"}
         return object.__new__, (self.hd_pissa.plain_class,), state
 
 # ---- Direct weight update (section 4.2) ----------------------------------------------------------
@@ -318,7 +318,7 @@ def check_optimizer(adapters, optimizer) -> str:
     """
     name, groups, steps = type(optimizer).__name__, optimizer.param_groups, ([], [])
     held = {id(p): p.device for group in groups for p in group["params"]}
-    mine = adapters.ids & held.keys()
+    mine = held.keys() & {id(p) for slot in adapters.slots for pair in slot.leaves for p in pair}
     if world_size() > 1 and (others := len(held.keys() - {i for live in LIVE for i in live.ids})):
         raise ValueError(f"{name} holds {others} tensors beside the increments: no one adds up their "
                          "gradients over processes, as hd_pissa_extra.attach(also=...) does")

@@ -121,6 +121,29 @@ def test_what_was_named_trains_on_after_detach():
     assert not torch.equal(model[5].weight, before)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_decay_and_rules_of_what_trains_beside_are_its_own(together):
+    """Oracle: the same optimizer on a copy's head, with the gradients of plain autograd."""
+    model, data = problem()
+    plain = copy.deepcopy(model)
+    adapters = hd_pissa_extra.attach(model, 2, also=["5"])
+    increments = [p for name, p in adapters.named_parameters() if ".shard" in name]
+    mine = dict(params=increments, weight_decay=0.0)
+    head = dict(params=list(model[5].parameters()), weight_decay=0.1)
+    optimizers = ([torch.optim.AdamW([mine, head], lr=1e-2)] if together else
+                  [torch.optim.AdamW([mine], lr=1e-2), torch.optim.Adafactor([head], lr=1e-2)])
+    other = type(optimizers[-1])(plain[5].parameters(), lr=1e-2, weight_decay=0.1)
+    for net, steppers in ((model, optimizers), (plain, [other])):
+        net(data[0, 0]).square().mean().backward()
+        for optimizer in steppers:
+            optimizer.step()
+    adapters.merge_()
+    for a, b in zip(model[5].parameters(), plain[5].parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="reads the parameter"):
+        adapters.check(torch.optim.AdamW(adapters.parameters(), weight_decay=0.1))
+
+
 def test_a_name_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="also='scores' names no module"):
         hd_pissa_extra.attach(problem()[0], 2, also="scores")

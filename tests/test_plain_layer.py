@@ -150,6 +150,19 @@ def test_a_copy_is_the_plain_model_with_what_was_merged(make, how):
     assert not torch.equal(layer.weight, before)
 
 
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_a_layer_that_is_compiled_in_place_calls_its_own_weights(how):
+    """Module.compile() keeps a bound method of the layer, which nn.Module leaves out of copies."""
+    model = small()
+    model[0].compile(backend="aot_eager")
+    hd_pissa.attach(model, 2)
+    copied = how(model)
+    with torch.no_grad():
+        model[0].weight.add_(1)
+        expected = F.linear(X, copied[0].weight, copied[0].bias)
+        torch.testing.assert_close(copied[0](X), expected)
+
+
 def test_detached_it_is_the_plain_layer_and_is_freed():
     model = small()
     adapters = hd_pissa.attach(model, 2)
