@@ -4,10 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hd_pissa_extra
 import train
@@ -176,3 +178,46 @@ def test_the_table_by_hardware_is_computed(monkeypatch):
     there = json.loads((ROOT / "tests" / "bench" / "hardware.json").read_text())
     assert hardware.rows() == there, "run python tests/bench/hardware.py and tables.py"
     assert {row["fits"] for row in there} == {True, False}
+
+
+def test_attention_is_counted_as_a_gpu_computes_it():
+    """float32 queries that share heads of k and v: a matrix of (tokens, tokens) a head more, twice with its
+    mask; none in bfloat16, none with a head of k and v for each."""
+    class Attention(torch.nn.Module):
+        def __init__(self, shared, dtype):
+            super().__init__()
+            self.shared, self.linear = shared, torch.nn.Linear(64, 64, bias=False, dtype=dtype)
+
+        def forward(self, x):
+            x = x.to(self.linear.weight.dtype)[..., None].expand(1, T, 64)
+            q = self.linear(x).view(1, T, 4, 16).transpose(1, 2)
+            k = q[:, :2] if self.shared else q
+            y = torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True,
+                                                                 enable_gqa=self.shared)
+            return y.transpose(1, 2).flatten(2)
+
+    T, kept = 128, {}
+    for shared, dtype in ((True, torch.float32), (True, torch.bfloat16), (False, torch.float32)):
+        for gpu in (False, True):
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                model = Attention(shared, dtype)
+                x = torch.zeros((1, T), dtype=torch.long)
+                kept[shared, dtype, gpu] = dry_run.saved_bytes(model, [("linear", model.linear)], x, False,
+                                                               gpu=gpu)[0]
+    more = kept[True, torch.float32, True] - kept[True, torch.float32, False]
+    assert 4 * T * T * 4 <= more <= 2.5 * 4 * T * T * 4
+    assert kept[True, torch.bfloat16, True] == kept[True, torch.bfloat16, False]
+    assert kept[False, torch.float32, True] == kept[False, torch.float32, False]
+
+
+def test_a_run_on_more_gpus_is_planned_on_one(monkeypatch):
+    """The second of two processes finds the memory of the one GPU."""
+    def properties(index):
+        assert index == 0, "Invalid device id"
+        return SimpleNamespace(total_memory=2**30)
+
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: 1),
+                        ("get_device_properties", properties)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert dry_run.available("cuda") == (2**30, "a GPU like those here")

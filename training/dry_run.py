@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 import torch.nn as nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hd_pissa
@@ -33,8 +34,18 @@ class Grouped(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def attention_of_a_gpu(q, k, v, *args, enable_gqa=False, attend=nn.functional.scaled_dot_product_attention,
+                       **options):
+    """A GPU's kernels let queries share heads of k and v in 16 bits alone, and know no float64: otherwise
+    torch keeps a number for every pair of tokens and every head."""
+    there = q.dtype in (torch.bfloat16, torch.float16) or q.dtype == torch.float32 and not enable_gqa
+    with contextlib.nullcontext() if there else sdpa_kernel(SDPBackend.MATH):
+        return attend(q, k, v, *args, enable_gqa=enable_gqa, **options)
+
+
 def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool, *, also=(), columns: int = 0,
-                packed: bool = False, checkpointed: bool = False) -> tuple[int, int] | None:
+                packed: bool = False, checkpointed: bool = False,
+                gpu: bool = False) -> tuple[int, int] | None:
     """Bytes that one forward of the muted model keeps for its backward, by autograd's own hooks, and bytes
     that are alive beside them while the backward passes the head, or a stack of experts.
 
@@ -43,6 +54,7 @@ def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool, *, al
     columns     of A_i in one backward of an expert: r, or K r
     packed      rows stand one behind the other in x
     checkpointed    of a block its input alone is kept, and the rest while the backward passes it
+    gpu             attention as a GPU's kernels compute it
     None where the forward asks for numbers that tensors of shapes alone do not have.
     """
     from torch._subclasses import fake_tensor
@@ -85,8 +97,10 @@ def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool, *, al
         kept.append(storage)            # a freed storage's address would be given to the next
         return tensor
 
+    attention = mock.patch.object(nn.functional, "scaled_dot_product_attention", attention_of_a_gpu)
     try:
         with (Grouped(), contextlib.nullcontext() if packed else alone,
+              attention if gpu else contextlib.nullcontext(),
               torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
                 logits = hd_pissa.logits_of(model, x)
@@ -159,10 +173,12 @@ def needs(shapes, everything: int, gathered, activations, *, rank: int, shards: 
     low = 2 * adapted if dtype == "bfloat16" and rounding == "exact" else 0
     cut, (rest, largest, _) = processes if shard_weights else 1, gathered
     whole = (rest + largest) * each + max(0, largest * each - activations[1])   # a second one behind the head
-    # gloo receives into a copy of its own, a GPU folds one bucket while it receives the next; the largest
-    # layer's factors are concatenated for the fold.
+    # gloo receives into a copy of its own, a GPU folds one bucket while it receives the next; the factors of
+    # the largest layer are concatenated for the fold, or of several equal ones in 32 MiB on a GPU.
     sent = min(bucket_mb * 2**20, shards * factors * width) * (1 if basis == "cached" else 2)
-    fold = (2 * sent if processes > 1 else 0) + 2 * shards * rank * width * max(a + b for a, b in shapes)
+    together = 4 * min(2**25, shards * factors * width) if gpu else 0
+    fold = (2 * sent if processes > 1 else 0) + max(
+        together, 2 * shards * rank * width * max(a + b for a, b in shapes))
     if exchange == "all_reduce":
         fold = max(a * b for a, b in shapes) * width
     if dtype == "bfloat16":             # W in float32 with what splits it, or on a GPU a part of dU
@@ -179,9 +195,9 @@ def needs(shapes, everything: int, gathered, activations, *, rank: int, shards: 
 
 def available(device: str) -> tuple[int, str]:
     """Bytes that a process has here, and of what: its GPU's memory, or its share of this machine's."""
-    if device != "cpu" and torch.cuda.is_available():
-        device = int(os.environ.get("LOCAL_RANK", 0))
-        return torch.cuda.get_device_properties(device).total_memory, "a GPU here"
+    if device != "cpu" and torch.cuda.is_available():       # a run on more GPUs may be planned on one
+        device = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+        return torch.cuda.get_device_properties(device).total_memory, "a GPU like those here"
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")       # a container's
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():
@@ -195,7 +211,7 @@ def dry_run(args, load_model, default_steps: int) -> dict:
     if args.method != "hd_pissa":
         raise ValueError(f"--dry_run describes --method hd_pissa, not {args.method}")
     processes, r, K = hd_pissa.world_size(), args.rank, args.shards
-    S, width = K // processes, 4 if args.dtype != "float64" else 8
+    S, width, (room, where) = K // processes, 4 if args.dtype != "float64" else 8, available(args.device)
     hd_pissa.check_arguments(r, K, args.alpha)
     hd_pissa_extra.check_arguments(args.dropout)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -223,7 +239,7 @@ def dry_run(args, load_model, default_steps: int) -> dict:
         x = torch.zeros((min(args.micro_batch_size, args.batch_size // K), longest), dtype=torch.long)
         gathered = units(model)
         activations = saved_bytes(
-            model.train(), layers, x, args.dtype == "autocast", packed=args.packing,
+            model.train(), layers, x, args.dtype == "autocast", packed=args.packing, gpu="GPU" in where,
             also=[cast[id(p)] for p in also.values()], checkpointed=args.gradient_checkpointing,
             columns=r * (K if args.gradients == "global" else 1))
     check_layers(args, model, layers)
@@ -232,7 +248,6 @@ def dry_run(args, load_model, default_steps: int) -> dict:
     factors = r * sum(a + b for a, b in shapes)                         # numbers of one shard
     beside = sum(p.numel() for p in also.values())                      # and what trains whole
     micro_batches = -(-args.batch_size // K // args.micro_batch_size)
-    room, where = available(args.device)
     spare = SPARE if "GPU" in where else 0
     memory, own = needs(
         shapes, everything, gathered, activations or (0, 0), rank=r, shards=K, processes=processes,

@@ -56,21 +56,21 @@ def build(name: str, layers: int, dtype: str):
         torch.set_default_dtype(before)
 
 
-def sizes(name: str, layers: int, dtype: str, rows: int = 1, tokens: int = 1024):
+def sizes(name: str, layers: int, dtype: str, rows: int = 1, tokens: int = 1024, gpu: bool = False):
     """(shapes of adapted weights, numbers of all weights, units, saved_bytes)."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = build(name, layers, dtype)
         found, _ = hd_pissa.find_layers(model)
         shapes, units = [(*module.weight.shape,) for _, module in found], dry_run.units(model)
         x = torch.zeros((rows, tokens), dtype=torch.long)
-        kept = dry_run.saved_bytes(model.train(), found, x, dtype == "autocast")
+        kept = dry_run.saved_bytes(model.train(), found, x, dtype == "autocast", gpu=gpu)
         return shapes, sum(p.numel() for p in model.parameters()), units, kept
 
 
 def needed(name: str, options: dict, processes: int = 1, gpu: bool = True) -> int:
     """Bytes of each process. Layers are alike: two and three tell of all."""
     layers, dtype = MODELS[name][2], options.get("dtype", "float32")
-    two, three = (sizes(name, n, dtype) for n in (2, 3))
+    two, three = (sizes(name, n, dtype, gpu=gpu) for n in (2, 3))
     shapes = two[0] + (layers - 2) * two[0][len(two[0]) // 2:]
     everything, kept = (a + (layers - 2) * (b - a) for a, b in ((two[1], three[1]), (two[3][0], three[3][0])))
     units = (two[2][0], two[2][1], layers * two[2][1])
