@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 
+import math
+
 import pytest
 import tf32
 import torch
@@ -156,7 +158,8 @@ def test_a_coarse_fold_is_off_by_less_than_W_rounds():
         off[precision] = [float((x - dW).norm() / dW.norm()) for x in (moved, alone.double())]
         assert abs(float((moved * dW).sum() / dW.square().sum()) - 1) < 5e-4            # the share applied
     assert off["ieee"][1] < 1e-6 < 1e-4 < off["tf32"][1] < off["ieee"][0]
-    assert off["tf32"][0] < 1.2 * off["ieee"][0]
+    # A CPU that has TF32 of its own is coarse twice. Both errors together, and no other:
+    assert off["tf32"][0] < 1.05 * math.hypot(off["ieee"][0], off["tf32"][1])
 
 
 def test_training_in_tf32_stays_close(asked):
