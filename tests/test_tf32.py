@@ -4,11 +4,10 @@ components, their checks and caches, `applied`. Oracle: the same without it, bit
 tests/tf32.py simulates it. --dtype tf32 on a whole run: here where it is refused, in test_rehearsal on a GPU.
 """
 
+import math
 import os
 import subprocess
 import sys
-
-import math
 
 import pytest
 import tf32
