@@ -68,9 +68,11 @@ ARMS = {
     "dct embedding": (WHOLE | {"basis": "dct", "also": EMBEDDING}, 2),
     "lora r=16 embedding": ({"method": "lora", "r": 16, "also": EMBEDDING}, 2),
 }
-# In the order in which seeds 1 to 3 are run: the pairs of PROTOCOL.md, one after the other.
+# In the order in which seeds 1 to 3 are run: the pairs of PROTOCOL.md, one after the other; and one more, of
+# HiRA, since its runs were there.
 PAIRS = (("published", "lora"), ("whole", "published"), ("dct", "lora r=16"), ("dct", "whole"),
-         ("dct", "random"), ("dct embedding", "lora r=16 embedding"), ("dct embedding", "full"))
+         ("dct", "random"), ("dct embedding", "lora r=16 embedding"), ("dct embedding", "full"),
+         ("dct", "hira"))
 
 
 def complete(arm: str, i: int, seed: int, quick: bool = False) -> dict:
