@@ -181,6 +181,23 @@ def test_the_table_by_hardware_is_computed(monkeypatch):
     assert {row["fits"] for row in there} == {True, False}
 
 
+def test_the_formula_gives_what_a_gpu_measured(monkeypatch):
+    """Peaks in gpu.json, of models whose queries share heads of keys: its steps of one shard, and its run."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+    import hardware
+    there = json.loads((ROOT / "tests" / "bench" / "gpu.json").read_text())
+    steps = [row for row in there["step"] if row.get("variant") == "hd_pissa"]
+    monkeypatch.setitem(hardware.MODELS, "step", (2048, 5632, steps[0]["layers"], 32, 8, 8192))
+    for row in steps:
+        options = {"dtype": row["dtype"].replace("tf32", "float32"), "shards": 1}
+        computed = hardware.needed("step", options, rows=row["tokens"] // 512, tokens=512) / 2**20
+        assert 0.98 < row["peak"] / computed < 1.02, row
+    for row in (row for row in there["memory"] if "peak, GiB" in row and row["options"] == "(none)"):
+        computed = hardware.needed(row["model"], {}) / 2**30
+        assert computed == row["computed, GiB"] and 0.98 < row["peak, GiB"] / computed < 1.02
+
+
 def kept_by(attend, dtype=torch.float32, shared=False, autocast=False, **options):
     """Bytes of all storages that one call keeps for its backward."""
     q, k, v = (torch.zeros(2, heads, 128, 16, dtype=dtype, requires_grad=True) for heads in (
