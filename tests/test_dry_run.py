@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hd_pissa_extra
 import train
@@ -180,44 +181,132 @@ def test_the_table_by_hardware_is_computed(monkeypatch):
     assert {row["fits"] for row in there} == {True, False}
 
 
-def test_attention_is_counted_as_a_gpu_computes_it():
-    """float32 queries that share heads of k and v: a matrix of (tokens, tokens) a head more, twice with its
-    mask; none in bfloat16, none with a head of k and v for each."""
+def test_the_formula_gives_what_a_gpu_measured(monkeypatch):
+    """Peaks in gpu.json, of models whose queries share heads of keys: its steps of one shard, and its run."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "bench"))
+    import hardware
+    there = json.loads((ROOT / "tests" / "bench" / "gpu.json").read_text())
+    steps = [row for row in there["step"] if row.get("variant") == "hd_pissa"]
+    monkeypatch.setitem(hardware.MODELS, "step", (2048, 5632, steps[0]["layers"], 32, 8, 8192))
+    for row in steps:
+        options = {"dtype": row["dtype"].replace("tf32", "float32"), "shards": 1}
+        computed = hardware.needed("step", options, rows=row["tokens"] // 512, tokens=512) / 2**20
+        assert 0.98 < row["peak"] / computed < 1.02, row
+    for row in (row for row in there["memory"] if "peak, GiB" in row and row["options"] == "(none)"):
+        computed = hardware.needed(row["model"], {}) / 2**30
+        assert computed == row["computed, GiB"] and 0.98 < row["peak, GiB"] / computed < 1.02
+
+
+def kept_by(attend, dtype=torch.float32, shared=False, autocast=False, **options):
+    """Bytes of all storages that one call keeps for its backward."""
+    q, k, v = (torch.zeros(2, heads, 128, 16, dtype=dtype, requires_grad=True) for heads in (
+        4, 2 if shared else 4, 2 if shared else 4))
+    storages = []                       # alive, so that no address is given twice
+    with (torch.autograd.graph.saved_tensors_hooks(lambda x: storages.append(x.untyped_storage()), print),
+          torch.autocast("cpu", torch.bfloat16, enabled=autocast)):
+        attend(q, k, v, enable_gqa=shared, **{"is_causal": True} | options)
+    return sum({x.data_ptr(): x.nbytes() for x in storages}.values())
+
+
+@pytest.mark.parametrize("case, fused", [
+    (dict(), True), (dict(dtype=torch.bfloat16), True), (dict(autocast=True), True),
+    (dict(is_causal=False, attn_mask=torch.ones(2, 1, 128, 128, dtype=torch.bool)), True),
+    (dict(shared=True), False), (dict(dtype=torch.float64), False), (dict(shared=True, dropout_p=0.1), False),
+])
+def test_attention_keeps_what_torchs_own_kernels_keep(case, fused):
+    """A CPU has both: forced to one or the other, their hooks are asked."""
+    backend = torch.nn.attention.SDPBackend
+    with torch.nn.attention.sdpa_kernel(backend.FLASH_ATTENTION if fused else backend.MATH):
+        there = kept_by(torch.nn.functional.scaled_dot_product_attention, **case)
+    assert kept_by(dry_run.attention_of_a_gpu, **case) == there
+    assert (there < 2 * 4 * 128 * 128 * case.get("dtype", torch.float32).itemsize) == fused
+
+
+@pytest.mark.parametrize("case", [dict(dtype=torch.bfloat16, shared=True), dict(autocast=True, shared=True)])
+def test_in_16_bits_heads_may_share_keys(case):
+    """q and the result of four heads, k and v of two, and a float32 number a row. The CPU's kernel does that
+    since torch 2.7."""
+    assert kept_by(dry_run.attention_of_a_gpu, **case) == 2 * 128 * (2 * (4 + 2 + 2 + 4) * 16 + 4 * 4)
+
+
+def test_dropout_in_attention_is_free_on_a_gpu():
+    """Its kernels draw again in the backward; a CPU keeps the pairs."""
+    plain, dropped = (kept_by(dry_run.attention_of_a_gpu, dropout_p=p) for p in (0.0, 0.1))
+    assert plain == dropped < kept_by(torch.nn.functional.scaled_dot_product_attention, dropout_p=0.1)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_model_with_shared_heads_is_counted_as_a_gpu_computes_it(autocast):
+    """Queries that positions made float32: cast again under autocast, otherwise all pairs of tokens."""
     class Attention(torch.nn.Module):
-        def __init__(self, shared, dtype):
+        def __init__(self):
             super().__init__()
-            self.shared, self.linear = shared, torch.nn.Linear(64, 64, bias=False, dtype=dtype)
+            self.linear = torch.nn.Linear(64, 64, bias=False)
 
         def forward(self, x):
-            x = x.to(self.linear.weight.dtype)[..., None].expand(1, T, 64)
-            q = self.linear(x).view(1, T, 4, 16).transpose(1, 2)
-            k = q[:, :2] if self.shared else q
-            y = torch.nn.functional.scaled_dot_product_attention(q, k, k, is_causal=True,
-                                                                 enable_gqa=self.shared)
+            x = x.float()[..., None].expand(1, T, 64)
+            q = self.linear(x).view(1, T, 4, 16).transpose(1, 2).float()
+            y = torch.nn.functional.scaled_dot_product_attention(
+                q, q[:, :2], q[:, :2], is_causal=True, enable_gqa=True)
             return y.transpose(1, 2).flatten(2)
 
     T, kept = 128, {}
-    for shared, dtype in ((True, torch.float32), (True, torch.bfloat16), (False, torch.float32)):
-        for gpu in (False, True):
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                model = Attention(shared, dtype)
-                x = torch.zeros((1, T), dtype=torch.long)
-                kept[shared, dtype, gpu] = dry_run.saved_bytes(model, [("linear", model.linear)], x, False,
-                                                               gpu=gpu)[0]
-    more = kept[True, torch.float32, True] - kept[True, torch.float32, False]
-    assert 4 * T * T * 4 <= more <= 2.5 * 4 * T * T * 4
-    assert kept[True, torch.bfloat16, True] == kept[True, torch.bfloat16, False]
-    assert kept[False, torch.float32, True] == kept[False, torch.float32, False]
+    for gpu in (False, True):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model, x = Attention(), torch.zeros((1, T), dtype=torch.long)
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                kept[gpu] = dry_run.saved_bytes(model, [("linear", model.linear)], x, autocast, gpu=gpu)[0]
+    pairs = 4 * T * T * 4
+    assert kept[True] < pairs < kept[False] if autocast else pairs < kept[True] == kept[False]
 
 
-def test_a_run_on_more_gpus_is_planned_on_one(monkeypatch):
-    """The second of two processes finds the memory of the one GPU."""
+def test_memory_has_room_for_adamws_step():
+    """foreach makes roots of all second moments at once: counted as they are made."""
+    class Largest(TorchDispatchMode):
+        most = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **kwargs or {})
+            if isinstance(made, (list, tuple)):
+                self.most = max(self.most, sum(x.nbytes for x in made if isinstance(x, torch.Tensor)))
+            return made
+
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.Tanh(), torch.nn.Linear(40, 24))
+    adapters = hd_pissa_extra.attach(model, 2, shards=4)
+    optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0, foreach=True)
+    for s in range(4):
+        with adapters.shard(s):
+            model(torch.ones(3, 24)).sum().backward()
+    with Largest() as seen:
+        optimizer.step()
+    memory, _ = dry_run.needs([(40, 24), (24, 40)], 2000, (0, 0, 0), (0, 0), rank=2, shards=4, processes=1,
+                              exchange="all_reduce")
+    assert memory["the larger of activations and exchange"] == max(seen.most, 4 * 24 * 40)
+    assert seen.most > 4 * 24 * 40
+
+
+@pytest.mark.parametrize("gpus, processes, rank, expected", [
+    (1, 1, 0, (100, "a GPU here")), (2, 2, 1, (101, "a GPU here")),
+    (1, 2, 1, (100, "GPU 0 (GPUs here: 1, processes: 2)")),
+    (2, 8, 1, (100, "GPU 0 (GPUs here: 2, processes: 8)")),
+])
+def test_a_run_on_more_gpus_is_planned_on_one(gpus, processes, rank, expected, monkeypatch):
+    """What is compared with is what is there, and is said. torch asserts an index as this does."""
     def properties(index):
-        assert index == 0, "Invalid device id"
-        return SimpleNamespace(total_memory=2**30)
+        assert index < gpus, "Invalid device id"
+        return SimpleNamespace(total_memory=100 + index)
 
-    for name, value in (("is_available", lambda: True), ("device_count", lambda: 1),
+    for name, value in (("is_available", lambda: True), ("device_count", lambda: gpus),
                         ("get_device_properties", properties)):
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert dry_run.available("cuda") == (2**30, "a GPU like those here")
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert dry_run.available("auto") == expected
+
+
+def test_the_sentence_names_the_gpu_that_is_there(monkeypatch, capsys):
+    where = "GPU 0 (GPUs here: 1, processes: 8)"
+    monkeypatch.setattr(dry_run, "available", lambda device: (80 * 2**30, where))
+    assert train.main(SMALL)["fits"]
+    assert f"against 81920.0 MiB of {where}, of which 4096" in capsys.readouterr().out

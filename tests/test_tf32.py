@@ -156,8 +156,9 @@ def test_a_coarse_fold_is_off_by_less_than_W_rounds():
         moved = folded.double() - W
         off[precision] = [float((x - dW).norm() / dW.norm()) for x in (moved, alone.double())]
         assert abs(float((moved * dW).sum() / dW.square().sum()) - 1) < 5e-4            # the share applied
-    assert off["ieee"][1] < 1e-6 < 1e-4 < off["tf32"][1] < off["ieee"][0]
-    # A CPU that has TF32 of its own is coarse twice. Both errors together, and no other:
+    once = float(((W + dW).float() - W - dW).norm() / dW.norm())        # the least that float32 W can be off
+    assert off["ieee"][1] < 1e-6 < 1e-4 < off["tf32"][1] < once < 1.05 * off["ieee"][0]
+    # A CPU's kernel rounds W once or, where it adds in parts, several times: beside that, TF32 and no more.
     assert off["tf32"][0] < 1.05 * math.hypot(off["ieee"][0], off["tf32"][1])
 
 

@@ -34,13 +34,27 @@ class Grouped(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def attention_of_a_gpu(q, k, v, *args, enable_gqa=False, attend=nn.functional.scaled_dot_product_attention,
-                       **options):
-    """A GPU's kernels let queries share heads of k and v in 16 bits alone, and know no float64: otherwise
-    torch keeps a number for every pair of tokens and every head."""
-    there = q.dtype in (torch.bfloat16, torch.float16) or q.dtype == torch.float32 and not enable_gqa
-    with contextlib.nullcontext() if there else sdpa_kernel(SDPBackend.MATH):
-        return attend(q, k, v, *args, enable_gqa=enable_gqa, **options)
+class Fused(torch.autograd.Function):
+    """What a GPU's kernels of attention keep: no number for a pair of tokens."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, mask):
+        y = v.new_empty((len(q), q.shape[2], q.shape[1], v.shape[-1])).transpose(1, 2)
+        ctx.save_for_backward(q, k, v, mask, y, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return y
+
+
+def attention_of_a_gpu(query, key, value, attn_mask=None, *args, enable_gqa=False,
+                       attend=nn.functional.scaled_dot_product_attention, **options):
+    """torch (up to 2.13) has kernels for 16 bits and float32; in float32 none lets queries share heads of
+    keys. Elsewhere it keeps a number, or several, for every pair of tokens and every head."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
+    if query.dim() == 4 and (query.itemsize == 2 or query.dtype == torch.float32 and not enable_gqa):
+        return Fused.apply(query, key, value, None if attn_mask is None else attn_mask.to(query.dtype))
+    with sdpa_kernel(SDPBackend.MATH):
+        return attend(query, key, value, attn_mask, *args, enable_gqa=enable_gqa, **options)
 
 
 def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool, *, also=(), columns: int = 0,
@@ -170,6 +184,7 @@ def needs(shapes, everything: int, gathered, activations, *, rank: int, shards: 
     own = hd_pissa_numbers(factors, shards, processes, exchange=exchange, basis=basis,
                            micro_batches=micro_batches, **options)
     each = 2 if dtype == "bfloat16" else width                          # bytes of a weight
+    roots = (own["increments"] + also) * width                          # of AdamW's second moments, in a step
     low = 2 * adapted if dtype == "bfloat16" and rounding == "exact" else 0
     cut, (rest, largest, _) = processes if shard_weights else 1, gathered
     whole = (rest + largest) * each + max(0, largest * each - activations[1])   # a second one behind the head
@@ -190,14 +205,16 @@ def needs(shapes, everything: int, gathered, activations, *, rank: int, shards: 
             "sums of increments, for --export_lora": S * factors * width * export_lora,
             "gradients and AdamW moments of --also": 3 * also * width,
             "copies of up to 8 weights, for the rank of dW at the end": watched * width,
-            "the larger of activations and exchange": max(sum(activations), fold)}, own
+            "the larger of activations and exchange": max(sum(activations), fold, roots)}, own
 
 
 def available(device: str) -> tuple[int, str]:
     """Bytes that a process has here, and of what: its GPU's memory, or its share of this machine's."""
     if device != "cpu" and torch.cuda.is_available():       # a run on more GPUs may be planned on one
-        device = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
-        return torch.cuda.get_device_properties(device).total_memory, "a GPU like those here"
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        index = int(os.environ.get("LOCAL_RANK", 0)) if processes <= gpus else 0
+        return torch.cuda.get_device_properties(index).total_memory, (
+            "a GPU here" if processes <= gpus else f"GPU 0 (GPUs here: {gpus}, processes: {processes})")
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")       # a container's
     if limit.is_file() and (text := limit.read_text().strip()).isdigit():

@@ -67,10 +67,10 @@ def sizes(name: str, layers: int, dtype: str, rows: int = 1, tokens: int = 1024,
         return shapes, sum(p.numel() for p in model.parameters()), units, kept
 
 
-def needed(name: str, options: dict, processes: int = 1, gpu: bool = True) -> int:
-    """Bytes of each process. Layers are alike: two and three tell of all."""
+def needed(name: str, options: dict, processes: int = 1, gpu: bool = True, **x) -> int:
+    """Bytes of each process. Layers are alike: two and three tell of all. x: rows and tokens."""
     layers, dtype = MODELS[name][2], options.get("dtype", "float32")
-    two, three = (sizes(name, n, dtype, gpu=gpu) for n in (2, 3))
+    two, three = (sizes(name, n, dtype, gpu=gpu, **x) for n in (2, 3))
     shapes = two[0] + (layers - 2) * two[0][len(two[0]) // 2:]
     everything, kept = (a + (layers - 2) * (b - a) for a, b in ((two[1], three[1]), (two[3][0], three[3][0])))
     units = (two[2][0], two[2][1], layers * two[2][1])
