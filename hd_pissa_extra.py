@@ -232,7 +232,7 @@ def pieces(x: torch.Tensor, order: tuple[int, int, int]) -> torch.Tensor:
 def product(left: torch.Tensor, right: torch.Tensor, rows: slice) -> torch.Tensor:
     """left[rows] right in float32; of bfloat16 pieces a b + a b' + a' b, by tensor cores.
 
-    Off by 4e-6 of dW; float32 W's own rounding is 7e-4 of it at the paper's rate. (TF32: 3e-4.)
+    Off by 4e-6 of dW; W's own rounding to float32 is 3e-4 of it at the paper's rate. (TF32: 2e-4.)
     """
     if left.dtype == torch.bfloat16:
         return torch.mm(left[rows], right, out_dtype=torch.float32)

@@ -251,7 +251,8 @@ def finish(args, model, tokenizer, adapters, held, watched, extra, device, exami
 
 def run(args) -> dict:
     threads = processes.cpu_threads(args.threads, models.is_small(args.model))
-    device = processes.start_processes(args.device, threads, args.timeout)
+    planned = args.dry_run and torch.cuda.is_available()    # perhaps for more GPUs than there are
+    device = processes.start_processes("cpu" if planned else args.device, threads, args.timeout)
     recipes.begin(args, load_model)
     if args.dry_run:
         return dry_run(args, load_model, STEPS)
