@@ -1291,10 +1291,11 @@ def groups_of(optimizer) -> list:
     return [(len(g["params"]), g.get("weight_decay")) for g in optimizer.param_groups]
 
 def moments(adapters, optimizer) -> float:
-    """A number for an optimizer's moments of the increments, 0 if there are none."""
+    """A number for an optimizer's moments of the increments; 0 if there are none, or all are as at first."""
     own = {id(p) for slot in adapters.slots for pair in slot.leaves for p in pair}
     kept = [x for p, state in optimizer.state.items() if id(p) in own for x in state.values()]
-    total = sum(x.double().abs().sum() for x in kept if isinstance(x, torch.Tensor) and x.numel() > 1)
+    total = sum((x - x.flatten()[0]).double().abs().sum() for x in kept
+                if isinstance(x, torch.Tensor) and x.numel() > 1)
     return float(total) if math.isfinite(total) else 0.0
 
 def _before_step(optimizer, *_):
