@@ -250,7 +250,8 @@ class Slot(hd_pissa.Slot):
                 or (W.dtype == torch.float64) != (V.dtype == torch.float64)):
             raise ValueError(f"{self.name}.weight is {self.was}, the first {V.dtype} on {V.device}: load "
                              "weights on one device, in one precision, outside torch.inference_mode")
-        if type(W).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:       # torchao's, say
+        subclass = type(W).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__
+        if subclass and not hasattr(W, "fake_mode"):    # torchao's, say; not torch's own of shapes alone
             raise ValueError(f"{self.name}.weight is {self.was}, which makes a float tensor for every use; "
                              "an update would be lost with it. Load plain weights, or use "
                              f"exclude=['.{self.name}']")

@@ -267,7 +267,7 @@ def test_the_command_runs_all_stages_at_toy_size(tmp_path):
     import gpu as command
     rows = command.main(["--rehearse", "--json", str(tmp_path / "gpu.json"), "--minutes", "30"])
     assert json.loads((tmp_path / "gpu.json").read_text()) == json.loads(json.dumps(rows))
-    names = {name for *_, name in command.STAGES.values()}
+    names = {name for *_, name in command.STAGES.values()} - {"compiled"}       # that needs a GPU
     assert set(rows) == {"about", *names}
     failed = [row for name in names for row in rows[name] if "failed" in row]
     assert not [row for row in failed if "is not installed" not in row["failed"]], failed
