@@ -289,7 +289,6 @@ def test_bad_command_lines(command, tmp_path, capsys):
     assert all(word in message for word in COMMANDS[command]), message
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu(tmp_path, capsys):
     """--device cuda says that there is none."""
     with pytest.raises(SystemExit):

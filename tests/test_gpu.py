@@ -23,8 +23,6 @@ import hd_pissa_extra
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")]
-
 
 def on(device, **options):
     """Weights after five steps of the toy problem in float32, and its adapters."""
@@ -82,7 +80,7 @@ def test_gloo_with_one_process_is_really_asked(options, collectives, tmp_path, m
                                      dict(gradients="global", send="backward"), dict(init="random"),
                                      dict(clip=0.1), dict(basis="resend", bucket_mb=0)])  # fmt: skip
 class TestOnAGpu:
-    pytestmark = gpu
+    pytestmark = pytest.mark.gpu
 
     def test_weights_are_the_cpus_within_rounding(self, options):
         here, there = on("cpu", **options)[0], on("cuda", **options)[0]
@@ -97,7 +95,6 @@ class TestOnAGpu:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 @pytest.mark.parametrize("rounding", ["exact", "stochastic"])
 def test_bfloat16_takes_the_whole_update(rounding):
     """W's change in float32 is dW: for halves to their rounding, at random on average."""
@@ -160,7 +157,6 @@ def test_tritons_kernels_have_the_bits_of_plain_torch():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 @pytest.mark.parametrize("shape", [(1, 1), (37, 45), (4096, 1111)])
 def test_tritons_kernels_have_the_bits_of_plain_torch_on_a_gpu(shape, monkeypatch):
     W, dU = (torch.randn(shape, device="cuda") * 10.0 ** torch.randint(-44, 30, shape, device="cuda")
@@ -176,7 +172,6 @@ def test_tritons_kernels_have_the_bits_of_plain_torch_on_a_gpu(shape, monkeypatc
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 def test_tf32_is_what_is_simulated():
     """tests/tf32.py against the hardware; attach under it has the bits of attach without."""
     if torch.cuda.get_device_capability() < (8, 0):
@@ -217,14 +212,12 @@ def waits(steps: int, dtype) -> int:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 def test_a_step_of_the_loop_waits_once_for_the_gpu():
     """As the rehearsal counts; two runs, so that what the loop's end waits for does not count."""
     assert waits(4, None) - waits(2, None) == 2
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU here")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_fsdp2_on_nccl_changes_no_bit(dtype, tmp_path):
     """One process that shards its weights with itself, against the plain model."""
