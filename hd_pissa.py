@@ -36,7 +36,6 @@ Paper: Wang et al., "HD-PiSSA: High-Rank Distributed Orthogonal Adaptation".
 
 import collections
 import contextlib
-import copy
 import hashlib
 import math
 import os
@@ -55,11 +54,9 @@ from tqdm import tqdm
 # ---- Processes: one process runs the same code, its collectives are the identity -----------------
 
 def world_size() -> int:
-    """Number of processes, 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 def process_index() -> int:
-    """Index of this process, 0 without a process group."""
     return dist.get_rank() if world_size() > 1 else 0
 
 def gather_shards(local: torch.Tensor) -> torch.Tensor:
@@ -70,9 +67,6 @@ def gather_shards(local: torch.Tensor) -> torch.Tensor:
     # torch 2.13 renames the call and warns about the old name
     getattr(dist, "all_gather_single", dist.all_gather_into_tensor)(out, local.contiguous())
     return out
-
-def finite(rows) -> bool:
-    return all(math.isfinite(value) for row in rows for value in row)
 
 def sent(tensor: torch.Tensor, device) -> torch.Tensor:
     """A CPU tensor on `device`: from pinned memory a GPU takes it while the host goes on."""
@@ -192,11 +186,6 @@ class Muted:
         return slot.mute.apply(x, self.weight, self.bias, slot.A, slot.B, slot.dA, slot.dB, slot.s,
                                slot.conv1d, slot.mask if self.training else None)
 
-    def __reduce_ex__(self, protocol):
-        """Pickled or copied it is the plain layer: W holds all that was merged."""
-        state = {key: value for key, value in self.__getstate__().items() if key != "hd_pissa"}
-        return object.__new__, (self.hd_pissa.plain_class,), state
-
 # ---- Direct weight update (section 4.2) ----------------------------------------------------------
 
 def update_factors(A, B, dA, dB) -> tuple[torch.Tensor, torch.Tensor]:
@@ -224,27 +213,38 @@ class Slot:
     Here W is whole on every process, float32 or float64; hd_pissa_extra stores it in other ways.
     """
 
-    mute, dtypes = Mute, (torch.float32, torch.float64)
+    mute, muted, dtypes, mask = Mute, Muted, (torch.float32, torch.float64), None
 
     def __init__(self, name: str, module: nn.Module, adapters, start: int):
         self.name, self.module, self.adapters, self.start = name, module, adapters, start
         self.plain_class, self.conv1d = type(module), not isinstance(module, nn.Linear)
         self.m, self.n = module.weight.shape if self.conv1d else module.weight.T.shape
         self.r, self.s, self.size = adapters.r, adapters.s, adapters.r * (self.m + self.n)
-        self.A = self.B = self.dA = self.dB = self.mask = None      # of the shard that trains now
-        self.leaves, self.was = [], self.kind()                     # (dA, dB) of each local shard
-        W = self.W
-        if W.dtype not in self.dtypes or hasattr(W, "to_local"):
-            raise ValueError(f"{name}.weight is {self.was}: load float32 weights, and attach before they "
-                             "are sharded (bfloat16, FSDP2: hd_pissa_extra.attach)")
-        if not W.is_meta and not torch.isfinite(W).all():
-            raise ValueError(f"{name}.weight holds NaN or Inf; the file is damaged, load it again")
+        if module.weight.dtype not in self.dtypes or hasattr(module.weight, "to_local"):
+            raise ValueError(f"{name}.weight is {type(module.weight).__name__} of {module.weight.dtype}: "
+                             "load float32 weights (bfloat16; FSDP2 afterwards: hd_pissa_extra.attach)")
 
     def views(self, flat: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, m, r) and (rows, r, n) in `rows` of factors, whose columns begin at `offset`."""
-        a, r = self.start - offset, self.r
-        A, B = flat.narrow(1, a, r * self.m), flat.narrow(1, a + r * self.m, r * self.n)
-        return A.view(-1, self.m, r), B.view(-1, r, self.n)
+        A, B = flat[:, self.start - offset:][:, :self.size].split((self.r * self.m, self.r * self.n), 1)
+        return A.view(-1, self.m, self.r), B.view(-1, self.r, self.n)
+
+    @property
+    def W(self) -> torch.Tensor | None:
+        return self.module._parameters.get("weight")
+
+    def before_forward(self, x: torch.Tensor) -> None:
+        """Raise ValueError, or warn, where what trains would not reach W."""
+        adapters, W = self.adapters, self.W
+        if adapters.increments._version != adapters.merged:
+            raise ValueError(UNMERGED)
+        if W is None or W.requires_grad or W.dtype not in self.dtypes:
+            raise ValueError(f"{self.name}.weight was made trainable, cast or replaced after attach; only "
+                             "merge_ changes it: call adapters.detach_(), change it, and attach again")
+        adapters.waiting += self.leaves[adapters.current][0].grad is not None       # of an earlier backward
+        if adapters.waiting == 500 * len(adapters.slots):
+            warnings.warn("500 backwards without adapters.merge_(): does the optimizer hold "
+                          "adapters.parameters(), does the loop merge?", stacklevel=3)
 
     def add_(self, left: torch.Tensor, right: torch.Tensor, share: float) -> None:
         """W += share left right, for factors of all shards."""
@@ -256,104 +256,14 @@ class Slot:
             dist.all_reduce(dU)
         self.module.weight.add_(dU, alpha=share)
 
-    def before_forward(self, x: torch.Tensor) -> None:
-        """Raise ValueError where a step was not merged, or W trains otherwise: nothing would reach it."""
-        if self.adapters.increments._version != self.adapters.merged:
-            raise ValueError(UNMERGED)
-        if self.W is not None and self.W.requires_grad:
-            raise ValueError(f"{self.name}.weight {TRAINABLE}")
+# ---- The adapters --------------------------------------------------------------------------------
 
-    @property
-    def W(self) -> torch.Tensor | None:
-        return self.module._parameters.get("weight")
-
-    def kind(self) -> str:
-        W = self.W
-        return "no parameter" if W is None else f"{type(W).__name__} {W.dtype} {W.device} {(*W.shape,)}"
-
-    def fault(self) -> str:
-        """Why dU would not reach W, or "". Asked before every merge: somebody may have changed W."""
-        if self.kind() != self.was:
-            return (f"is {self.kind()}, was {self.was}; cast, move, parametrize and load before attach "
-                    "(fully_shard after hd_pissa_extra.attach)")
-        return TRAINABLE if self.W.requires_grad else ""
-
-# ---- What a run may get wrong without a word -----------------------------------------------------
-
-LIVE = weakref.WeakSet()        # the adapters that are attached
-TRAINABLE = "was made trainable; only merge_ changes it (train it otherwise after adapters.detach_())"
+LIVE = weakref.WeakSet()        # those that are attached
 UNMERGED = ("increments were filled and not merged, so nothing would reach W; call adapters.merge_() after "
             "every optimizer.step(), before the next forward")
-
-def before_step(optimizer, *_) -> None:
-    """Look at an optimizer's first step on increments, and at whether its last one was merged."""
-    grads = {id(p): p.grad for group in optimizer.param_groups for p in group["params"]}
-    for adapters in list(LIVE):
-        if adapters.ids & grads.keys():
-            if optimizer not in adapters.known:
-                check_optimizer(adapters, optimizer)
-            if optimizer in adapters.stepped:
-                raise ValueError(UNMERGED)
-            adapters.stepped.append(optimizer)
-        elif any(adapters.seen) and all(g is None for g in grads.values()):
-            adapters.vain.add(sum(adapters.seen))       # nothing to do, while more and more gradients wait
-            if len(adapters.vain) > 3:
-                raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose "
-                                 "gradients wait; build the optimizer from adapters.parameters()")
-
-def after_step(optimizer, *_) -> None:
-    """Mark increments as changed: fused optimizers do not do so themselves."""
-    for adapters in list(LIVE):
-        if optimizer in adapters.stepped:
-            torch.autograd.graph.increment_version(adapters.increments)
-
-register_optimizer_step_pre_hook(before_step)
-register_optimizer_step_post_hook(after_step)
-
-def check_optimizer(adapters, optimizer) -> str:
-    """A description of `optimizer`; ValueError unless its step depends on gradients and state alone.
-
-    Increments begin every step at zero. So two copies of it train stand-ins with equal gradients:
-    one lets them move on from 1, the other resets them to zero as merge_ does. Steps must be equal.
-    """
-    name, groups, steps = type(optimizer).__name__, optimizer.param_groups, ([], [])
-    held = {id(p): p.device for group in groups for p in group["params"]}
-    mine = held.keys() & {id(p) for slot in adapters.slots for pair in slot.leaves for p in pair}
-    if world_size() > 1 and (others := len(held.keys() - {i for live in LIVE for i in live.ids})):
-        raise ValueError(f"{name} holds {others} tensors beside the increments: no one adds up their "
-                         "gradients over processes, as hd_pissa_extra.attach(also=...) does")
-    for start, made in zip((1.0, 0.0), steps):
-        stand = {i: torch.full((4, 2), start, dtype=torch.float64, device=d, requires_grad=True)
-                 for i, d in held.items()}
-        probe = object.__new__(type(optimizer))
-        new = {id(hooks): type(hooks)() for key, hooks in vars(optimizer).items() if "hooks" in key}
-        state = collections.defaultdict(dict)
-        if isinstance(optimizer, torch.optim.Adagrad):      # until torch 2.13 it begins with this state
-            state |= {p: dict(step=p.new_zeros(()), sum=torch.zeros_like(p)) for p in stand.values()}
-        new |= stand | {id(optimizer.state): state, id(optimizer): probe}
-        try:
-            vars(probe).update(copy.deepcopy(vars(optimizer), new))
-            for group in probe.param_groups:
-                group["lr"] = max(float(group["lr"]), 0.01)     # a warm-up may begin at 0
-            for t in range(25):
-                before = {i: p.detach().clone() for i, p in stand.items()}
-                for p in stand.values():
-                    p.grad = torch.linspace(1, 2 + t % 3, 8, device=p.device).to(p).view(4, 2)
-                type(probe).step(probe)
-                made += [stand[i].detach() - before[i] for i in mine]
-                torch._foreach_mul_([p.detach() for p in stand.values()], start)
-        except Exception as e:
-            raise ValueError(f"{name} takes no step on a copy ({e}); use AdamW, SGD, RMSprop") from e
-    decays = any(g.get("weight_decay") for g in groups if mine & {id(p) for p in g["params"]})
-    equal = any(map(torch.any, steps[0])) and all(torch.allclose(a, b, 1e-6, 0) for a, b in zip(*steps))
-    if mine and (decays or not equal):
-        raise ValueError(f"{name} {'has weight_decay, which' if decays else 'has a rule that'} reads the "
-                         "parameter, or moves nothing. Increments begin every step at zero: use AdamW with "
-                         "weight_decay=0.0 (the paper's), SGD, RMSprop")
-    adapters.known.add(optimizer)
-    return repr([name, [{k: v for k, v in g.items() if k != "params"} for g in groups]])
-
-# ---- The adapters --------------------------------------------------------------------------------
+# Their steps depend on gradients and state alone, without weight decay. Another belongs here if it
+# reads neither the value nor the size of a parameter; hd_pissa_extra.attach tries out which do.
+OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
 
 class Adapters:
     """HD-PiSSA's state on one process: fixed A_i, B_i, increments, the merge. Made by `attach`.
@@ -371,46 +281,25 @@ class Adapters:
         self.exchange, self.device = "all_gather" if exchange == "auto" else exchange, device
         self.S = self.K // world_size()                 # shards of this process
         self.first = process_index() * self.S           # global index of local shard 0
-        self.step, self.current, self.idle = 0, 0, [0] * self.K
+        self.step, self.current, self.waiting, self.idle = 0, 0, 0, set()
         self.phase, self.slots, width = "empty", [], 0
         for name, module in found:
             self.slots.append(self.Slot(name, module, self, width))
             width += self.slots[-1].size
-        W = found[0][1].weight
-        like = dict(dtype=torch.promote_types(W.dtype, torch.float32), device=device)
+        like = dict(dtype=torch.promote_types(found[0][1].weight.dtype, torch.float32), device=device)
         self.basis = torch.zeros((self.held(), width), **like)      # A_i, B_i of a shard in each row
         self.own = self.basis[self.first:][:self.S] if len(self.basis) == self.K else self.basis
         self.increments = torch.zeros((self.S, width), **like)
         self.merged = self.increments._version
-        self.seen, self.vain = [0] * self.S, set()      # backwards of layers since the last merge
         self.known, self.stepped = weakref.WeakSet(), []            # optimizers: see before_step
         for slot in self.slots:
             A, B = slot.views(self.own)
             slot.factors = [(A[i:i + 1], B[i:i + 1]) for i in range(self.S)]        # (1, m, r), (1, r, n)
-            for i, (dA, dB) in enumerate(zip(*slot.views(self.increments))):
-                # detach: a leaf of its own on the buffer's memory
-                slot.leaves.append((dA.detach().requires_grad_(), dB.detach().requires_grad_()))
-                slot.leaves[i][1].register_post_accumulate_grad_hook(self.note(i))
+            # detach: a leaf of its own on the buffer's memory
+            slot.leaves = [(dA.detach().requires_grad_(), dB.detach().requires_grad_())
+                           for dA, dB in zip(*slot.views(self.increments))]         # (m, r), (r, n)
         self.ids = {id(p) for p in self.parameters()}
         LIVE.add(self)
-
-    def __repr__(self):
-        adapted, why = sum(s.m * s.n for s in self.slots), collections.Counter(self.skipped.values())
-        every = sum(p.numel() for p in self.model.parameters() if not nn.parameter.is_lazy(p))
-        return (f"HD-PiSSA: {len(self.slots)} layers, {adapted:,} weights ({adapted / every:.1%} of the "
-                f"model); {self.K} shards of rank {self.r}, {self.S} here, each trains "
-                f"{self.increments.shape[1]:,} numbers. "
-                f"Left out: {'; '.join(f'{n} x {w}' for w, n in why.items()) or 'nothing'}")
-
-    def note(self, i: int):
-        """A hook that counts backwards of local shard i. It must not hold `self`."""
-        seen, many = self.seen, 500 * len(self.slots)
-        def count(_):
-            seen[i] += 1
-            if seen[i] == many:
-                warnings.warn("500 backwards without adapters.merge_(): does the optimizer hold "
-                              "adapters.parameters(), does the loop merge?", stacklevel=2)
-        return count
 
     def held(self) -> int:
         """Shards whose A_i, B_i stay here: folding factors needs all of them, a dense dU the own."""
@@ -454,16 +343,15 @@ class Adapters:
 
     def squares(self) -> torch.Tensor:
         """Squared 2-norms of the gradients of all K shards, (K,) float64."""
-        zero = torch.zeros((), dtype=torch.float64, device=self.device)
-        return gather_shards(torch.stack([
-            torch.stack(torch._foreach_norm(row)).double().square().sum() if row else zero
-            for row in self.gradients()]))
+        own = torch.zeros(self.S, dtype=torch.float64, device=self.device)
+        for i, row in enumerate(self.gradients()):
+            own[i] = torch.stack(torch._foreach_norm(row)).double().square().sum() if row else 0.0
+        return gather_shards(own)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
         """Scale the gradients of all K shards to a joint 2-norm of at most `max_norm`; what it was."""
-        # Per shard, then in shard order: the sum does not depend on how shards are dealt out.
-        norm = self.squares().sum().sqrt()
+        norm = self.squares().sum().sqrt()      # of shards in their order, however they are dealt out
         if max_norm < math.inf:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0)   # a NaN stays where it is
             for row in filter(None, self.gradients()):
@@ -473,12 +361,30 @@ class Adapters:
     def check(self, optimizer: torch.optim.Optimizer) -> None:
         """Raise ValueError, on every process, for an optimizer that cannot train increments."""
         def look():
-            if lacks := len(self.ids - {id(p) for g in optimizer.param_groups for p in g["params"]}):
-                raise ValueError(f"{type(optimizer).__name__} lacks {lacks} of the {len(self.ids)} "
+            if lacks := self.ids - {id(p) for group in optimizer.param_groups for p in group["params"]}:
+                raise ValueError(f"{type(optimizer).__name__} lacks {len(lacks)} of the {len(self.ids)} "
                                  "increments; build it from adapters.parameters()")
-            return check_optimizer(self, optimizer)
+            return self.look_at(optimizer)
         if len(said := {*everywhere(look)}) > 1:
             raise ValueError(f"processes have different optimizers: {' and '.join(sorted(said))}")
+
+    def look_at(self, optimizer) -> str:
+        """A description of it; ValueError unless its step depends on gradients and its state alone."""
+        name, groups = type(optimizer).__name__, optimizer.param_groups
+        if name not in OPTIMIZERS or any(group.get("weight_decay") for group in groups):
+            raise ValueError(f"{name}, weight_decay={groups[0].get('weight_decay')}: increments begin every "
+                             "step at zero, so a rule that reads the parameter, as weight decay does, goes "
+                             f"wrong; use weight_decay=0.0 and one of {', '.join(OPTIMIZERS)}")
+        self.known.add(optimizer)
+        return repr([name, [{k: v for k, v in group.items() if k != "params"} for group in groups]])
+
+    def agree(self) -> None:
+        """Raise ValueError where the processes have different weights."""
+        sums = everywhere(lambda: [int(t.detach().contiguous().flatten().view(torch.uint8).sum())
+                                   for t in (*self.model.parameters(), *self.model.buffers())])
+        if any(other != sums[0] for other in sums):
+            raise ValueError("parameters or buffers differ between processes: load the same weights on all, "
+                             "and seed what is drawn anew, a head say")
 
     @torch.no_grad()
     def merge_(self, told=None) -> list:
@@ -500,54 +406,52 @@ class Adapters:
     def refuse(self, told=None) -> tuple[list, bool]:
         """Raise where a merge would not do what is meant. `told` of all shards; whether this merge waits:
         gradients are there and no optimizer has stepped, or `told` is not finite."""
-        if self.S * world_size() != self.K:
-            raise ValueError(f"merge_: {self.S} of {self.K} shards on each of {world_size()} processes; call "
-                             "torch.distributed.init_process_group before attach")
-        faults = "; ".join(f"{slot.name}.weight {why}" for slot in self.slots if (why := slot.fault()))
-        flags = [[n > 0 or bool(row), bool(faults)] for n, row in zip(self.seen, self.gradients())]
+        there = torch.tensor([[float(bool(row))] for row in self.gradients()], device="cpu")
         largest = torch.linalg.vector_norm(self.increments, math.inf, dim=1)    # (S,); NaN, Inf survive
-        own = [sent(torch.tensor(flags, dtype=torch.float64, device="cpu"), self.device),
-               largest[:, None].double(), *([] if told is None else [told])]
-        # A (K, 3 + c) gather tells every process the state of every shard, so that all refuse alike.
-        table = gather_shards(torch.cat(own, dim=1)).tolist()                   # waits once
-        trained, faulty, size = zip(*(row[:3] for row in table))
-        told = [row[3:] for row in table]
-        if any(faulty):
-            raise ValueError("merge_: " + max(everywhere(lambda: faults)))
-        if not finite(told):
+        own = [sent(there, self.device), largest[:, None], *([] if told is None else [told])]
+        # A (K, 2 + c) gather tells every process the state of every shard, so that all refuse alike.
+        table = gather_shards(torch.cat([t.double() for t in own], dim=1)).tolist()     # waits once
+        trained, size, *_ = zip(*table)
+        told, shards = [row[2:] for row in table], range(self.K)
+        if not math.isfinite(sum(map(sum, told))):
             return told, True
-        if self.phase in ("empty", "detached"):
-            raise ValueError(f"merge_: the adapters are {self.phase}: call load_state_dict after "
-                             "attach(decompose=None), nothing after detach_()")
-        if without := [i for i, pair in enumerate(zip(trained, size)) if not any(pair)]:
+        if self.phase in ("empty", "detached") or self.S * world_size() != self.K:
+            raise ValueError(f"merge_: the adapters are {self.phase}, {self.S} of {self.K} shards on each of "
+                             f"{world_size()} processes; call init_process_group before attach, "
+                             "load_state_dict after attach(decompose=None), nothing after detach_()")
+        if without := [i for i in shards if not trained[i] and not size[i]]:
             raise ValueError(f"merge_: shards {without} of {self.K} got no gradient since the last merge. "
                              f"Every step trains each shard of a process:\n    for s in range({self.S}):\n"
                              "        with adapters.shard(s):\n            loss_of_mini_batch(s).backward()")
-        if bad := [i for i, value in enumerate(size) if not math.isfinite(value)]:
-            raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched, but "
-                             "the optimizer's state is not: go on from a checkpoint, or with "
-                             "adapters.next_step() and a new optimizer. Lower the learning rate or clip")
+        if bad := [i for i in shards if not math.isfinite(size[i])]:
+            raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched, the "
+                             "optimizer's state is not. Go on from a checkpoint, or after next_step() with a "
+                             "new optimizer; lower the learning rate or clip")
         # A GradScaler that leaves a step out leaves gradients that are not finite: that is not idle.
         squares = [0.0] * self.K if all(size) else self.squares().tolist()
-        calm = all(map(math.isfinite, squares))
-        idle = [calm and value == 0 < square for value, square in zip(size, squares)]
-        self.idle = [n + 1 if still else 0 for n, still in zip(self.idle, idle)]
-        if still := [i for i, n in enumerate(self.idle) if n >= 2]:
+        calm, before = math.isfinite(sum(squares)), self.idle
+        self.idle = {i for i in shards if calm and size[i] == 0 < squares[i]}
+        if still := sorted(before & self.idle):
             raise ValueError(f"merge_: the increments of shards {still} are zero in two successive merges "
-                             "although there are gradients; merge only where optimizer.step() ran "
-                             "(accelerate: if accelerator.sync_gradients), on every process, with all of "
-                             "adapters.parameters() and a learning rate above 0")
-        if self.phase == "filled" and any(size):        # the first update: layers that no backward reached
-            there = [[s.leaves[i][1].grad is not None for s in self.slots] for i in range(self.S)]
-            moved = [self.increments[:, s.start:s.start + s.size].any(dim=1) for s in self.slots]
-            either = torch.stack(moved, dim=1) | sent(torch.tensor(there, device="cpu"), self.device)
-            reached = gather_shards(either).any(dim=0).tolist()         # (K, layers) -> (layers,)
-            dead = [slot.name for slot, yes in zip(self.slots, reached) if not yes]
+                             "although there are gradients; merge only where optimizer.step() ran, on every "
+                             "process, with all of adapters.parameters() and a learning rate above 0")
+        if self.phase == "filled" and any(size):        # the first update
+            self.phase, reached = "running", everywhere(lambda: {
+                slot.name for slot in self.slots for _, dB in slot.leaves if dB.grad is not None or dB.any()})
+            dead = [slot.name for slot in self.slots if slot.name not in set().union(*reached)]
             if dead and process_index() == 0:
-                warnings.warn(f"{len(dead)} of {len(reached)} adapted layers got no gradient, {dead[:4]}: "
+                warnings.warn(f"{len(dead)} of {len(self.slots)} adapted layers got no gradient, {dead[:4]}: "
                               "the model does not call them; leave them out with exclude=", stacklevel=3)
-            self.phase = "running"
-        return told, all(idle) and not self.stepped and self.increments._version == self.merged
+        return told, len(self.idle) == self.K and not self.stepped
+
+    def step_(self, optimizer, told: torch.Tensor) -> list:
+        """optimizer.step() and `merge_`, or an error; `told`, losses and gradient norms, of all shards."""
+        optimizer.step()
+        told = self.merge_(told)        # waits for them, once a step
+        if bad := [i for i, row in enumerate(told) if not math.isfinite(sum(row))]:
+            raise ValueError(f"step {self.step + 1}: not finite: loss of shards {bad} or a gradient; W is "
+                             "untouched. Lower lr, clip, or look at these rows of the batch")
+        return told
 
     def exchange_and_fold(self) -> None:
         """W += share sum_i dU_i: gather the factors and multiply, or multiply and sum the products."""
@@ -567,11 +471,10 @@ class Adapters:
     def next_step(self) -> None:
         """Zero the increments and drop gradients; without merge_ before it, this step is left out."""
         self.increments.zero_()
-        self.merged, self.step = self.increments._version, self.step + 1
+        self.merged, self.step, self.waiting = self.increments._version, self.step + 1, 0
         for p in self.parameters():
             p.grad = None               # a loop that zeroes the model alone would add to them
         self.stepped.clear()
-        self.seen[:], self.vain = [0] * self.S, set()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state: "<module path>.shard<i>.A" and ".B" of this process's shards, i over all."""
@@ -587,12 +490,11 @@ class Adapters:
     def load_state_dict(self, state: dict) -> None:
         """Take A_i, B_i and the step of `state`; ValueError if another run or model has written it."""
         own, there = self.tensors(), state.get("config", {})
-        wrong = [f"{k} is {v} here, {there.get(k)} there" for k, v in self.config.items()
-                 if there.get(k) != v]
+        wrong = [f"{k}: here {v}, there {there.get(k)}" for k, v in self.config.items() if there.get(k) != v]
         wrong += [k for k, t in own.items() if k not in state or state[k].shape != t.shape]
-        wrong += [] if "step" in state else ["step"]
-        if wrong := next(filter(None, everywhere(lambda: ", ".join(wrong[:3]))), None):
-            raise ValueError(f"adapter state of another run or model ({wrong}); attach as that run did")
+        wrong += ["step"] * ("step" not in state)
+        if any(said := everywhere(lambda: ", ".join(wrong[:3]))):
+            raise ValueError(f"adapter state of another run or model ({max(said)}); attach as that run did")
         for name, tensor in own.items():
             tensor.copy_(state[name])
         self.resume(state["step"])
@@ -602,7 +504,7 @@ class Adapters:
         if len(self.basis) > self.S:
             self.basis.copy_(gather_shards(self.own))
         self.next_step()
-        self.step, self.idle, self.phase = step, [0] * self.K, "filled"
+        self.step, self.phase = step, "filled"
 
     def detach_(self) -> None:
         """Make the modules plain again. W keeps what was merged and stays frozen."""
@@ -614,36 +516,48 @@ class Adapters:
             del slot.module.hd_pissa
         self.phase = "detached"
 
+def before_step(optimizer, *_) -> None:
+    """Look at an optimizer before its first step on increments, and at whether its last one was merged."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for adapters in [live for live in LIVE if live.ids & held]:
+        if optimizer not in adapters.known:
+            adapters.look_at(optimizer)
+        if optimizer in adapters.stepped:
+            raise ValueError(UNMERGED)
+        adapters.stepped.append(optimizer)
+
+def after_step(optimizer, *_) -> None:
+    for adapters in [live for live in LIVE if optimizer in live.stepped]:
+        torch.autograd.graph.increment_version(adapters.increments)         # fused ones do not do so
+
+register_optimizer_step_pre_hook(before_step)
+register_optimizer_step_post_hook(after_step)
+
 # ---- Attaching -----------------------------------------------------------------------------------
 
 CHOICES = {"init": ("hd_pissa", "top", "lora"), "aggregate": ("mean", "sum"), "exchange": (
     "auto", "all_gather", "all_reduce"), "schedule": ("cosine", "linear", "constant")}
 HEADS = {"lm_head", "head", "output", "score", "classifier"}
-MUTED: dict[type, type] = {}    # one muted class a plain class: torch.compile sees one kind of layer
+MUTED: dict[tuple, type] = {}   # one muted class a plain class: torch.compile sees one kind of layer
 
-def check_arguments(rank, shards, alpha=None, **choices) -> None:
+def check_arguments(rank: int, shards: int, alpha=None, **choices) -> None:
     """Raise ValueError for arguments of `attach` that no model could be trained with."""
-    world = world_size()
+    world, started = world_size(), int(os.environ.get("WORLD_SIZE", 1))
     for name, value in choices.items():
         if value not in CHOICES[name]:
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(CHOICES[name])}")
-    for name, value in (("rank", rank), ("shards", shards)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r}: must be a whole number, 1 or more")
+    whole = all(isinstance(x, int) and x >= 1 for x in (rank, shards))
+    if not whole or not (alpha is None or isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
+        raise ValueError(f"{rank=}, {shards=} must be whole numbers from 1 on, {alpha=} above 0 or None")
     if shards % world:
-        raise ValueError(f"shards={shards} is not a multiple of the {world} processes; use "
+        raise ValueError(f"{shards=} is not a multiple of the {world} processes; use "
                          f"shards={max(1, shards // world) * world} or another number of processes")
-    if alpha is not None and not (isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
-        raise ValueError(f"alpha={alpha!r}: gradients are scaled by alpha/rank; use more than 0, or None")
-    if world == 1 < int(os.environ.get("WORLD_SIZE", 1)) and not dist.is_initialized():
-        raise ValueError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but no process group: each process would "
-                         "train alone; call torch.distributed.init_process_group before attach")
+    if world == 1 < started and not dist.is_initialized():
+        raise ValueError(f"WORLD_SIZE={started}, but no process group: each process would train alone; "
+                         "call torch.distributed.init_process_group before attach")
 
-def uses_of(modules) -> collections.Counter:
-    """How many of the modules hold the weight that lies at each address: more than one, and it is tied."""
-    return collections.Counter(place(p) for x in modules for p in x._parameters.values() if p is not None)
-
-def place(p: torch.Tensor):
+def place(p: torch.Tensor) -> int:
+    """Where a parameter lies: modules that hold one there are tied."""
     return type(p) is nn.Parameter and p.data_ptr() or id(p)
 
 def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int = 1):
@@ -653,79 +567,39 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
                         alone); targets also "all-linear"
     least               components that a layer must have; "all-linear" leaves out those with fewer
     """
-    targets, exclude = ([x] if isinstance(x, str) else [*x] for x in (targets, exclude))
-    found, skipped, used, named = [], {}, set(), dict(model.named_modules())
-    linear = [name for name, module in named.items() if isinstance(module, nn.Linear)]
+    targets, exclude = ({x} if isinstance(x, str) else {*x} for x in (targets, exclude))
+    found, skipped, used = [], {}, set()
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+              or (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None and linear and HEADS & {linear[-1].split(".")[i] for i in (0, -1)}:
-        head = named[linear[-1]]        # it ends the model
-    uses = uses_of(named.values())
-    attention = {id(x.out_proj) for x in named.values() if isinstance(x, nn.MultiheadAttention)}
-    for name, module in named.items():
-        kind, W = type(module), module._parameters.get("weight")
-        conv1d = kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-        if not conv1d and not isinstance(module, nn.Linear):
-            skipped |= {f"{name}.{key}": "a 3-D parameter (experts: hd_pissa_extra.attach)"
-                        for key, p in module._parameters.items()
-                        if not isinstance(module, nn.modules.conv._ConvNd) and p is not None
-                        and not nn.parameter.is_lazy(p) and p.dim() == 3 and min(p.shape) > 1}
-            continue
+    if head is None and linear and HEADS & {[*linear][-1].split(".")[i] for i in (0, -1)}:
+        head = [*linear.values()][-1]       # it ends the model
+    uses = collections.Counter(
+        place(p) for x in model.modules() for p in x._parameters.values() if p is not None)
+    for name, module in linear.items():
         hits, outs = ({t for t in ts if f".{name}" == t or f".{name}".endswith(f".{t}")}
                       for ts in (targets, exclude))
         used |= hits | outs
-        lazy = W is not None and nn.parameter.is_lazy(W)
-        plain = "forward" not in vars(module) and (conv1d or kind.forward is nn.Linear.forward)
-        plain = plain and W is not None and not lazy and W.dim() == 2
-        small = plain and min(W.shape) < least
-        reasons = {
-            "in exclude": outs, "not in targets": not ("all-linear" in targets or hits),
-            "nn.MultiheadAttention reads its weight and never calls it": id(module) in attention,
-            "no shape yet: run one forward before attach": lazy,
-            "a weight or a forward of its own kind": not plain,
-            "tied weight": plain and uses[place(W)] > 1, "output head": module is head and not hits,
-            f"fewer than K r = {least} components": small and not hits}
+        W, size, kind = module._parameters.get("weight"), min(module.weight.shape), type(module)
+        own = "forward" in vars(module) or kind.forward is not nn.Linear.forward and kind.__name__ != "Conv1D"
+        reasons = {"in exclude": outs, "not in targets": not ("all-linear" in targets or hits),
+                   "a weight or a forward of its own kind": own or W is None,
+                   "tied weight": uses[place(module.weight)] > 1, "output head": module is head and not hits,
+                   f"fewer than K r = {least} components": size < least and not hits}
         if reason := next((reason for reason, holds in reasons.items() if holds), None):
             skipped[name] = reason
-        elif small:
-            raise ValueError(f"{name} is {(*W.shape,)}: K r = {least} components are needed, it has "
-                             f"{min(W.shape)}; lower rank or shards, or use exclude=[{'.' + name!r}]")
+        elif size < least:
+            raise ValueError(f"{name}: K r = {least} components are needed, it has {size}; lower rank or "
+                             f"shards, or use exclude=[{'.' + name!r}]")
         else:
             found.append((name, module))
-    if unused := sorted(({*targets} - {"all-linear"} | {*exclude}) - used):
+    if unused := sorted((targets | exclude) - used - {"all-linear"}):
         raise ValueError(f"{unused[0]!r} (targets, exclude) ends no linear layer's name; they end in "
                          f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}")
     if not found:
-        small = [min(named[name].weight.shape) for name, why in skipped.items() if "fewer" in why]
         left_out = ", ".join(f"{name} ({why})" for name, why in [*skipped.items()][:8]) or "none"
-        raise ValueError(f"no layer to adapt, of {left_out}. Name others in targets"
-                         + (f"; K r may be {max(small)} at most" if small else ""))
+        raise ValueError(f"no layer to adapt, of {left_out}. Name others in targets, or lower K r")
     return found, skipped
-
-def checksum(tensor: torch.Tensor, start: int = 0) -> int:
-    """sum_p bits[p] (2p + 1) mod 2^64 over positions p = start, start + 1, ..., as a signed number.
-
-    Positions weigh, so that two swapped numbers show; sums of a tensor's parts add up to the whole's.
-    """
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for part in tensor.detach().contiguous().flatten().view(bits).split(1 << 20):
-        at = torch.arange(start, start + len(part), device=tensor.device)
-        total, start = total + (part.long() * (2 * at + 1)).sum(), start + len(part)
-    return int(total)
-
-def send_model(model: nn.Module, device: torch.device) -> None:
-    """Give all processes process 0's parameters and buffers, as DDP does, where checksums differ."""
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if not (
-        t.is_meta or hasattr(t, "to_local") or nn.parameter.is_lazy(t))]
-    sums = everywhere(lambda: [checksum(t) for t in tensors]) if world_size() > 1 else []
-    other = [t for t, of_all in zip(tensors, zip(*sums)) if len({*of_all}) > 1]
-    for t in other:
-        whole = t.detach().to(device).contiguous()
-        dist.broadcast(whole.flatten().view(torch.uint8), src=0)
-        t.copy_(whole)
-    if other and process_index() == 0:
-        warnings.warn(f"{len(other)} of {len(tensors)} parameters and buffers differed between processes; "
-                      "all have those of process 0 now", stacklevel=3)
 
 def deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
     """Fill A_i, B_i. Each weight is decomposed by exactly one process and sent to the others.
@@ -766,48 +640,40 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
     alpha       s = alpha / rank scales the adapter as in PEFT; None: s = 1
     aggregate   "mean" (the paper, 1/K) or "sum" (the published code; a K times larger step)
     exchange    "all_gather" (factors), "all_reduce" (dense dU), "auto" (fewer bytes: all_gather)
-    seed        of the random draws
-    decompose   `components` or a function like it, a cache say; None: load_state_dict follows
+    seed        of the random draws; decompose: `components` or a function like it, a cache say
     make        `Adapters` or its like; hd_pissa_extra.attach makes its own
 
-    Module classes change, names and state_dict keys do not. Call it when the model is on its device.
-    Raises ValueError, on every process alike, for what cannot be trained.
+    Module classes change, names and state_dict keys do not. Raises ValueError, on every process alike.
     """
-    config, made = dict(rank=rank, shards=world_size() if shards is None else shards, init=init, alpha=alpha,
-                        aggregate=aggregate), []
+    shards = world_size() if shards is None else shards
+    config, made = dict(rank=rank, shards=shards, init=init, alpha=alpha, aggregate=aggregate), []
     def build():
-        check_arguments(rank, config["shards"], alpha, init=init, aggregate=aggregate, exchange=exchange)
-        for name, module in model.named_modules():
-            if isinstance(module, Muted) or type(module).__module__.startswith("peft."):
-                raise ValueError(f"{name or 'the model'} has adapters of HD-PiSSA or PEFT already; call "
-                                 "detach_() on the former, or PEFT's merge_and_unload() (prompts: take "
-                                 "get_base_model(); layers put into a plain model: load it anew)")
-        least = rank * (1 if init == "top" else config["shards"])
+        check_arguments(rank, shards, alpha, init=init, aggregate=aggregate, exchange=exchange)
+        if names := [name for name, module in model.named_modules() if isinstance(module, Muted)
+                     or type(module).__module__.startswith("peft.")]:
+            raise ValueError(f"{names[0] or 'the model'} has adapters of HD-PiSSA or PEFT already; call "
+                             "detach_() on the former, merge_and_unload() on the latter")
+        least = rank * (1 if init == "top" else shards)
         found, skipped = getattr(make, "find_layers", find_layers)(model, targets, exclude, least)
-        if decompose is not None and found[0][1].weight.is_meta:
-            raise ValueError(f"{found[0][0]}.weight is on the meta device: load the weights first")
         made.append(make(model, found, skipped, config, exchange, seed, found[0][1].weight.device))
-        shapes = [(name, (*p.shape,), str(p.dtype)) for named in (model.named_parameters(),
-                  model.named_buffers()) for name, p in named if not nn.parameter.is_lazy(p)]
-        return [*config.items(), exchange, seed, ("decompose=None", decompose is None), made[0].agreed,
-                *(name for name, _ in found), *shapes, "end"]
-    first, *others = everywhere(build)
-    for i, other in enumerate(others, 1):
-        for here, there in zip(first, other):
-            if here != there:
-                raise ValueError(f"processes disagree: process 0 attaches {here}, process {i} {there}; start "
-                                 "all with the same command and model")
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        return [*config.items(), exchange, seed, decompose is None, made[0].agreed, *(x for x, _ in found),
+                *((name, (*t.shape,), t.dtype) for name, t in tensors), "end"]
+    for here, *there in zip(*everywhere(build)):
+        if {*there} - {here}:
+            raise ValueError(f"processes disagree: process 0 attaches {here}, others {there}; start all with "
+                             "the same command and model")
     adapters, = made
-    send_model(model, adapters.device)
+    if world_size() > 1:
+        adapters.agree()
     if decompose is not None:
         with torch.autocast(adapters.device.type, enabled=False):
             deal(adapters, init, decompose, progress)
     for p in model.parameters():
-        p.requires_grad = False         # lazy ones too, which requires_grad_ refuses
+        p.requires_grad = False
     for slot in adapters.slots:
-        plain, slot.module.hd_pissa = slot.plain_class, slot
-        muted = type(f"Muted{plain.__name__}", (Muted, plain), {})
-        slot.module.__class__ = MUTED.setdefault(plain, muted)
+        key, slot.module.hd_pissa = (slot.muted, slot.plain_class), slot
+        slot.module.__class__ = MUTED.setdefault(key, type(f"Muted{key[1].__name__}", key, {}))
     adapters.select(0)
     return adapters
 
@@ -861,7 +727,7 @@ def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float = 0.03,
           schedule: str = "cosine", max_grad_norm: float = 0.0, micro_batch_size: int = 8, device="cpu",
-          autocast=False, optimizer=None, start: int = 0, skip_nonfinite: int = 0, progress=True):
+          autocast=False, optimizer=None, start: int = 0, progress=True):
     """Fine-tune `model` and yield a record a step: step, loss, lr, grad_norm, tokens_per_second.
 
     adapters          from `attach`, or a baseline with the same interface
@@ -872,7 +738,6 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
     micro_batch_size  rows a forward; autocast: its matmuls in bfloat16, weights as they are
     optimizer         its groups keep their own peak rates; None: AdamW without weight decay
     start             steps done before, when a run goes on; `batches` begins behind them
-    skip_nonfinite    steps with a NaN or infinite loss or gradient that are dropped before an error
 
     A shard minimises the mean over its own response tokens; with `whole_batch`, that of the step batch.
     """
@@ -883,72 +748,51 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
     optimizer = optimizer or torch.optim.AdamW(adapters.parameters(), lr, weight_decay=0.0, foreach=True)
     adapters.check(optimizer)
     peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
-    K, S, first, device = adapters.K, adapters.S, adapters.first, torch.device(device)
+    K, S, device, step = adapters.K, adapters.S, torch.device(device), start
     bar = tqdm(total=max_steps, initial=start, desc="train", unit="step",
                disable=process_index() > 0 or not progress)
-    model.train()
-    step = start
     for step, batch in zip(range(start + 1, max_steps + 1), batches):
+        model.train()                   # whoever takes the records may evaluate in between
         began, size = time.perf_counter(), len(batch) // K
-        if not model.training:          # whoever takes the records may evaluate in between
-            model.train()
         counts = [len(y) - y.count(-100) for y in map(targets_of, batch)]   # tokens with loss of each row
         if size * K != len(batch) or not all(counts):
             raise ValueError(f"step {step}: {len(batch)} rows for {K} shards, {counts.count(0)} of them cut "
                              "before their response; every shard needs as many, and whole ones")
+        rows = seed_of([row[0] for row in batch]) if step == start + 1 else 0
+        if rows and len({*everywhere(lambda rows=rows: rows)}) > 1:
+            raise ValueError("the processes have different rows; give all of them the same batches, each "
+                             "takes its shards' rows itself")
 
         # Local backward: each shard of this process on its own mini-batch.
-        losses = torch.zeros(S, dtype=torch.float64, device=device)
-        for i in range(S):
-            own = slice((first + i) * size, (first + i + 1) * size)
-            norm = sum(counts) if adapters.whole_batch else sum(counts[own])
+        told = torch.zeros((S, 2), dtype=torch.float64, device=device)      # loss, gradient norm
+        for i, shard in enumerate(range(adapters.first, adapters.first + S)):
+            own = slice(shard * size, (shard + 1) * size)
+            tokens = sum(counts) if adapters.whole_batch else sum(counts[own])
             for a in range(0, size, micro_batch_size):
                 x, y = pad(batch[own][a:a + micro_batch_size], device)
                 # The model's own dropout draws from torch's generator: by step, shard and row, nothing
                 # else. It is put back: a data loader that draws from it deals alike on every process.
                 with adapters.shard(i), torch.random.fork_rng([device] if device.type == "cuda" else []):
-                    torch.manual_seed(seed_of(adapters.seed, step, first + i, a))
+                    torch.manual_seed(seed_of(adapters.seed, step, shard, a))
                     with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                         # logits (b, t, vocabulary), without a name: the backward lets go of them
                         loss = F.cross_entropy(logits_of(model, x).flatten(0, 1), y.flatten(),
                                                reduction="sum")
-                    (loss / norm).backward()
-                losses[i] += loss.detach()
-        norm = adapters.clip_grad_norm_(max_grad_norm or math.inf)
-        alike = seed_of([hash(tuple(map(int, row[0]))) for row in batch]) % 2**52       # on every process
-        told = torch.stack((losses, norm.to(losses).expand(S), torch.full_like(losses, alike)), dim=1)
-        # merge_ reads it with its own flags, in the one wait of a step. A NaN has then reached the
-        # optimizer's state: where steps may be left out, or no merge protects W, it is read before.
-        early = skip_nonfinite > 0 or not isinstance(adapters, Adapters)
-        rows = gather_shards(told).tolist() if early else []                    # K of (loss, norm, rows)
+                    (loss / tokens).backward()
+                told[i, 0] += loss.detach()
+        told[:, 1] = adapters.clip_grad_norm_(max_grad_norm or math.inf)
 
         # AdamW turns gradients into dA_i, dB_i; all shards go into the one W.
-        factor = lr_factor(step - 1, max_steps, warmup, schedule)
-        if finite(rows):
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * factor
-            optimizer.step()
-            rows = adapters.merge_(told)
-        sums, grad_norm = [row[0] for row in rows], rows[0][1]
-        if len({row[2] for row in rows}) > 1:
-            raise ValueError(f"step {step}: the processes have different rows; give all of them the same "
-                             "batches, each takes its shards' rows itself")
-        if not finite(rows):
-            bad = [i for i, value in enumerate(sums) if not math.isfinite(value)]
-            text = f"step {step}: not finite: loss of shards {bad} or a gradient; W is untouched by this step"
-            adapters.next_step()
-            if (skip_nonfinite := skip_nonfinite - 1) < 0:
-                raise ValueError(f"{text}. Lower lr, clip, or look at these rows of the batch")
-            bar.write(text)
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = peak * lr_factor(step - 1, max_steps, warmup, schedule)
+        losses, norms = zip(*adapters.step_(optimizer, told))               # of all K shards
         optimizer.zero_grad(set_to_none=True)
 
-        loss = sum(sums) / sum(counts)                                  # token mean over the step batch
+        loss, rate = sum(losses) / sum(counts), float(optimizer.param_groups[0]["lr"])      # token mean
         speed = sum(len(row[0]) for row in batch) / (time.perf_counter() - began)
-        rate = float(optimizer.param_groups[0]["lr"])
         bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:.0f} tokens/s", refresh=False)
         bar.update()
-        yield dict(step=step, loss=loss, lr=rate, grad_norm=grad_norm, tokens_per_second=speed)
+        yield dict(step=step, loss=loss, lr=rate, grad_norm=norms[0], tokens_per_second=speed)
     bar.close()
     if step < max_steps:
-        warnings.warn(f"batches ended after step {step} of {max_steps}, in the middle of the schedule",
-                      stacklevel=2)
+        warnings.warn(f"batches ended after step {step} of {max_steps}", stacklevel=2)

@@ -15,6 +15,7 @@ hd_pissa.py knows nothing of this file. Notation as there.
 
 import collections
 import contextlib
+import copy
 import functools
 import math
 import os
@@ -238,14 +239,25 @@ def product(left: torch.Tensor, right: torch.Tensor, rows: slice) -> torch.Tenso
         return torch.mm(left[rows], right, out_dtype=torch.float32)
     return left[rows] @ right
 
+TRAINABLE = "was made trainable; only merge_ changes it (train it otherwise after adapters.detach_())"
+
+class Muted(hd_pissa.Muted):
+    """Pickled or copied it is the plain layer: W holds all that was merged."""
+
+    def __reduce_ex__(self, protocol):
+        state = {key: value for key, value in self.__getstate__().items() if key != "hd_pissa"}
+        return object.__new__, (self.hd_pissa.plain_class,), state
+
 class Slot(hd_pissa.Slot):
     """A layer whose W may be bfloat16, with its exact rest in `low`, or sharded by FSDP2 after attach."""
 
-    dtypes = (torch.float32, torch.float64, torch.bfloat16)
+    muted, dtypes = Muted, (torch.float32, torch.float64, torch.bfloat16)
 
     def __init__(self, *args):
         super().__init__(*args)
-        W, V = self.W, [*self.adapters.slots, self][0].W
+        W, V, self.was = self.W, [*self.adapters.slots, self][0].W, self.kind()
+        if not W.is_meta and not torch.isfinite(W).all():
+            raise ValueError(f"{self.name}.weight holds NaN or Inf; the file is damaged, load it again")
         if (W.is_inference() or W.device != V.device
                 or (W.dtype == torch.float64) != (V.dtype == torch.float64)):
             raise ValueError(f"{self.name}.weight is {self.was}, the first {V.dtype} on {V.device}: load "
@@ -369,6 +381,8 @@ class Slot(hd_pissa.Slot):
 
     def before_forward(self, x) -> None:
         """Also where another thread trains a shard, or this layer is recomputed for the wrong one."""
+        if self.W is not None and self.W.requires_grad:
+            raise ValueError(f"{self.name}.weight {TRAINABLE}")
         super().before_forward(x)
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing():
             raise NotImplementedError("torch.func and torch.jit.trace cannot look into a muted layer; call "
@@ -392,8 +406,12 @@ class Slot(hd_pissa.Slot):
                              "torch.autocast, or cast the rest of it too (parameters but those of also=, no "
                              "buffers)")
 
+    def kind(self) -> str:
+        W = self.W
+        return "no parameter" if W is None else f"{type(W).__name__} {W.dtype} {W.device} {(*W.shape,)}"
+
     def fault(self) -> str:
-        """Also where the layer was replaced, or W is another module's too."""
+        """Why dU would not reach W, or "". Asked before every merge: somebody may have changed W."""
         W, uses = self.W, self.adapters.uses
         if id(getattr(self, "owner", self.module)) not in self.adapters.there:
             return "is of a layer that was replaced"
@@ -401,16 +419,18 @@ class Slot(hd_pissa.Slot):
         b = a + self.adapters.increments.nbytes
         if not all(a <= p.data_ptr() < b for pair in self.leaves for p in pair):
             return "would miss increments that were replaced (p.data = ...); change them in place"
-        if not hasattr(W, "to_local"):
-            return super().fault() or ("is another module's too; tie before attach"
-                                       if uses[hd_pissa.place(W)] > 1 else "")
+        if not hasattr(W, "to_local") and self.kind() != self.was:
+            return (f"is {self.kind()}, was {self.was}; cast, move, parametrize and load before attach "
+                    "(fully_shard after hd_pissa_extra.attach)")
+        if not hasattr(W, "to_local") and uses[hd_pissa.place(W)] > 1:
+            return "is another module's too; tie before attach"
         if W.dtype != self.dtype:
             return f"is {W.dtype}, was {self.dtype}; cast before attach"
         try:
             own_rows(W)
         except ValueError as e:
             return f"cannot be merged: {e}"
-        return hd_pissa.TRAINABLE if W.requires_grad else ""
+        return TRAINABLE if W.requires_grad else ""
 
 def stored(slot) -> tuple[torch.Tensor, slice]:
     """W of a slot to its last bit, of the rows on this process, and which these are."""
@@ -691,7 +711,7 @@ class MuteExperts(torch.autograd.Function):
         return None, None, *(g.reshape(shape).to(ctx.like, copy=True)
                              for side, shape in zip((gA, gB), ctx.shapes) for g in side)
 
-class MutedExperts(hd_pissa.Muted):
+class MutedExperts(Muted):
     """Mixed in front of a module that owns stacks: in its forward, reading one gives the muted stack."""
 
     def forward(self, *args, **kwargs):
@@ -727,6 +747,11 @@ def muted_class(plain: type, keys: tuple[str, ...]) -> type:
 def ends(name: str, suffix: str) -> bool:
     return f".{name}" == suffix or f".{name}".endswith(f".{suffix}")
 
+def uses_of(modules) -> collections.Counter:
+    """How many of the modules hold the weight that lies at each place: more than one, and it is tied."""
+    return collections.Counter(
+        hd_pissa.place(p) for x in modules for p in x._parameters.values() if p is not None)
+
 def suffixes(given) -> list[str]:
     """`targets` or `exclude` as a list."""
     single = isinstance(given, str) or not hasattr(given, "__iter__")
@@ -737,7 +762,7 @@ def suffixes(given) -> list[str]:
 
 def find_experts(model: nn.Module, targets: list, exclude: list, least: int):
     """(name, Expert) of each matrix in a stack, {name: reason} of stacks left out, suffixes that hit one."""
-    found, skipped, used, uses = [], {}, set(), hd_pissa.uses_of(model.modules())
+    found, skipped, used, uses = [], {}, set(), uses_of(model.modules())
     weights = sum(p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p))
     for path, module, key, p in stacks(model):
         name = f"{path}.{key}".lstrip(".")
@@ -795,11 +820,14 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
                     for ts in (targets, exclude))
     # A layer of another kind may be excluded, as the remedy below prints it.
     leave = [t for t in leave if any(ends(x, t) for x in linear) or not any(ends(x, t) for x in named)]
-    heads = [name for name in heads_of(model, linear) if not any(ends(name, t) for t in names)]
+    apart = {name: "output head" for name in heads_of(model, linear) if not any(ends(name, t) for t in names)}
+    called = {id(x.out_proj) for x in named.values() if isinstance(x, nn.MultiheadAttention)}
+    apart |= {name: "nn.MultiheadAttention reads its weight and never calls it"
+              for name, module in linear.items() if id(module) in called}
     layers, skipped = [], dict.fromkeys(linear, "not in targets")
     if names and linear or not found:           # not where experts alone are meant
-        layers, skipped = hd_pissa.find_layers(model, names, [*leave, *(f".{x}" for x in heads)], least)
-    skipped |= {name: "output head" for name in heads
+        layers, skipped = hd_pissa.find_layers(model, names, [*leave, *(f".{x}" for x in apart)], least)
+    skipped |= {name: why for name, why in apart.items()
                 if name in skipped and not any(ends(name, t) for t in leave)}
     shared = overlapping(model)
     taken = {hd_pissa.place(slot.W) for live in hd_pissa.LIVE for slot in live.slots
@@ -828,6 +856,34 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
     adapted = {name.rpartition(".")[0] for name, _ in found}
     return layers + found, {k: why for k, why in (skipped | stacked).items() if k not in adapted}
 
+# ---- The same weights on all processes -----------------------------------------------------------
+
+def checksum(tensor: torch.Tensor, start: int = 0) -> int:
+    """sum_p bits[p] (2p + 1) mod 2^64 over positions p = start, start + 1, ..., as a signed number.
+
+    Positions weigh, so that two swapped numbers show; sums of a tensor's parts add up to the whole's.
+    """
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in tensor.detach().contiguous().flatten().view(bits).split(1 << 20):
+        at = torch.arange(start, start + len(part), device=tensor.device)
+        total, start = total + (part.long() * (2 * at + 1)).sum(), start + len(part)
+    return int(total)
+
+def send_model(model: nn.Module, device: torch.device) -> None:
+    """Give all processes process 0's parameters and buffers, as DDP does, where checksums differ."""
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if not (
+        t.is_meta or hasattr(t, "to_local") or nn.parameter.is_lazy(t))]
+    sums = everywhere(lambda: [checksum(t) for t in tensors]) if world_size() > 1 else []
+    other = [t for t, of_all in zip(tensors, zip(*sums)) if len({*of_all}) > 1]
+    for t in other:
+        whole = t.detach().to(device).contiguous()
+        dist.broadcast(whole.flatten().view(torch.uint8), src=0)
+        t.copy_(whole)
+    if other and hd_pissa.process_index() == 0:
+        warnings.warn(f"{len(other)} of {len(tensors)} parameters and buffers differed between processes; "
+                      "all have those of process 0 now", stacklevel=3)
+
 # ---- Adapters for long and large runs ------------------------------------------------------------
 
 class Adapters(hd_pissa.Adapters):
@@ -846,6 +902,7 @@ class Adapters(hd_pissa.Adapters):
         self.owner, self.lock = None, threading.RLock()             # of the thread inside shard()
         self.groups = weakref.WeakKeyDictionary()                   # of optimizers
         self.states, self.loaded = weakref.WeakKeyDictionary(), 0.0     # of optimizers: see `moments`
+        self.vain, self.skip_nonfinite = set(), 0       # see _before_step, step_
         self.left = None                        # norm of the increments that an optimizer left
         self.there, self.uses = {}, {}                              # modules and weights: see Slot.fault
         self.agreed = repr((basis, bucket_mb, rounding, send, [*also]))     # by all processes
@@ -865,6 +922,14 @@ class Adapters(hd_pissa.Adapters):
             self.catch()
         if init == "random":
             self.phase = "filled"       # there is nothing to decompose, send, keep or load
+
+    def __repr__(self):
+        adapted, why = sum(s.m * s.n for s in self.slots), collections.Counter(self.skipped.values())
+        every = sum(p.numel() for p in self.model.parameters() if not nn.parameter.is_lazy(p))
+        return (f"HD-PiSSA: {len(self.slots)} layers, {adapted:,} weights ({adapted / every:.1%} of the "
+                f"model); {self.K} shards of rank {self.r}, {self.S} here, each trains "
+                f"{self.increments.shape[1]:,} numbers. "
+                f"Left out: {'; '.join(f'{n} x {w}' for w, n in why.items()) or 'nothing'}")
 
     def held(self) -> int:
         """Whole-batch gradients need A_i, B_i of all K shards at every backward; a seed makes all of them."""
@@ -898,6 +963,65 @@ class Adapters(hd_pissa.Adapters):
     def check(self, optimizer) -> None:
         super().check(optimizer)
         self.groups[optimizer] = groups_of(optimizer)
+
+    def look_at(self, optimizer) -> str:
+        """As in hd_pissa.py, by what it does instead of its name.
+
+        Increments begin every step at zero. So two copies of it train stand-ins with equal gradients:
+        one lets them move on from 1, the other resets them to zero as merge_ does. Steps must be equal.
+        """
+        name, groups = type(optimizer).__name__, optimizer.param_groups
+        held = {id(p): p.device for group in groups for p in group["params"]}
+        own = held.keys() & {id(p) for slot in self.slots for pair in slot.leaves for p in pair}
+        others = len(held.keys() - {i for live in hd_pissa.LIVE for i in live.ids})
+        if world_size() > 1 and others:
+            raise ValueError(f"{name} holds {others} tensors beside the increments: no one adds up their "
+                             "gradients over processes, as hd_pissa_extra.attach(also=...) does")
+        steps = [], []
+        for start, made in zip((1.0, 0.0), steps):
+            stand = {i: torch.full((4, 2), start, dtype=torch.float64, device=d, requires_grad=True)
+                     for i, d in held.items()}
+            probe = object.__new__(type(optimizer))
+            new = {id(hooks): type(hooks)() for key, hooks in vars(optimizer).items() if "hooks" in key}
+            state = collections.defaultdict(dict)
+            if isinstance(optimizer, torch.optim.Adagrad):      # until torch 2.13 it begins with this state
+                state |= {p: dict(step=p.new_zeros(()), sum=torch.zeros_like(p)) for p in stand.values()}
+            new |= stand | {id(optimizer.state): state, id(optimizer): probe}
+            try:
+                vars(probe).update(copy.deepcopy(vars(optimizer), new))
+                for group in probe.param_groups:
+                    group["lr"] = max(float(group["lr"]), 0.01)     # a warm-up may begin at 0
+                for t in range(25):
+                    before = {i: p.detach().clone() for i, p in stand.items()}
+                    for p in stand.values():
+                        p.grad = torch.linspace(1, 2 + t % 3, 8, device=p.device).to(p).view(4, 2)
+                    type(probe).step(probe)
+                    made += [stand[i].detach() - before[i] for i in own]
+                    torch._foreach_mul_([p.detach() for p in stand.values()], start)
+            except Exception as e:
+                raise ValueError(f"{name} takes no step on a copy ({e}); use AdamW, SGD, RMSprop") from e
+        decays = any(g.get("weight_decay") for g in groups if own & {id(p) for p in g["params"]})
+        equal = any(map(torch.any, steps[0])) and all(
+            torch.allclose(a, b, 1e-6, 0) for a, b in zip(*steps))
+        if own and (decays or not equal):
+            raise ValueError(f"{name} {'has weight_decay, which' if decays else 'has a rule that'} reads the "
+                             "parameter, or moves nothing. Increments begin every step at zero: use AdamW "
+                             "with weight_decay=0.0 (the paper's), SGD, RMSprop")
+        self.known.add(optimizer)
+        return repr([name, [{k: v for k, v in g.items() if k != "params"} for g in groups]])
+
+    def agree(self) -> None:
+        """Give all processes process 0's parameters and buffers, as DDP does, where checksums differ."""
+        send_model(self.model, self.device)
+
+    def step_(self, optimizer, told) -> list:
+        """With `skip_nonfinite` steps left to drop, losses are read before the optimizer takes them in."""
+        rows = gather_shards(told).tolist() if self.skip_nonfinite else []
+        if all(math.isfinite(sum(row)) for row in rows):
+            return super().step_(optimizer, told)
+        leave_out(self, rows)
+        self.next_step()
+        return rows
 
     def __reduce__(self):
         warnings.warn("adapters are not copied with a model; state_dict() has A_i, B_i", stacklevel=2)
@@ -990,8 +1114,6 @@ class Adapters(hd_pissa.Adapters):
                     continue
                 leaf.register_hook(_before_catching(weakref.ref(leaf), mine))
                 leaf.register_post_accumulate_grad_hook(_after_catching(weakref.ref(self), mine, own))
-            for i in range(self.S):
-                slot.caught[1].register_post_accumulate_grad_hook(self.note(i))
 
     @torch.no_grad()
     def arrive(self) -> None:
@@ -1071,14 +1193,16 @@ class Adapters(hd_pissa.Adapters):
         reshard(self.model)
         self.collect_()                 # where this process has left the optimizer's step out
         first, self.there = self.phase == "filled", {id(module): module for module in self.model.modules()}
-        self.uses = hd_pissa.uses_of(self.there.values())
+        self.uses = uses_of(self.there.values())
+        faults = "; ".join(f"{slot.name}.weight {why}" for slot in self.slots if (why := slot.fault()))
         halves = [slot for slot in self.slots if slot.low is not None]
         for slot in halves:
             slot.local()
         rules = [(type(o).__name__, *(float(g["lr"]) for g in o.param_groups)) for o in self.stepped]
         rule = hd_pissa.seed_of(rules) % 2**52 if rules else 0
         looked_at = self.slots[self.step % len(self.slots)]
-        columns = torch.tensor((rule, 0.0, 1.0, 0.0, self.loaded, 0.0), dtype=torch.float64, device="cpu")
+        columns = torch.tensor((rule, 0.0, 1.0, 0.0, self.loaded, 0.0, bool(faults)), dtype=torch.float64,
+                               device="cpu")
         columns = hd_pissa.sent(columns, self.device)           # what follows is computed where W is
         columns[1] = looked_at.probe()
         if halves:
@@ -1089,8 +1213,15 @@ class Adapters(hd_pissa.Adapters):
         if self.left is not None:
             torch.ne(torch.linalg.vector_norm(self.increments), self.left, out=columns[5])
         columns = columns.expand(self.S, len(columns))
-        told, waits = super().refuse(columns if told is None else torch.cat((told, columns), dim=1))
-        ruled, probes, halved, spoilt, loaded, changed = zip(*(row[-6:] for row in told))
+        try:
+            told, waits = super().refuse(columns if told is None else torch.cat((told, columns), dim=1))
+            ruled, probes, halved, spoilt, loaded, changed, faulty = zip(*(row[-7:] for row in told))
+        except ValueError:              # raised by all processes: a fault may be why
+            faulty = everywhere(lambda: bool(faults))
+            if not any(faulty):
+                raise
+        if any(faulty):
+            raise ValueError("merge_: " + max(everywhere(lambda: faults)))
         if len({*probes}) > 1 and not first:
             raise ValueError(f"merge_: {looked_at.name}.weight differs between processes: load weights on "
                              "all of them alike, before attach")
@@ -1117,8 +1248,8 @@ class Adapters(hd_pissa.Adapters):
                 warnings.warn(f"{lacks} of {len(self.ids | others)} {what} are in no optimizer that has "
                               "stepped; build it from adapters.parameters() (also= adds others)",
                               stacklevel=3)
-            hd_pissa.send_model(self.model, self.device)    # somebody may have loaded weights on one process
-        return [row[:-6] for row in told], waits
+            send_model(self.model, self.device)     # somebody may have loaded weights on one process
+        return [row[:-7] for row in told], waits
 
     def halved(self) -> list[Slot]:
         """Slots with low halves, which are those of W as it is now."""
@@ -1201,7 +1332,7 @@ class Adapters(hd_pissa.Adapters):
     def next_step(self) -> None:
         super().next_step()
         self.applied, self.folded = self.folded, torch.zeros(())       # 0 of a step that is left out
-        self.collected, self.astray, self.loaded, self.left = False, 0.0, 0.0, None
+        self.collected, self.astray, self.loaded, self.left, self.vain = False, 0.0, 0.0, None, set()
         self.backwards.clear()
         for slot in self.slots if self.whole_batch else ():
             for leaf in slot.caught:
@@ -1283,6 +1414,16 @@ def _refuse_collected(ref):
         raise ValueError("the gradients of this step were summed already; call adapters.merge_() first, or "
                          "adapters.next_step() to leave the step out")
 
+def leave_out(adapters, rows) -> None:
+    """One step less of `skip_nonfinite`, and a line about it; ValueError where none is left."""
+    bad = [i for i, row in enumerate(rows) if not math.isfinite(row[0])]
+    text = f"step {adapters.step + 1}: not finite: loss of shards {bad} or a gradient"
+    adapters.skip_nonfinite -= 1
+    if adapters.skip_nonfinite < 0:
+        raise ValueError(f"{text}. Lower lr, clip, or look at these rows of the batch")
+    if hd_pissa.process_index() == 0:
+        tqdm.write(f"{text}; the step is left out")
+
 def held_by(optimizers) -> set[int]:
     """Ids of what they train."""
     return {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -1306,7 +1447,7 @@ def _before_step(optimizer, *_):
             continue
         if held & adapters.ids:
             if adapters.groups.get(optimizer, now) != now:
-                hd_pissa.check_optimizer(adapters, optimizer)
+                adapters.look_at(optimizer)
             adapters.collect_()
             if adapters.states.get(optimizer) != id(optimizer.state):       # new, or load_state_dict
                 adapters.states[optimizer] = id(optimizer.state)
@@ -1314,6 +1455,11 @@ def _before_step(optimizer, *_):
         elif world_size() > 1 and held & {*map(id, adapters.model.parameters())}:
             raise ValueError(f"{type(optimizer).__name__} holds parameters of the adapted model: no one adds "
                              "up their gradients over processes, as attach(also=...) does")
+        elif adapters.waiting and all(p.grad is None for g in optimizer.param_groups for p in g["params"]):
+            adapters.vain.add(adapters.waiting)     # nothing to do, while more and more gradients wait
+            if len(adapters.vain) > 3:
+                raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose "
+                                 "gradients wait; build the optimizer from adapters.parameters()")
         adapters.groups[optimizer] = now
 
 def _after_step(optimizer, *_):

@@ -133,6 +133,7 @@ def attach(args, model, device, resumed: bool):
     else:
         adapters = Baseline(model, args.method, args.rank, args.shards, args.targets, args.alpha,
                             args.seed, args.dropout)
+    adapters.skip_nonfinite = args.skip_nonfinite
     if args.dtype == "bfloat16":
         for p in model.parameters():    # but no buffers: rotary frequencies stay float32
             p.data = p.data.bfloat16()
@@ -183,7 +184,7 @@ def fit(args, config, model, adapters, optimizer, batches, start, extra, device,
                 model, adapters, batches, lr=args.lr, max_steps=args.max_steps, start=start,
                 warmup=args.warmup, schedule=args.schedule, max_grad_norm=args.max_grad_norm,
                 micro_batch_size=args.micro_batch_size, autocast=args.dtype == "autocast",
-                optimizer=optimizer, skip_nonfinite=args.skip_nonfinite, device=device)):
+                optimizer=optimizer, device=device)):
             step = record["step"]
             beat(step)
             record["applied"] = float(adapters.applied)
@@ -289,7 +290,7 @@ def run_in_folder(args, out: Path, device) -> dict:
 
     start_of = {name: module.weight.detach() for name, module in layers}
     watched = {name: start_of[name].to(device, copy=True) for name in report.sampled([*start_of])}
-    sums = {name: hd_pissa.checksum(W) for name, W in start_of.items() if args.export_lora}
+    sums = {name: hd_pissa_extra.checksum(W) for name, W in start_of.items() if args.export_lora}
     comparable = args.method == "hd_pissa" and args.dtype != "bfloat16" and not args.shard_weights
     logits = first_logits(model, held, device) if comparable and not resumed else None
     adapters = attach(args, model, device, bool(resumed))

@@ -1,6 +1,7 @@
 """Baselines through the same loop: data-parallel LoRA, PiSSA and full fine-tuning."""
 
 import contextlib
+import math
 
 import torch
 import torch.distributed as dist
@@ -86,10 +87,15 @@ class Baseline:
             nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
         return norm
 
-    def merge_(self, told: torch.Tensor | None = None) -> list:
-        """The optimizer has already changed what is trained; `told` of all shards."""
+    def step_(self, optimizer, told: torch.Tensor) -> list:
+        """optimizer.step() alone: no merge protects what is trained, so losses are read before it."""
+        rows = hd_pissa.gather_shards(told).tolist()
+        if all(math.isfinite(sum(row)) for row in rows):
+            optimizer.step()
+        else:
+            hd_pissa_extra.leave_out(self, rows)
         self.next_step()
-        return [] if told is None else hd_pissa.gather_shards(told).tolist()
+        return rows
 
     def next_step(self):
         self.step += 1
