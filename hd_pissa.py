@@ -186,6 +186,11 @@ class Muted:
         return slot.mute.apply(x, self.weight, self.bias, slot.A, slot.B, slot.dA, slot.dB, slot.s,
                                slot.conv1d, slot.mask if self.training else None)
 
+    def __reduce_ex__(self, protocol):
+        """Pickled or copied it is the plain layer: W holds all that was merged."""
+        state = {key: value for key, value in self.__getstate__().items() if key != "hd_pissa"}
+        return object.__new__, (self.hd_pissa.plain_class,), state
+
 # ---- Direct weight update (section 4.2) ----------------------------------------------------------
 
 def update_factors(A, B, dA, dB) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,7 +218,7 @@ class Slot:
     Here W is whole on every process, float32 or float64; hd_pissa_extra stores it in other ways.
     """
 
-    mute, muted, dtypes, mask = Mute, Muted, (torch.float32, torch.float64), None
+    mute, dtypes, mask = Mute, (torch.float32, torch.float64), None
 
     def __init__(self, name: str, module: nn.Module, adapters, start: int):
         self.name, self.module, self.adapters, self.start = name, module, adapters, start
@@ -221,8 +226,11 @@ class Slot:
         self.m, self.n = module.weight.shape if self.conv1d else module.weight.T.shape
         self.r, self.s, self.size = adapters.r, adapters.s, adapters.r * (self.m + self.n)
         if module.weight.dtype not in self.dtypes or hasattr(module.weight, "to_local"):
-            raise ValueError(f"{name}.weight is {type(module.weight).__name__} of {module.weight.dtype}: "
-                             "load float32 weights (bfloat16; FSDP2 afterwards: hd_pissa_extra.attach)")
+            raise ValueError(f"{name}.weight is {type(module.weight).__name__} {module.weight.dtype}: load "
+                             "float32 weights, and attach before they are sharded (bfloat16, FSDP2: "
+                             "hd_pissa_extra.attach)")
+        if not module.weight.is_meta and not torch.isfinite(module.weight).all():
+            raise ValueError(f"{name}.weight holds NaN or Inf; the file is damaged, load it again")
 
     def views(self, flat: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows, m, r) and (rows, r, n) in `rows` of factors, whose columns begin at `offset`."""
@@ -263,7 +271,8 @@ UNMERGED = ("increments were filled and not merged, so nothing would reach W; ca
             "every optimizer.step(), before the next forward")
 # Their steps depend on gradients and state alone, without weight decay. Another belongs here if it
 # reads neither the value nor the size of a parameter; hd_pissa_extra.attach tries out which do.
-OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop", "SGD")
+OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "Lion", "Muon", "NAdam", "RAdam", "RMSprop",
+              "Rprop", "SGD")
 
 class Adapters:
     """HD-PiSSA's state on one process: fixed A_i, B_i, increments, the merge. Made by `attach`.
@@ -371,10 +380,15 @@ class Adapters:
     def look_at(self, optimizer) -> str:
         """A description of it; ValueError unless its step depends on gradients and its state alone."""
         name, groups = type(optimizer).__name__, optimizer.param_groups
-        if name not in OPTIMIZERS or any(group.get("weight_decay") for group in groups):
-            raise ValueError(f"{name}, weight_decay={groups[0].get('weight_decay')}: increments begin every "
-                             "step at zero, so a rule that reads the parameter, as weight decay does, goes "
-                             f"wrong; use weight_decay=0.0 and one of {', '.join(OPTIMIZERS)}")
+        held = {id(p): group.get("weight_decay") for group in groups for p in group["params"]}
+        if world_size() > 1 and (others := held.keys() - {i for live in LIVE for i in live.ids}):
+            raise ValueError(f"{name} holds {len(others)} tensors beside the increments: no one adds up "
+                             "their gradients over processes, as hd_pissa_extra.attach(also=...) does")
+        decays = any(held.get(i) for i in self.ids)
+        if decays or name not in OPTIMIZERS:
+            raise ValueError(f"{name} {'has weight_decay, which' if decays else 'may have a rule that'} "
+                             "reads the parameter. Increments begin every step at zero: use AdamW with "
+                             f"weight_decay=0.0 (the paper's), or another of {', '.join(OPTIMIZERS)}")
         self.known.add(optimizer)
         return repr([name, [{k: v for k, v in group.items() if k != "params"} for group in groups]])
 
@@ -406,7 +420,10 @@ class Adapters:
     def refuse(self, told=None) -> tuple[list, bool]:
         """Raise where a merge would not do what is meant. `told` of all shards; whether this merge waits:
         gradients are there and no optimizer has stepped, or `told` is not finite."""
-        there = torch.tensor([[float(bool(row))] for row in self.gradients()], device="cpu")
+        if self.S * world_size() != self.K:
+            raise ValueError(f"merge_: {self.S} of {self.K} shards on each of {world_size()} processes; call "
+                             "torch.distributed.init_process_group before attach")
+        there = torch.tensor([[bool(row)] for row in self.gradients()], dtype=torch.float64, device="cpu")
         largest = torch.linalg.vector_norm(self.increments, math.inf, dim=1)    # (S,); NaN, Inf survive
         own = [sent(there, self.device), largest[:, None], *([] if told is None else [told])]
         # A (K, 2 + c) gather tells every process the state of every shard, so that all refuse alike.
@@ -415,10 +432,9 @@ class Adapters:
         told, shards = [row[2:] for row in table], range(self.K)
         if not math.isfinite(sum(map(sum, told))):
             return told, True
-        if self.phase in ("empty", "detached") or self.S * world_size() != self.K:
-            raise ValueError(f"merge_: the adapters are {self.phase}, {self.S} of {self.K} shards on each of "
-                             f"{world_size()} processes; call init_process_group before attach, "
-                             "load_state_dict after attach(decompose=None), nothing after detach_()")
+        if self.phase in ("empty", "detached"):
+            raise ValueError(f"merge_: the adapters are {self.phase}: call load_state_dict after "
+                             "attach(decompose=None), nothing after detach_()")
         if without := [i for i in shards if not trained[i] and not size[i]]:
             raise ValueError(f"merge_: shards {without} of {self.K} got no gradient since the last merge. "
                              f"Every step trains each shard of a process:\n    for s in range({self.S}):\n"
@@ -448,7 +464,8 @@ class Adapters:
         """optimizer.step() and `merge_`, or an error; `told`, losses and gradient norms, of all shards."""
         optimizer.step()
         told = self.merge_(told)        # waits for them, once a step
-        if bad := [i for i, row in enumerate(told) if not math.isfinite(sum(row))]:
+        if not math.isfinite(sum(map(sum, told))):
+            bad = [i for i, (loss, _) in enumerate(told) if not math.isfinite(loss)]
             raise ValueError(f"step {self.step + 1}: not finite: loss of shards {bad} or a gradient; W is "
                              "untouched. Lower lr, clip, or look at these rows of the batch")
         return told
@@ -490,7 +507,8 @@ class Adapters:
     def load_state_dict(self, state: dict) -> None:
         """Take A_i, B_i and the step of `state`; ValueError if another run or model has written it."""
         own, there = self.tensors(), state.get("config", {})
-        wrong = [f"{k}: here {v}, there {there.get(k)}" for k, v in self.config.items() if there.get(k) != v]
+        wrong = [f"{k} is {v} here, {there.get(k)} there" for k, v in self.config.items()
+                 if there.get(k) != v]
         wrong += [k for k, t in own.items() if k not in state or state[k].shape != t.shape]
         wrong += ["step"] * ("step" not in state)
         if any(said := everywhere(lambda: ", ".join(wrong[:3]))):
@@ -538,7 +556,7 @@ register_optimizer_step_post_hook(after_step)
 CHOICES = {"init": ("hd_pissa", "top", "lora"), "aggregate": ("mean", "sum"), "exchange": (
     "auto", "all_gather", "all_reduce"), "schedule": ("cosine", "linear", "constant")}
 HEADS = {"lm_head", "head", "output", "score", "classifier"}
-MUTED: dict[tuple, type] = {}   # one muted class a plain class: torch.compile sees one kind of layer
+MUTED: dict[type, type] = {}    # one muted class a plain class: torch.compile sees one kind of layer
 
 def check_arguments(rank: int, shards: int, alpha=None, **choices) -> None:
     """Raise ValueError for arguments of `attach` that no model could be trained with."""
@@ -548,7 +566,8 @@ def check_arguments(rank: int, shards: int, alpha=None, **choices) -> None:
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(CHOICES[name])}")
     whole = all(isinstance(x, int) and x >= 1 for x in (rank, shards))
     if not whole or not (alpha is None or isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
-        raise ValueError(f"{rank=}, {shards=} must be whole numbers from 1 on, {alpha=} above 0 or None")
+        raise ValueError(f"{rank=}, {shards=}: must be whole numbers, 1 or more; {alpha=}: gradients are "
+                         "scaled by alpha / rank, use more than 0, or None")
     if shards % world:
         raise ValueError(f"{shards=} is not a multiple of the {world} processes; use "
                          f"shards={max(1, shards // world) * world} or another number of processes")
@@ -580,8 +599,8 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
         hits, outs = ({t for t in ts if f".{name}" == t or f".{name}".endswith(f".{t}")}
                       for ts in (targets, exclude))
         used |= hits | outs
-        W, size, kind = module._parameters.get("weight"), min(module.weight.shape), type(module)
-        own = "forward" in vars(module) or kind.forward is not nn.Linear.forward and kind.__name__ != "Conv1D"
+        W, size, forward = module._parameters.get("weight"), min(module.weight.shape), type(module).forward
+        own = "forward" in vars(module) or isinstance(module, nn.Linear) and forward is not nn.Linear.forward
         reasons = {"in exclude": outs, "not in targets": not ("all-linear" in targets or hits),
                    "a weight or a forward of its own kind": own or W is None,
                    "tied weight": uses[place(module.weight)] > 1, "output head": module is head and not hits,
@@ -589,16 +608,18 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
         if reason := next((reason for reason, holds in reasons.items() if holds), None):
             skipped[name] = reason
         elif size < least:
-            raise ValueError(f"{name}: K r = {least} components are needed, it has {size}; lower rank or "
-                             f"shards, or use exclude=[{'.' + name!r}]")
+            raise ValueError(f"{name} is {(*module.weight.shape,)}: K r = {least} components are needed, it "
+                             f"has {size}; lower rank or shards, or use exclude=[{'.' + name!r}]")
         else:
             found.append((name, module))
-    if unused := sorted((targets | exclude) - used - {"all-linear"}):
+    if unused := sorted((targets - {"all-linear"} | exclude) - used):
         raise ValueError(f"{unused[0]!r} (targets, exclude) ends no linear layer's name; they end in "
                          f"{', '.join(sorted({name.rpartition('.')[2] for name in linear}))}")
     if not found:
         left_out = ", ".join(f"{name} ({why})" for name, why in [*skipped.items()][:8]) or "none"
-        raise ValueError(f"no layer to adapt, of {left_out}. Name others in targets, or lower K r")
+        most = max((min(linear[x].weight.shape) for x, why in skipped.items() if "fewer" in why), default=0)
+        raise ValueError(f"no layer to adapt, of {left_out}. Name others in targets"
+                         + f"; K r may be {most} at most" * (most > 0))
     return found, skipped
 
 def deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
@@ -672,8 +693,9 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
     for p in model.parameters():
         p.requires_grad = False
     for slot in adapters.slots:
-        key, slot.module.hd_pissa = (slot.muted, slot.plain_class), slot
-        slot.module.__class__ = MUTED.setdefault(key, type(f"Muted{key[1].__name__}", key, {}))
+        plain, slot.module.hd_pissa = slot.plain_class, slot
+        muted = type(f"Muted{plain.__name__}", (Muted, plain), {})
+        slot.module.__class__ = MUTED.setdefault(plain, muted)
     adapters.select(0)
     return adapters
 

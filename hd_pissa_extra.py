@@ -241,23 +241,14 @@ def product(left: torch.Tensor, right: torch.Tensor, rows: slice) -> torch.Tenso
 
 TRAINABLE = "was made trainable; only merge_ changes it (train it otherwise after adapters.detach_())"
 
-class Muted(hd_pissa.Muted):
-    """Pickled or copied it is the plain layer: W holds all that was merged."""
-
-    def __reduce_ex__(self, protocol):
-        state = {key: value for key, value in self.__getstate__().items() if key != "hd_pissa"}
-        return object.__new__, (self.hd_pissa.plain_class,), state
-
 class Slot(hd_pissa.Slot):
     """A layer whose W may be bfloat16, with its exact rest in `low`, or sharded by FSDP2 after attach."""
 
-    muted, dtypes = Muted, (torch.float32, torch.float64, torch.bfloat16)
+    dtypes = (torch.float32, torch.float64, torch.bfloat16)
 
     def __init__(self, *args):
         super().__init__(*args)
         W, V, self.was = self.W, [*self.adapters.slots, self][0].W, self.kind()
-        if not W.is_meta and not torch.isfinite(W).all():
-            raise ValueError(f"{self.name}.weight holds NaN or Inf; the file is damaged, load it again")
         if (W.is_inference() or W.device != V.device
                 or (W.dtype == torch.float64) != (V.dtype == torch.float64)):
             raise ValueError(f"{self.name}.weight is {self.was}, the first {V.dtype} on {V.device}: load "
@@ -620,7 +611,7 @@ def stacks(model: nn.Module):
     """(module's name, module, key, parameter) of 3-D parameters that may be matrices; no convolutions."""
     for name, module in model.named_modules():
         for key, p in () if isinstance(module, nn.modules.conv._ConvNd) else module._parameters.items():
-            known = p is not None and not nn.parameter.is_lazy(p) and not hasattr(p, "to_local")
+            known = p is not None and not hasattr(p, "to_local")
             if known and p.dim() == 3 and min(p.shape) > 1:
                 yield name, module, key, p
 
@@ -711,7 +702,7 @@ class MuteExperts(torch.autograd.Function):
         return None, None, *(g.reshape(shape).to(ctx.like, copy=True)
                              for side, shape in zip((gA, gB), ctx.shapes) for g in side)
 
-class MutedExperts(Muted):
+class MutedExperts(hd_pissa.Muted):
     """Mixed in front of a module that owns stacks: in its forward, reading one gives the muted stack."""
 
     def forward(self, *args, **kwargs):
@@ -763,7 +754,7 @@ def suffixes(given) -> list[str]:
 def find_experts(model: nn.Module, targets: list, exclude: list, least: int):
     """(name, Expert) of each matrix in a stack, {name: reason} of stacks left out, suffixes that hit one."""
     found, skipped, used, uses = [], {}, set(), uses_of(model.modules())
-    weights = sum(p.numel() for p in model.parameters() if not nn.parameter.is_lazy(p))
+    weights = sum(p.numel() for p in model.parameters())
     for path, module, key, p in stacks(model):
         name = f"{path}.{key}".lstrip(".")
         names = path, name, *(f"{name}.{i}" for i in range(len(p)))
@@ -849,7 +840,7 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
     fine |= beside | {id(module.weight) for _, module in layers} if fine else beside
     new = [name for name, module in named.items() if name and not any(ends(name, t) for t in exclude) and any(
         id(p) not in fine for p in module._parameters.values()
-        if p is not None and not nn.parameter.is_lazy(p) and p.dim() > 1)]
+        if p is not None and p.dim() > 1)]
     if new and fine > beside:
         raise ValueError(f"{', '.join(new)}: a head that was drawn, not loaded, and would stay as it is; "
                          f"hd_pissa_extra.attach(also={new}) trains it whole, exclude={new} leaves it so")
@@ -873,7 +864,7 @@ def checksum(tensor: torch.Tensor, start: int = 0) -> int:
 def send_model(model: nn.Module, device: torch.device) -> None:
     """Give all processes process 0's parameters and buffers, as DDP does, where checksums differ."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if not (
-        t.is_meta or hasattr(t, "to_local") or nn.parameter.is_lazy(t))]
+        t.is_meta or hasattr(t, "to_local"))]
     sums = everywhere(lambda: [checksum(t) for t in tensors]) if world_size() > 1 else []
     other = [t for t, of_all in zip(tensors, zip(*sums)) if len({*of_all}) > 1]
     for t in other:
@@ -925,7 +916,7 @@ class Adapters(hd_pissa.Adapters):
 
     def __repr__(self):
         adapted, why = sum(s.m * s.n for s in self.slots), collections.Counter(self.skipped.values())
-        every = sum(p.numel() for p in self.model.parameters() if not nn.parameter.is_lazy(p))
+        every = sum(p.numel() for p in self.model.parameters())
         return (f"HD-PiSSA: {len(self.slots)} layers, {adapted:,} weights ({adapted / every:.1%} of the "
                 f"model); {self.K} shards of rank {self.r}, {self.S} here, each trains "
                 f"{self.increments.shape[1]:,} numbers. "
@@ -1222,6 +1213,9 @@ class Adapters(hd_pissa.Adapters):
                 raise
         if any(faulty):
             raise ValueError("merge_: " + max(everywhere(lambda: faults)))
+        told = [row[:-7] for row in told]
+        if not math.isfinite(sum(map(sum, told))):
+            return told, True           # this step is left out, whatever else
         if len({*probes}) > 1 and not first:
             raise ValueError(f"merge_: {looked_at.name}.weight differs between processes: load weights on "
                              "all of them alike, before attach")
@@ -1249,7 +1243,7 @@ class Adapters(hd_pissa.Adapters):
                               "stepped; build it from adapters.parameters() (also= adds others)",
                               stacklevel=3)
             send_model(self.model, self.device)     # somebody may have loaded weights on one process
-        return [row[:-7] for row in told], waits
+        return told, waits
 
     def halved(self) -> list[Slot]:
         """Slots with low halves, which are those of W as it is now."""
@@ -1497,6 +1491,8 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
 
     Call it before fully_shard. Raises ValueError, on every process alike, for what cannot be trained.
     """
+    if lazy := [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]:
+        raise ValueError(f"{lazy[0]} has no shape yet: run one forward before attach")
     kept = []
     also = [also] if isinstance(also, str) else also
     hd_pissa.everywhere(lambda: kept.append(also_parameters(model, also)))
@@ -1520,6 +1516,8 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
             if dtype != W.dtype and (W.dtype, dtype) != (torch.float32, torch.bfloat16):
                 raise ValueError(f"dtype={dtype} for {name}.weight of {W.dtype}: only float32 weights can be "
                                  "turned, into torch.bfloat16; use dtype=None")
+        if found[0][1].weight.is_meta and decompose is not None and not seeded:
+            raise ValueError(f"{found[0][0]}.weight is on the meta device: load the weights first")
         adapters = Adapters(model, found, skipped, config, exchange, seed, torch.device(device or place),
                             init=init, also=beside, dropout=dropout, gradients=gradients, send=send,
                             basis=basis, rounding=rounding, bucket_mb=bucket_mb, accumulate=accumulate)

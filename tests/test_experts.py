@@ -290,11 +290,6 @@ def test_an_expert_without_rank_is_refused_with_a_remedy():
         "experts.up": "in exclude"}
 
 
-def test_the_core_goes_on_naming_them():
-    adapters = hd_pissa.attach(Mixture(), R)
-    assert [slot.name for slot in adapters.slots] == ["first"] and len(adapters.skipped) == 2
-
-
 def test_experts_that_train_whole_are_not_adapted():
     model = Mixture()
     adapters = hd_pissa_extra.attach(model, R, shards=K, also="experts.up")

@@ -191,7 +191,7 @@ def test_a_fault_on_rank_1_stops_both_with_one_message(tmp_path):
         "shards [1] hold NaN",
         "missing.jsonl: no such data file",
         "shards=3 is not a multiple of the 2 processes",
-        "process 0 attaches ('alpha', 4.0), process 1 ('alpha', 2.0)",
+        "process 0 attaches ('alpha', 4.0), others [('alpha', 2.0)]",
         "not finite: loss of shards [1]",
     ]
     for (message, untouched), expected in zip(ranks[0], words, strict=True):
@@ -220,10 +220,9 @@ def received():
 def test_bytes_received(tmp_path):
     """K r (m + n) increments cached, twice that resent, 2 m n dense; and what the check of a merge sends.
 
-    That is 8 x 3 float64 (8 x 9 where hd_pissa_extra asks for more), and at the first merge one byte a shard
-    and layer. (Checksums travel as objects.)
+    That is 8 x 2 float64 (8 x 9 where hd_pissa_extra asks for more). (Texts and checksums travel as objects.)
     """
-    (a, b, c), (agreed, more) = toy.SIZES, ((8 * n * 8 + 8 * 2) // 2 for n in (3, 9))
+    (a, b, c), (agreed, more) = toy.SIZES, (8 * n * 8 // 2 for n in (2, 9))
     factors, dense = 8 * (a + b + b + c) * 4 // 2, (a * b + b * c) * 4
     for counts in spawn(2, received, tmp_path):
         assert counts == {"cached": factors + agreed, "resend": 2 * factors + more, "dense": dense + agreed}

@@ -171,7 +171,7 @@ def test_baselines_minimise_the_whole_batch():
     F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
     expected = [p.grad.clone() for p in adapters.parameters()]
     model.zero_grad()
-    adapters.merge_ = lambda told: kept.extend(
+    adapters.step_ = lambda optimizer, told: kept.extend(
         p.grad.clone() for p in adapters.parameters()) or hd_pissa.gather_shards(told).tolist()
     list(hd_pissa.train(model, adapters, [rows], lr=1e-3, max_steps=1, micro_batch_size=1, progress=False))
     for a, b in zip(kept, expected, strict=True):

@@ -87,8 +87,12 @@ class Baseline:
             nn.utils.clip_grads_with_norm_(self.parameters(), max_norm, norm)
         return norm
 
+    def merge_(self):
+        """There is nothing to merge: the optimizer has moved what is trained."""
+        self.next_step()
+
     def step_(self, optimizer, told: torch.Tensor) -> list:
-        """optimizer.step() alone: no merge protects what is trained, so losses are read before it."""
+        """optimizer.step(); no merge protects what it moves, so the losses `told` are read before."""
         rows = hd_pissa.gather_shards(told).tolist()
         if all(math.isfinite(sum(row)) for row in rows):
             optimizer.step()
