@@ -420,9 +420,6 @@ class Adapters:
     def refuse(self, told=None) -> tuple[list, bool]:
         """Raise where a merge would not do what is meant. `told` of all shards; whether this merge waits:
         gradients are there and no optimizer has stepped, or `told` is not finite."""
-        if self.S * world_size() != self.K:
-            raise ValueError(f"merge_: {self.S} of {self.K} shards on each of {world_size()} processes; call "
-                             "torch.distributed.init_process_group before attach")
         there = torch.tensor([[bool(row)] for row in self.gradients()], dtype=torch.float64, device="cpu")
         largest = torch.linalg.vector_norm(self.increments, math.inf, dim=1)    # (S,); NaN, Inf survive
         own = [sent(there, self.device), largest[:, None], *([] if told is None else [told])]
@@ -432,17 +429,14 @@ class Adapters:
         told, shards = [row[2:] for row in table], range(self.K)
         if not math.isfinite(sum(map(sum, told))):
             return told, True
-        if self.phase in ("empty", "detached"):
-            raise ValueError(f"merge_: the adapters are {self.phase}: call load_state_dict after "
-                             "attach(decompose=None), nothing after detach_()")
         if without := [i for i in shards if not trained[i] and not size[i]]:
             raise ValueError(f"merge_: shards {without} of {self.K} got no gradient since the last merge. "
                              f"Every step trains each shard of a process:\n    for s in range({self.S}):\n"
                              "        with adapters.shard(s):\n            loss_of_mini_batch(s).backward()")
         if bad := [i for i in shards if not math.isfinite(size[i])]:
             raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched, the "
-                             "optimizer's state is not. Go on from a checkpoint, or after next_step() with a "
-                             "new optimizer; lower the learning rate or clip")
+                             "optimizer's state is not: go on from a checkpoint, or with next_step() and a "
+                             "new optimizer. Lower the learning rate or clip")
         # A GradScaler that leaves a step out leaves gradients that are not finite: that is not idle.
         squares = [0.0] * self.K if all(size) else self.squares().tolist()
         calm, before = math.isfinite(sum(squares)), self.idle

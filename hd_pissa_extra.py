@@ -1180,6 +1180,12 @@ class Adapters(hd_pissa.Adapters):
         low halves are W's, whether NaN was put into `also`, what moments were loaded, whether somebody has
         changed the increments since the optimizer's step.
         """
+        if self.S * world_size() != self.K:
+            raise ValueError(f"merge_: {self.S} of {self.K} shards on each of {world_size()} processes; call "
+                             "torch.distributed.init_process_group before attach")
+        if self.phase in ("empty", "detached"):
+            raise ValueError(f"merge_: the adapters are {self.phase}: call load_state_dict after "
+                             "attach(decompose=None), nothing after detach_()")
         # Weights that an evaluation has gathered whole are copies: they would get the update.
         reshard(self.model)
         self.collect_()                 # where this process has left the optimizer's step out
