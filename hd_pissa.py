@@ -272,7 +272,7 @@ UNMERGED = ("increments were filled and not merged, so nothing would reach W; ca
 # Their steps depend on gradients and state alone, without weight decay. Another belongs here if it
 # reads neither the value nor the size of a parameter; hd_pissa_extra.attach tries out which do.
 OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "Lion", "Muon", "NAdam", "RAdam", "RMSprop",
-              "Rprop", "SGD")
+              "Rprop", "SGD", "AcceleratedOptimizer")      # (whose inner one is looked at when it steps)
 
 class Adapters:
     """HD-PiSSA's state on one process: fixed A_i, B_i, increments, the merge. Made by `attach`.

@@ -317,7 +317,7 @@ def test_processes_have_the_same_optimizer_and_nothing_beside_it(tmp_path):
 def test_a_basis_that_was_never_loaded_is_refused():
     """attach(decompose=None) waits for load_state_dict; with it training goes on as with the stored run."""
     whole, later = small(), small()
-    adapters, empty = hd_pissa.attach(whole, 2), hd_pissa.attach(later, 2, decompose=None)
+    adapters, empty = hd_pissa_extra.attach(whole, 2), hd_pissa_extra.attach(later, 2, decompose=None)
     optimizer = adamw(empty)
     text = refused(lambda: one_step(later, empty, optimizer))
     assert "decompose=None" in text and "load_state_dict" in text
@@ -686,7 +686,7 @@ def test_a_head_that_is_put_in_after_attach_and_in_no_optimizer_is_told():
 
 def test_a_process_group_that_begins_after_attach_is_refused(monkeypatch):
     model = small()
-    adapters = hd_pissa.attach(model, 2)
+    adapters = hd_pissa_extra.attach(model, 2)
     optimizer = adamw(adapters)
     one_step(model, adapters, optimizer)
     monkeypatch.setattr(hd_pissa, "world_size", lambda: 2)
