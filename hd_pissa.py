@@ -241,14 +241,20 @@ class Slot:
     def W(self) -> torch.Tensor | None:
         return self.module._parameters.get("weight")
 
+    def fault(self) -> str:
+        """Why dU would not reach W, or "": somebody may have changed it."""
+        W = self.W
+        return "" if W is not None and W.dtype in self.dtypes and not W.requires_grad and not hasattr(
+            W, "to_local") else ("was made trainable, cast, sharded or replaced after attach; only merge_ "
+                                 "changes it: call adapters.detach_(), change it, and attach again")
+
     def before_forward(self, x: torch.Tensor) -> None:
         """Raise ValueError, or warn, where what trains would not reach W."""
-        adapters, W = self.adapters, self.W
+        adapters = self.adapters
         if adapters.increments._version != adapters.merged:
             raise ValueError(UNMERGED)
-        if W is None or W.requires_grad or W.dtype not in self.dtypes:
-            raise ValueError(f"{self.name}.weight was made trainable, cast or replaced after attach; only "
-                             "merge_ changes it: call adapters.detach_(), change it, and attach again")
+        if why := Slot.fault(self):     # hd_pissa_extra looks at more, before a merge alone
+            raise ValueError(f"{self.name}.weight {why}")
         adapters.waiting += self.leaves[adapters.current][0].grad is not None       # of an earlier backward
         if adapters.waiting == 500 * len(adapters.slots):
             warnings.warn("500 backwards without adapters.merge_(): does the optimizer hold "
@@ -300,7 +306,7 @@ class Adapters:
         self.own = self.basis[self.first:][:self.S] if len(self.basis) == self.K else self.basis
         self.increments = torch.zeros((self.S, width), **like)
         self.merged = self.increments._version
-        self.known, self.stepped = weakref.WeakSet(), []            # optimizers: see before_step
+        self.known, self.stepped, self.vain = weakref.WeakSet(), [], set()      # see before_step
         for slot in self.slots:
             A, B = slot.views(self.own)
             slot.factors = [(A[i:i + 1], B[i:i + 1]) for i in range(self.S)]        # (1, m, r), (1, r, n)
@@ -420,13 +426,19 @@ class Adapters:
     def refuse(self, told=None) -> tuple[list, bool]:
         """Raise where a merge would not do what is meant. `told` of all shards; whether this merge waits:
         gradients are there and no optimizer has stepped, or `told` is not finite."""
-        there = torch.tensor([[bool(row)] for row in self.gradients()], dtype=torch.float64, device="cpu")
+        faults = "; ".join(f"{slot.name}.weight {why}" for slot in self.slots if (why := slot.fault()))
+        flags = torch.tensor([[bool(row), bool(faults)] for row in self.gradients()], device="cpu").double()
         largest = torch.linalg.vector_norm(self.increments, math.inf, dim=1)    # (S,); NaN, Inf survive
-        own = [sent(there, self.device), largest[:, None], *([] if told is None else [told])]
-        # A (K, 2 + c) gather tells every process the state of every shard, so that all refuse alike.
-        table = gather_shards(torch.cat([t.double() for t in own], dim=1)).tolist()     # waits once
-        trained, size, *_ = zip(*table)
-        told, shards = [row[2:] for row in table], range(self.K)
+        own = [sent(flags, self.device), largest[:, None].double(), *([] if told is None else [told])]
+        # A (K, 3 + c) gather tells every process the state of every shard, so that all refuse alike.
+        table = gather_shards(torch.cat(own, dim=1)).tolist()                   # waits once
+        trained, faulty, size, *_ = zip(*table)
+        told, shards = [row[3:] for row in table], range(self.K)
+        if any(faulty):
+            raise ValueError("merge_: " + max(everywhere(lambda: faults)))
+        if self.phase in ("empty", "detached"):
+            raise ValueError(f"merge_: the adapters are {self.phase}: call load_state_dict after "
+                             "attach(decompose=None), nothing after detach_()")
         if not math.isfinite(sum(map(sum, told))):
             return told, True
         if without := [i for i in shards if not trained[i] and not size[i]]:
@@ -485,7 +497,7 @@ class Adapters:
         self.merged, self.step, self.waiting = self.increments._version, self.step + 1, 0
         for p in self.parameters():
             p.grad = None               # a loop that zeroes the model alone would add to them
-        self.stepped.clear()
+        self.stepped, self.vain = [], set()
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The state: "<module path>.shard<i>.A" and ".B" of this process's shards, i over all."""
@@ -530,13 +542,19 @@ class Adapters:
 
 def before_step(optimizer, *_) -> None:
     """Look at an optimizer before its first step on increments, and at whether its last one was merged."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for adapters in [live for live in LIVE if live.ids & held]:
-        if optimizer not in adapters.known:
-            adapters.look_at(optimizer)
-        if optimizer in adapters.stepped:
-            raise ValueError(UNMERGED)
-        adapters.stepped.append(optimizer)
+    grads = {id(p): p.grad for group in optimizer.param_groups for p in group["params"]}
+    for adapters in list(LIVE):
+        if adapters.ids & grads.keys():
+            if optimizer not in adapters.known:
+                adapters.look_at(optimizer)
+            if optimizer in adapters.stepped:
+                raise ValueError(UNMERGED)
+            adapters.stepped.append(optimizer)
+        elif adapters.waiting and all(g is None for g in grads.values()):
+            adapters.vain.add(adapters.waiting)         # nothing to do, while more and more gradients wait
+            if len(adapters.vain) > 2:
+                raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose "
+                                 "gradients wait; build the optimizer from adapters.parameters()")
 
 def after_step(optimizer, *_) -> None:
     for adapters in [live for live in LIVE if optimizer in live.stepped]:
@@ -581,7 +599,10 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
     least               components that a layer must have; "all-linear" leaves out those with fewer
     """
     targets, exclude = ({x} if isinstance(x, str) else {*x} for x in (targets, exclude))
-    found, skipped, used = [], {}, set()
+    found, used = [], set()
+    skipped = {f"{name}.{key}": "a 3-D parameter (experts: hd_pissa_extra.attach)"
+               for name, x in model.named_modules() if not isinstance(x, nn.modules.conv._ConvNd)
+               for key, p in x._parameters.items() if p is not None and p.dim() == 3 and min(p.shape) > 1}
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
               or (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None

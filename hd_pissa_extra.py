@@ -372,8 +372,6 @@ class Slot(hd_pissa.Slot):
 
     def before_forward(self, x) -> None:
         """Also where another thread trains a shard, or this layer is recomputed for the wrong one."""
-        if self.W is not None and self.W.requires_grad:
-            raise ValueError(f"{self.name}.weight {TRAINABLE}")
         super().before_forward(x)
         if torch._C._functorch.peek_interpreter_stack() is not None or torch.jit.is_tracing():
             raise NotImplementedError("torch.func and torch.jit.trace cannot look into a muted layer; call "
@@ -893,7 +891,7 @@ class Adapters(hd_pissa.Adapters):
         self.owner, self.lock = None, threading.RLock()             # of the thread inside shard()
         self.groups = weakref.WeakKeyDictionary()                   # of optimizers
         self.states, self.loaded = weakref.WeakKeyDictionary(), 0.0     # of optimizers: see `moments`
-        self.vain, self.skip_nonfinite = set(), 0       # see _before_step, step_
+        self.skip_nonfinite = 0                 # steps that `step_` may still leave out
         self.left = None                        # norm of the increments that an optimizer left
         self.there, self.uses = {}, {}                              # modules and weights: see Slot.fault
         self.agreed = repr((basis, bucket_mb, rounding, send, [*also]))     # by all processes
@@ -1180,26 +1178,21 @@ class Adapters(hd_pissa.Adapters):
         low halves are W's, whether NaN was put into `also`, what moments were loaded, whether somebody has
         changed the increments since the optimizer's step.
         """
-        if self.S * world_size() != self.K:
-            raise ValueError(f"merge_: {self.S} of {self.K} shards on each of {world_size()} processes; call "
+        if self.S * (world := hd_pissa.world_size()) != self.K:
+            raise ValueError(f"merge_: {self.S} of {self.K} shards on each of {world} processes; call "
                              "torch.distributed.init_process_group before attach")
-        if self.phase in ("empty", "detached"):
-            raise ValueError(f"merge_: the adapters are {self.phase}: call load_state_dict after "
-                             "attach(decompose=None), nothing after detach_()")
         # Weights that an evaluation has gathered whole are copies: they would get the update.
         reshard(self.model)
         self.collect_()                 # where this process has left the optimizer's step out
         first, self.there = self.phase == "filled", {id(module): module for module in self.model.modules()}
         self.uses = uses_of(self.there.values())
-        faults = "; ".join(f"{slot.name}.weight {why}" for slot in self.slots if (why := slot.fault()))
         halves = [slot for slot in self.slots if slot.low is not None]
         for slot in halves:
             slot.local()
         rules = [(type(o).__name__, *(float(g["lr"]) for g in o.param_groups)) for o in self.stepped]
         rule = hd_pissa.seed_of(rules) % 2**52 if rules else 0
         looked_at = self.slots[self.step % len(self.slots)]
-        columns = torch.tensor((rule, 0.0, 1.0, 0.0, self.loaded, 0.0, bool(faults)), dtype=torch.float64,
-                               device="cpu")
+        columns = torch.tensor((rule, 0.0, 1.0, 0.0, self.loaded, 0.0), dtype=torch.float64, device="cpu")
         columns = hd_pissa.sent(columns, self.device)           # what follows is computed where W is
         columns[1] = looked_at.probe()
         if halves:
@@ -1210,16 +1203,9 @@ class Adapters(hd_pissa.Adapters):
         if self.left is not None:
             torch.ne(torch.linalg.vector_norm(self.increments), self.left, out=columns[5])
         columns = columns.expand(self.S, len(columns))
-        try:
-            told, waits = super().refuse(columns if told is None else torch.cat((told, columns), dim=1))
-            ruled, probes, halved, spoilt, loaded, changed, faulty = zip(*(row[-7:] for row in told))
-        except ValueError:              # raised by all processes: a fault may be why
-            faulty = everywhere(lambda: bool(faults))
-            if not any(faulty):
-                raise
-        if any(faulty):
-            raise ValueError("merge_: " + max(everywhere(lambda: faults)))
-        told = [row[:-7] for row in told]
+        told, waits = super().refuse(columns if told is None else torch.cat((told, columns), dim=1))
+        ruled, probes, halved, spoilt, loaded, changed = zip(*(row[-6:] for row in told))
+        told = [row[:-6] for row in told]
         if not math.isfinite(sum(map(sum, told))):
             return told, True           # this step is left out, whatever else
         if len({*probes}) > 1 and not first:
@@ -1332,7 +1318,7 @@ class Adapters(hd_pissa.Adapters):
     def next_step(self) -> None:
         super().next_step()
         self.applied, self.folded = self.folded, torch.zeros(())       # 0 of a step that is left out
-        self.collected, self.astray, self.loaded, self.left, self.vain = False, 0.0, 0.0, None, set()
+        self.collected, self.astray, self.loaded, self.left = False, 0.0, 0.0, None
         self.backwards.clear()
         for slot in self.slots if self.whole_batch else ():
             for leaf in slot.caught:
@@ -1455,11 +1441,6 @@ def _before_step(optimizer, *_):
         elif world_size() > 1 and held & {*map(id, adapters.model.parameters())}:
             raise ValueError(f"{type(optimizer).__name__} holds parameters of the adapted model: no one adds "
                              "up their gradients over processes, as attach(also=...) does")
-        elif adapters.waiting and all(p.grad is None for g in optimizer.param_groups for p in g["params"]):
-            adapters.vain.add(adapters.waiting)     # nothing to do, while more and more gradients wait
-            if len(adapters.vain) > 3:
-                raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose "
-                                 "gradients wait; build the optimizer from adapters.parameters()")
         adapters.groups[optimizer] = now
 
 def _after_step(optimizer, *_):
