@@ -244,9 +244,10 @@ class Slot:
     def fault(self) -> str:
         """Why dU would not reach W, or "": somebody may have changed it."""
         W = self.W
-        return "" if W is not None and W.dtype in self.dtypes and not W.requires_grad and not hasattr(
-            W, "to_local") else ("was made trainable, cast, sharded or replaced after attach; only merge_ "
-                                 "changes it: call adapters.detach_(), change it, and attach again")
+        if W is None or W.dtype not in self.dtypes or W.requires_grad or hasattr(W, "to_local"):
+            return ("was made trainable, cast, sharded or replaced after attach; only merge_ changes it: "
+                    "call adapters.detach_(), change it, and attach again")
+        return ""
 
     def before_forward(self, x: torch.Tensor) -> None:
         """Raise ValueError, or warn, where what trains would not reach W."""
