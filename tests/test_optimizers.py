@@ -13,6 +13,9 @@ import torch.nn as nn
 from spawned import spawn
 
 import hd_pissa
+import hd_pissa_extra
+
+FILES = [hd_pissa, hd_pissa_extra]      # the core goes by a list of names, the other tries them out
 
 
 def small() -> nn.Sequential:
@@ -20,9 +23,9 @@ def small() -> nn.Sequential:
     return nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 10))
 
 
-def attached():
+def attached(file=hd_pissa_extra):
     model = small()
-    return model, hd_pissa.attach(model, 2)
+    return model, file.attach(model, 2)
 
 
 X = torch.randn((6, 12), generator=torch.Generator().manual_seed(0))
@@ -153,15 +156,37 @@ def verdict(adapters, optimizer) -> str | None:
         return str(e)
 
 
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("name", MAKES)
-def test_check_goes_by_what_an_optimizer_does(name):
+def test_check_goes_by_what_an_optimizer_does(name, file):
     """Accepted where a reset to zero changes no step, refused with its reason where it does."""
-    model, adapters = attached()
+    model, adapters = attached(file)
     said = verdict(adapters, MAKES[name](adapters.parameters()))
     assert (said is not None) is reads_the_parameter(MAKES[name]), said
     if said:
         assert "reads the parameter" in said or "takes no step on a copy" in said
         assert "AdamW" in said and "SGD" in said
+
+
+class Signs(Lion):
+    """Lion by a name of somebody's own."""
+
+
+def test_a_name_that_is_not_in_the_list_is_refused_by_the_core_alone():
+    _, adapters = attached(hd_pissa)
+    said = verdict(adapters, Signs(adapters.parameters()))
+    assert "Signs may have a rule that reads the parameter" in said and "AdamW" in said
+    _, adapters = attached(hd_pissa_extra)
+    assert verdict(adapters, Signs(adapters.parameters())) is None
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_an_optimizer_is_looked_at_before_its_first_step(file):
+    model, adapters = attached(file)
+    model(X).square().mean().backward()
+    with pytest.raises(ValueError, match="weight_decay"):
+        torch.optim.AdamW(adapters.parameters(), 1e-2).step()
+    assert not adapters.increments.any()
 
 
 def test_the_oracle_tells_them_apart():
@@ -173,10 +198,11 @@ def test_the_oracle_tells_them_apart():
     assert {name for name in read & MAKES.keys() if not reads_the_parameter(MAKES[name])} == set()
 
 
+@pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("name", [n for n in STOCK if n not in ("LBFGS", "SparseAdam")])
-def test_weight_decay_is_refused(name):
+def test_weight_decay_is_refused(name, file):
     """Of every class that has it: on increments of zero it would do nothing, whatever its rule."""
-    _, adapters = attached()
+    _, adapters = attached(file)
     try:
         optimizer = STOCK[name](adapters.parameters(), weight_decay=0.1)
     except TypeError:
@@ -189,9 +215,10 @@ def test_weight_decay_is_refused(name):
         lambda p: STOCK[name](p, weight_decay=0.0))
 
 
-def test_decay_of_other_groups_is_their_own():
+@pytest.mark.parametrize("file", FILES)
+def test_decay_of_other_groups_is_their_own(file):
     """A bias beside the adapters may decay, and may have another rule's options."""
-    model, adapters = attached()
+    model, adapters = attached(file)
     groups = [{"params": adapters.parameters(), "weight_decay": 0.0},
               {"params": [model[0].bias.requires_grad_()], "weight_decay": 0.1}]  # fmt: skip
     assert verdict(adapters, torch.optim.AdamW(groups)) is None

@@ -417,6 +417,14 @@ def test_a_peft_model_is_refused_and_works_once_it_is_merged():
 # ---- All processes alike -----------------------------------------------------------------------------------
 
 
+def unequal_in_the_core():
+    return refused(lambda: hd_pissa.attach(small(seed=hd_pissa.process_index()), 2))
+
+
+def test_the_core_refuses_unequal_models(tmp_path):
+    assert all("differ between processes" in said for said in spawn(2, unequal_in_the_core, tmp_path))
+
+
 def unequal():
     """(what was said, W of process 0 before, W after attach, W after steps, buffers) on this process."""
     i = hd_pissa.process_index()
