@@ -1,6 +1,7 @@
 """The shipped command line, its data handling and its baselines."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -176,6 +177,23 @@ def test_baselines_minimise_the_whole_batch():
     list(hd_pissa.train(model, adapters, [rows], lr=1e-3, max_steps=1, micro_batch_size=1, progress=False))
     for a, b in zip(kept, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("spare", [0, 1])
+def test_a_baseline_takes_no_step_that_is_not_finite(spare):
+    """Nothing protects its weights in a merge, so the loss is read first; steps to spare are left out."""
+    model = train.GPT(50, block_size=16, layers=1, width=32)
+    adapters = baselines.Baseline(model, "full", 2, 4, "all-linear", None, 0)
+    adapters.skip_nonfinite = spare
+    model.ln_f.weight.data[0] = math.nan
+    before = [p.detach().clone() for p in model.parameters()]
+    rows = [([1, 2, 3, 4], 1)] * 4
+    steps = hd_pissa.train(model, adapters, [rows] * 3, lr=1e-3, max_steps=3, progress=False)
+    for _ in range(spare):
+        assert math.isnan(next(steps)["loss"])
+    with pytest.raises(ValueError, match=f"step {spare + 1}: not finite: loss of shards .0, 1, 2, 3"):
+        next(steps)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()) if not b.isnan().any())
 
 
 def test_hold_out_keeps_equal_rows_together():
