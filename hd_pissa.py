@@ -472,8 +472,9 @@ class Adapters:
         optimizer.step()
         told = self.merge_(told)        # waits for them, once a step
         if not math.isfinite(sum(map(sum, told))):
+            self.next_step()
             bad = [i for i, (loss, _) in enumerate(told) if not math.isfinite(loss)]
-            raise ValueError(f"step {self.step + 1}: not finite: loss of shards {bad} or a gradient; W is "
+            raise ValueError(f"step {self.step}: not finite: loss of shards {bad} or a gradient; W is "
                              "untouched. Lower lr, clip, or look at these rows of the batch")
         return told
 
@@ -694,8 +695,8 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
         found, skipped = getattr(make, "find_layers", find_layers)(model, targets, exclude, least)
         made.append(make(model, found, skipped, config, exchange, seed, found[0][1].weight.device))
         tensors = [*model.named_parameters(), *model.named_buffers()]
-        return [*config.items(), exchange, seed, decompose is None, made[0].agreed, *(x for x, _ in found),
-                *((name, (*t.shape,), t.dtype) for name, t in tensors), "end"]
+        return [*config.items(), exchange, seed, ("decompose=None", decompose is None), made[0].agreed,
+                *(name for name, _ in found), *((name, (*t.shape,), t.dtype) for name, t in tensors), "end"]
     for here, *there in zip(*everywhere(build)):
         if {*there} - {here}:
             raise ValueError(f"processes disagree: process 0 attaches {here}, others {there}; start all with "

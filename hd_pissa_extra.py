@@ -1009,7 +1009,6 @@ class Adapters(hd_pissa.Adapters):
         if all(math.isfinite(sum(row)) for row in rows):
             return super().step_(optimizer, told)
         leave_out(self, rows)
-        self.next_step()
         return rows
 
     def __reduce__(self):
@@ -1401,9 +1400,10 @@ def _refuse_collected(ref):
                          "adapters.next_step() to leave the step out")
 
 def leave_out(adapters, rows) -> None:
-    """One step less of `skip_nonfinite`, and a line about it; ValueError where none is left."""
-    bad = [i for i, row in enumerate(rows) if not math.isfinite(row[0])]
-    text = f"step {adapters.step + 1}: not finite: loss of shards {bad} or a gradient"
+    """Leave a step out that is not finite: one less of `skip_nonfinite`; ValueError where none is left."""
+    adapters.next_step()
+    bad = [i for i, (loss, _) in enumerate(rows) if not math.isfinite(loss)]
+    text = f"step {adapters.step}: not finite: loss of shards {bad} or a gradient"
     adapters.skip_nonfinite -= 1
     if adapters.skip_nonfinite < 0:
         raise ValueError(f"{text}. Lower lr, clip, or look at these rows of the batch")

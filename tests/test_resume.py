@@ -410,6 +410,18 @@ def poisoned(bad, skip_nonfinite=0):
     return [(record, model.fc.weight.clone()) for record in steps]
 
 
+@pytest.mark.parametrize("file", [hd_pissa, hd_pissa_extra])
+def test_after_a_step_that_is_not_finite_the_model_goes_on(file):
+    """The error leaves no increments behind, which the next forward would refuse."""
+    Poisoned.forwards, Poisoned.bad = 0, (2,)
+    model = Poisoned()
+    adapters = file.attach(model, 2, shards=2)
+    rows = [([1 + (i * j) % 30 for j in range(6)], 1) for i in range(1, 9)]
+    with pytest.raises(ValueError, match="step 1: not finite"):
+        next(hd_pissa.train(model, adapters, [rows], lr=1e-2, max_steps=1, progress=False))
+    assert model(torch.ones((1, 4), dtype=torch.long)).isfinite().all() and not adapters.increments.any()
+
+
 def test_a_step_that_is_not_finite_is_named_and_not_merged():
     with pytest.raises(ValueError, match=r"step 2: not finite: loss of shards \[1\].*W is untouched"):
         poisoned(bad=(4,))

@@ -94,10 +94,10 @@ class Baseline:
     def step_(self, optimizer, told: torch.Tensor) -> list:
         """optimizer.step(); no merge protects what it moves, so the losses `told` are read before."""
         rows = hd_pissa.gather_shards(told).tolist()
-        if all(math.isfinite(sum(row)) for row in rows):
-            optimizer.step()
-        else:
+        if not all(math.isfinite(sum(row)) for row in rows):
             hd_pissa_extra.leave_out(self, rows)
+            return rows
+        optimizer.step()
         self.next_step()
         return rows
 
