@@ -225,11 +225,11 @@ class Slot:
         self.plain_class, self.conv1d = type(module), not isinstance(module, nn.Linear)
         self.m, self.n = module.weight.shape if self.conv1d else module.weight.T.shape
         self.r, self.s, self.size = adapters.r, adapters.s, adapters.r * (self.m + self.n)
-        if module.weight.dtype not in self.dtypes or hasattr(module.weight, "to_local"):
-            raise ValueError(f"{name}.weight is {type(module.weight).__name__} {module.weight.dtype}: load "
-                             "float32 weights, and attach before they are sharded (bfloat16, FSDP2: "
-                             "hd_pissa_extra.attach)")
-        if not module.weight.is_meta and not torch.isfinite(module.weight).all():
+        self.was, W = self.kind(), self.W
+        if W.dtype not in self.dtypes or hasattr(W, "to_local"):
+            raise ValueError(f"{name}.weight is {self.was}: load float32 weights, and attach before they "
+                             "are sharded (bfloat16, FSDP2: hd_pissa_extra.attach)")
+        if not W.is_meta and not torch.isfinite(W).all():
             raise ValueError(f"{name}.weight holds NaN or Inf; the file is damaged, load it again")
 
     def views(self, flat: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,25 +241,23 @@ class Slot:
     def W(self) -> torch.Tensor | None:
         return self.module._parameters.get("weight")
 
-    def fault(self) -> str:
-        """Why dU would not reach W, or "": somebody may have changed it."""
+    def kind(self) -> str:
         W = self.W
-        if W is None or W.dtype not in self.dtypes or W.requires_grad or hasattr(W, "to_local"):
-            return ("was made trainable, cast, sharded or replaced after attach; only merge_ changes it: "
-                    "call adapters.detach_(), change it, and attach again")
-        return ""
+        return "no parameter" if W is None else f"{type(W).__name__} {W.dtype} {W.device} {(*W.shape,)}"
+
+    def fault(self) -> str:
+        """Why dU would not reach W, or "". Asked before every merge: somebody may have changed W."""
+        if self.kind() != self.was:
+            return (f"is {self.kind()}, was {self.was}; cast, move, parametrize and load before attach "
+                    "(fully_shard after hd_pissa_extra.attach)")
+        return TRAINABLE if self.W.requires_grad else ""
 
     def before_forward(self, x: torch.Tensor) -> None:
-        """Raise ValueError, or warn, where what trains would not reach W."""
-        adapters = self.adapters
-        if adapters.increments._version != adapters.merged:
+        """Raise ValueError where a step was not merged, or W trains otherwise: nothing would reach it."""
+        if self.adapters.increments._version != self.adapters.merged:
             raise ValueError(UNMERGED)
-        if why := Slot.fault(self):     # hd_pissa_extra looks at more, before a merge alone
-            raise ValueError(f"{self.name}.weight {why}")
-        adapters.waiting += self.leaves[adapters.current][0].grad is not None       # of an earlier backward
-        if adapters.waiting == 500 * len(adapters.slots):
-            warnings.warn("500 backwards without adapters.merge_(): does the optimizer hold "
-                          "adapters.parameters(), does the loop merge?", stacklevel=3)
+        if self.W is not None and self.W.requires_grad:
+            raise ValueError(f"{self.name}.weight {TRAINABLE}")
 
     def add_(self, left: torch.Tensor, right: torch.Tensor, share: float) -> None:
         """W += share left right, for factors of all shards."""
@@ -274,6 +272,7 @@ class Slot:
 # ---- The adapters --------------------------------------------------------------------------------
 
 LIVE = weakref.WeakSet()        # those that are attached
+TRAINABLE = "was made trainable; only merge_ changes it (train it otherwise after adapters.detach_())"
 UNMERGED = ("increments were filled and not merged, so nothing would reach W; call adapters.merge_() after "
             "every optimizer.step(), before the next forward")
 # Their steps depend on gradients and state alone, without weight decay. Another belongs here if it
@@ -297,7 +296,7 @@ class Adapters:
         self.exchange, self.device = "all_gather" if exchange == "auto" else exchange, device
         self.S = self.K // world_size()                 # shards of this process
         self.first = process_index() * self.S           # global index of local shard 0
-        self.step, self.current, self.waiting, self.idle = 0, 0, 0, set()
+        self.step, self.current, self.seen, self.idle = 0, 0, [0] * self.S, set()
         self.phase, self.slots, width = "empty", [], 0
         for name, module in found:
             self.slots.append(self.Slot(name, module, self, width))
@@ -314,8 +313,20 @@ class Adapters:
             # detach: a leaf of its own on the buffer's memory
             slot.leaves = [(dA.detach().requires_grad_(), dB.detach().requires_grad_())
                            for dA, dB in zip(*slot.views(self.increments))]         # (m, r), (r, n)
+            for i, (_, dB) in enumerate(slot.leaves):
+                dB.register_post_accumulate_grad_hook(self.note(i))
         self.ids = {id(p) for p in self.parameters()}
         LIVE.add(self)
+
+    def note(self, i: int):
+        """A hook that counts backwards of local shard i, compiled or not. It must not hold `self`."""
+        seen, many = self.seen, 500 * len(self.slots)
+        def count(_):
+            seen[i] += 1
+            if seen[i] == many:
+                warnings.warn("500 backwards without adapters.merge_(): does the optimizer hold "
+                              "adapters.parameters(), does the loop merge?", stacklevel=2)
+        return count
 
     def held(self) -> int:
         """Shards whose A_i, B_i stay here: folding factors needs all of them, a dense dU the own."""
@@ -395,14 +406,15 @@ class Adapters:
         if decays or name not in OPTIMIZERS:
             raise ValueError(f"{name} {'has weight_decay, which' if decays else 'may have a rule that'} "
                              "reads the parameter. Increments begin every step at zero: use AdamW with "
-                             f"weight_decay=0.0 (the paper's), or another of {', '.join(OPTIMIZERS)}")
+                             f"weight_decay=0.0 (the paper's), or another of {', '.join(OPTIMIZERS)} "
+                             "(hd_pissa_extra.attach tries out any)")
         self.known.add(optimizer)
         return repr([name, [{k: v for k, v in group.items() if k != "params"} for group in groups]])
 
     def agree(self) -> None:
         """Raise ValueError where the processes have different weights."""
-        sums = everywhere(lambda: [int(t.detach().contiguous().flatten().view(torch.uint8).sum())
-                                   for t in (*self.model.parameters(), *self.model.buffers())])
+        sums = everywhere(lambda: [checksum(t) for t in (*self.model.parameters(), *self.model.buffers())
+                                   if not t.is_meta])
         if any(other != sums[0] for other in sums):
             raise ValueError("parameters or buffers differ between processes: load the same weights on all, "
                              "and seed what is drawn anew, a head say")
@@ -427,10 +439,14 @@ class Adapters:
     def refuse(self, told=None) -> tuple[list, bool]:
         """Raise where a merge would not do what is meant. `told` of all shards; whether this merge waits:
         gradients are there and no optimizer has stepped, or `told` is not finite."""
+        if self.S * world_size() != self.K:
+            raise ValueError(f"merge_: {self.S} of {self.K} shards on each of {world_size()} processes; call "
+                             "torch.distributed.init_process_group before attach")
         faults = "; ".join(f"{slot.name}.weight {why}" for slot in self.slots if (why := slot.fault()))
-        flags = torch.tensor([[bool(row), bool(faults)] for row in self.gradients()], device="cpu").double()
+        flags = [[n > 0 or bool(row), bool(faults)] for n, row in zip(self.seen, self.gradients())]
         largest = torch.linalg.vector_norm(self.increments, math.inf, dim=1)    # (S,); NaN, Inf survive
-        own = [sent(flags, self.device), largest[:, None].double(), *([] if told is None else [told])]
+        own = [sent(torch.tensor(flags, dtype=torch.float64, device="cpu"), self.device),
+               largest[:, None].double(), *([] if told is None else [told])]
         # A (K, 3 + c) gather tells every process the state of every shard, so that all refuse alike.
         table = gather_shards(torch.cat(own, dim=1)).tolist()                   # waits once
         trained, faulty, size, *_ = zip(*table)
@@ -468,12 +484,12 @@ class Adapters:
         return told, len(self.idle) == self.K and not self.stepped
 
     def step_(self, optimizer, told: torch.Tensor) -> list:
-        """optimizer.step() and `merge_`, or an error; `told`, losses and gradient norms, of all shards."""
+        """optimizer.step() and `merge_`, or an error; `told`, whose rows begin with a loss, of all shards."""
         optimizer.step()
         told = self.merge_(told)        # waits for them, once a step
         if not math.isfinite(sum(map(sum, told))):
             self.next_step()
-            bad = [i for i, (loss, _) in enumerate(told) if not math.isfinite(loss)]
+            bad = [i for i, (loss, *_) in enumerate(told) if not math.isfinite(loss)]
             raise ValueError(f"step {self.step}: not finite: loss of shards {bad} or a gradient; W is "
                              "untouched. Lower lr, clip, or look at these rows of the batch")
         return told
@@ -496,7 +512,7 @@ class Adapters:
     def next_step(self) -> None:
         """Zero the increments and drop gradients; without merge_ before it, this step is left out."""
         self.increments.zero_()
-        self.merged, self.step, self.waiting = self.increments._version, self.step + 1, 0
+        self.merged, self.step, self.seen[:] = self.increments._version, self.step + 1, [0] * self.S
         for p in self.parameters():
             p.grad = None               # a loop that zeroes the model alone would add to them
         self.stepped, self.vain = [], set()
@@ -530,7 +546,7 @@ class Adapters:
         if len(self.basis) > self.S:
             self.basis.copy_(gather_shards(self.own))
         self.next_step()
-        self.step, self.phase = step, "filled"
+        self.step, self.phase, self.idle = step, "filled", set()
 
     def detach_(self) -> None:
         """Make the modules plain again. W keeps what was merged and stays frozen."""
@@ -552,9 +568,9 @@ def before_step(optimizer, *_) -> None:
             if optimizer in adapters.stepped:
                 raise ValueError(UNMERGED)
             adapters.stepped.append(optimizer)
-        elif adapters.waiting and all(g is None for g in grads.values()):
-            adapters.vain.add(adapters.waiting)         # nothing to do, while more and more gradients wait
-            if len(adapters.vain) > 2:
+        elif any(adapters.seen) and all(g is None for g in grads.values()):
+            adapters.vain.add(sum(adapters.seen))        # nothing to do, while more and more gradients wait
+            if len(adapters.vain) > 3:
                 raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose "
                                  "gradients wait; build the optimizer from adapters.parameters()")
 
@@ -589,6 +605,18 @@ def check_arguments(rank: int, shards: int, alpha=None, **choices) -> None:
         raise ValueError(f"WORLD_SIZE={started}, but no process group: each process would train alone; "
                          "call torch.distributed.init_process_group before attach")
 
+def checksum(tensor: torch.Tensor, start: int = 0) -> int:
+    """sum_p bits[p] (2p + 1) mod 2^64 over positions p = start, start + 1, ..., as a signed number.
+
+    Positions weigh, so that two swapped numbers show; sums of a tensor's parts add up to the whole's.
+    """
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in tensor.detach().contiguous().flatten().view(bits).split(1 << 20):
+        at = torch.arange(start, start + len(part), device=tensor.device)
+        total, start = total + (part.long() * (2 * at + 1)).sum(), start + len(part)
+    return int(total)
+
 def place(p: torch.Tensor) -> int:
     """Where a parameter lies: modules that hold one there are tied."""
     return type(p) is nn.Parameter and p.data_ptr() or id(p)
@@ -616,10 +644,11 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
         hits, outs = ({t for t in ts if f".{name}" == t or f".{name}".endswith(f".{t}")}
                       for ts in (targets, exclude))
         used |= hits | outs
-        W, size, forward = module._parameters.get("weight"), min(module.weight.shape), type(module).forward
-        own = "forward" in vars(module) or isinstance(module, nn.Linear) and forward is not nn.Linear.forward
+        W, size, kind = module._parameters.get("weight"), min(module.weight.shape), type(module)
+        own = "forward" in vars(module) or isinstance(module, nn.Linear) and (
+            kind.forward is not nn.Linear.forward or kind.__name__ == "NonDynamicallyQuantizableLinear")
         reasons = {"in exclude": outs, "not in targets": not ("all-linear" in targets or hits),
-                   "a weight or a forward of its own kind": own or W is None,
+                   "a weight or a forward of its own kind": own or W is None or W.dim() != 2,
                    "tied weight": uses[place(module.weight)] > 1, "output head": module is head and not hits,
                    f"fewer than K r = {least} components": size < least and not hits}
         if reason := next((reason for reason, holds in reasons.items() if holds), None):
@@ -693,6 +722,8 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
                              "detach_() on the former, merge_and_unload() on the latter")
         least = rank * (1 if init == "top" else shards)
         found, skipped = getattr(make, "find_layers", find_layers)(model, targets, exclude, least)
+        if decompose is not None and found[0][1].weight.is_meta:
+            raise ValueError(f"{found[0][0]}.weight is on the meta device: load the weights first")
         made.append(make(model, found, skipped, config, exchange, seed, found[0][1].weight.device))
         tensors = [*model.named_parameters(), *model.named_buffers()]
         return [*config.items(), exchange, seed, ("decompose=None", decompose is None), made[0].agreed,
@@ -797,13 +828,9 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
         if size * K != len(batch) or not all(counts):
             raise ValueError(f"step {step}: {len(batch)} rows for {K} shards, {counts.count(0)} of them cut "
                              "before their response; every shard needs as many, and whole ones")
-        rows = seed_of([row[0] for row in batch]) if step == start + 1 else 0
-        if rows and len({*everywhere(lambda rows=rows: rows)}) > 1:
-            raise ValueError("the processes have different rows; give all of them the same batches, each "
-                             "takes its shards' rows itself")
 
         # Local backward: each shard of this process on its own mini-batch.
-        told = torch.zeros((S, 2), dtype=torch.float64, device=device)      # loss, gradient norm
+        told = torch.zeros((S, 3), dtype=torch.float64, device=device)      # loss, gradient norm, rows
         for i, shard in enumerate(range(adapters.first, adapters.first + S)):
             own = slice(shard * size, (shard + 1) * size)
             tokens = sum(counts) if adapters.whole_batch else sum(counts[own])
@@ -820,11 +847,15 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
                     (loss / tokens).backward()
                 told[i, 0] += loss.detach()
         told[:, 1] = adapters.clip_grad_norm_(max_grad_norm or math.inf)
+        told[:, 2] = seed_of([hash(tuple(map(int, row[0]))) for row in batch]) % 2**52
 
         # AdamW turns gradients into dA_i, dB_i; all shards go into the one W.
         for group, peak in zip(optimizer.param_groups, peaks):
             group["lr"] = peak * lr_factor(step - 1, max_steps, warmup, schedule)
-        losses, norms = zip(*adapters.step_(optimizer, told))               # of all K shards
+        losses, norms, alike = zip(*adapters.step_(optimizer, told))        # of all K shards
+        if len({*alike}) > 1:
+            raise ValueError(f"step {step}: the processes have different rows; give all of them the same "
+                             "batches, each takes its shards' rows itself")
         optimizer.zero_grad(set_to_none=True)
 
         loss, rate = sum(losses) / sum(counts), float(optimizer.param_groups[0]["lr"])      # token mean

@@ -239,8 +239,6 @@ def product(left: torch.Tensor, right: torch.Tensor, rows: slice) -> torch.Tenso
         return torch.mm(left[rows], right, out_dtype=torch.float32)
     return left[rows] @ right
 
-TRAINABLE = "was made trainable; only merge_ changes it (train it otherwise after adapters.detach_())"
-
 class Slot(hd_pissa.Slot):
     """A layer whose W may be bfloat16, with its exact rest in `low`, or sharded by FSDP2 after attach."""
 
@@ -248,7 +246,7 @@ class Slot(hd_pissa.Slot):
 
     def __init__(self, *args):
         super().__init__(*args)
-        W, V, self.was = self.W, [*self.adapters.slots, self][0].W, self.kind()
+        W, V = self.W, [*self.adapters.slots, self][0].W
         if (W.is_inference() or W.device != V.device
                 or (W.dtype == torch.float64) != (V.dtype == torch.float64)):
             raise ValueError(f"{self.name}.weight is {self.was}, the first {V.dtype} on {V.device}: load "
@@ -395,12 +393,8 @@ class Slot(hd_pissa.Slot):
                              "torch.autocast, or cast the rest of it too (parameters but those of also=, no "
                              "buffers)")
 
-    def kind(self) -> str:
-        W = self.W
-        return "no parameter" if W is None else f"{type(W).__name__} {W.dtype} {W.device} {(*W.shape,)}"
-
     def fault(self) -> str:
-        """Why dU would not reach W, or "". Asked before every merge: somebody may have changed W."""
+        """Also where the layer was replaced, or W is another module's too."""
         W, uses = self.W, self.adapters.uses
         if id(getattr(self, "owner", self.module)) not in self.adapters.there:
             return "is of a layer that was replaced"
@@ -408,18 +402,16 @@ class Slot(hd_pissa.Slot):
         b = a + self.adapters.increments.nbytes
         if not all(a <= p.data_ptr() < b for pair in self.leaves for p in pair):
             return "would miss increments that were replaced (p.data = ...); change them in place"
-        if not hasattr(W, "to_local") and self.kind() != self.was:
-            return (f"is {self.kind()}, was {self.was}; cast, move, parametrize and load before attach "
-                    "(fully_shard after hd_pissa_extra.attach)")
-        if not hasattr(W, "to_local") and uses[hd_pissa.place(W)] > 1:
-            return "is another module's too; tie before attach"
+        if not hasattr(W, "to_local"):
+            return super().fault() or ("is another module's too; tie before attach"
+                                       if uses[hd_pissa.place(W)] > 1 else "")
         if W.dtype != self.dtype:
             return f"is {W.dtype}, was {self.dtype}; cast before attach"
         try:
             own_rows(W)
         except ValueError as e:
             return f"cannot be merged: {e}"
-        return TRAINABLE if W.requires_grad else ""
+        return hd_pissa.TRAINABLE if W.requires_grad else ""
 
 def stored(slot) -> tuple[torch.Tensor, slice]:
     """W of a slot to its last bit, of the rows on this process, and which these are."""
@@ -847,23 +839,11 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
 
 # ---- The same weights on all processes -----------------------------------------------------------
 
-def checksum(tensor: torch.Tensor, start: int = 0) -> int:
-    """sum_p bits[p] (2p + 1) mod 2^64 over positions p = start, start + 1, ..., as a signed number.
-
-    Positions weigh, so that two swapped numbers show; sums of a tensor's parts add up to the whole's.
-    """
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for part in tensor.detach().contiguous().flatten().view(bits).split(1 << 20):
-        at = torch.arange(start, start + len(part), device=tensor.device)
-        total, start = total + (part.long() * (2 * at + 1)).sum(), start + len(part)
-    return int(total)
-
 def send_model(model: nn.Module, device: torch.device) -> None:
     """Give all processes process 0's parameters and buffers, as DDP does, where checksums differ."""
     tensors = [t for t in (*model.parameters(), *model.buffers()) if not (
         t.is_meta or hasattr(t, "to_local"))]
-    sums = everywhere(lambda: [checksum(t) for t in tensors]) if world_size() > 1 else []
+    sums = everywhere(lambda: [hd_pissa.checksum(t) for t in tensors]) if world_size() > 1 else []
     other = [t for t, of_all in zip(tensors, zip(*sums)) if len({*of_all}) > 1]
     for t in other:
         whole = t.detach().to(device).contiguous()
@@ -1102,6 +1082,8 @@ class Adapters(hd_pissa.Adapters):
                     continue
                 leaf.register_hook(_before_catching(weakref.ref(leaf), mine))
                 leaf.register_post_accumulate_grad_hook(_after_catching(weakref.ref(self), mine, own))
+            for i in range(self.S):
+                slot.caught[1].register_post_accumulate_grad_hook(self.note(i))
 
     @torch.no_grad()
     def arrive(self) -> None:
@@ -1177,9 +1159,6 @@ class Adapters(hd_pissa.Adapters):
         low halves are W's, whether NaN was put into `also`, what moments were loaded, whether somebody has
         changed the increments since the optimizer's step.
         """
-        if self.S * (world := hd_pissa.world_size()) != self.K:
-            raise ValueError(f"merge_: {self.S} of {self.K} shards on each of {world} processes; call "
-                             "torch.distributed.init_process_group before attach")
         # Weights that an evaluation has gathered whole are copies: they would get the update.
         reshard(self.model)
         self.collect_()                 # where this process has left the optimizer's step out
@@ -1402,7 +1381,7 @@ def _refuse_collected(ref):
 def leave_out(adapters, rows) -> None:
     """Leave a step out that is not finite: one less of `skip_nonfinite`; ValueError where none is left."""
     adapters.next_step()
-    bad = [i for i, (loss, _) in enumerate(rows) if not math.isfinite(loss)]
+    bad = [i for i, (loss, *_) in enumerate(rows) if not math.isfinite(loss)]
     text = f"step {adapters.step}: not finite: loss of shards {bad} or a gradient"
     adapters.skip_nonfinite -= 1
     if adapters.skip_nonfinite < 0:
@@ -1478,8 +1457,6 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
 
     Call it before fully_shard. Raises ValueError, on every process alike, for what cannot be trained.
     """
-    if lazy := [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]:
-        raise ValueError(f"{lazy[0]} has no shape yet: run one forward before attach")
     kept = []
     also = [also] if isinstance(also, str) else also
     hd_pissa.everywhere(lambda: kept.append(also_parameters(model, also)))
@@ -1503,8 +1480,6 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
             if dtype != W.dtype and (W.dtype, dtype) != (torch.float32, torch.bfloat16):
                 raise ValueError(f"dtype={dtype} for {name}.weight of {W.dtype}: only float32 weights can be "
                                  "turned, into torch.bfloat16; use dtype=None")
-        if found[0][1].weight.is_meta and decompose is not None and not seeded:
-            raise ValueError(f"{found[0][0]}.weight is on the meta device: load the weights first")
         adapters = Adapters(model, found, skipped, config, exchange, seed, torch.device(device or place),
                             init=init, also=beside, dropout=dropout, gradients=gradients, send=send,
                             basis=basis, rounding=rounding, bucket_mb=bucket_mb, accumulate=accumulate)
@@ -1524,7 +1499,9 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
     return adapters
 
 def also_parameters(model: nn.Module, also) -> dict[str, nn.Parameter]:
-    """{name: parameter} of what `also` names; ValueError for a name that is not there."""
+    """{name: parameter} of what `also` names; ValueError for names that are not there, or lazy ones."""
+    if lazy := [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]:
+        raise ValueError(f"{lazy[0]} has no shape yet: run one forward before attach")
     named, chosen = dict(model.named_parameters(remove_duplicate=False)), set()
     for part in also:
         hits = {name for name in named if f".{part}." in f".{name}."}

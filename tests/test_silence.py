@@ -5,6 +5,7 @@ the sentences themselves for what is refused, and the remedy they print, which h
 """
 
 import copy
+import math
 import pickle
 import re
 import threading
@@ -418,11 +419,90 @@ def test_a_peft_model_is_refused_and_works_once_it_is_merged():
 
 
 def unequal_in_the_core():
-    return refused(lambda: hd_pissa.attach(small(seed=hd_pissa.process_index()), 2))
+    """Refusals of another model, and of one whose rows stand in another order; a third is attached."""
+    turned = small()
+    if hd_pissa.process_index():
+        turned[0].weight.data = turned[0].weight.data.flip(0)
+    with torch.device("meta"):
+        bare = small()
+    hd_pissa.attach(bare, 2, decompose=None)
+    return [refused(lambda model=model: hd_pissa.attach(model, 2))
+            for model in (small(seed=hd_pissa.process_index()), turned)]
 
 
 def test_the_core_refuses_unequal_models(tmp_path):
-    assert all("differ between processes" in said for said in spawn(2, unequal_in_the_core, tmp_path))
+    for rank in spawn(2, unequal_in_the_core, tmp_path):
+        assert all("differ between processes" in said for said in rank)
+
+
+def rows_that_part():
+    """Processes whose batches are alike in the first step, not in the second."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(32, 12), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 32))
+    adapters = hd_pissa.attach(model, 2)
+    alike, own = ([([1, 2, 3, last], 1)] * 4 for last in (4, 5 + hd_pissa.process_index()))
+    steps = hd_pissa.train(model, adapters, [alike, own], lr=1e-2, max_steps=2, progress=False)
+    next(steps)
+    return refused(lambda: next(steps))
+
+
+def test_rows_that_part_later_are_refused(tmp_path):
+    for said in spawn(2, rows_that_part, tmp_path):
+        assert "step 2: the processes have different rows" in said
+
+
+@pytest.mark.parametrize("file", [hd_pissa, hd_pissa_extra])
+def test_a_step_that_moves_nothing_may_zero_its_gradients_before_the_merge(file):
+    """A rate that begins at 0, a scaler that leaves the step out: there were gradients."""
+    model = small()
+    adapters = file.attach(model, 2)
+    optimizer = torch.optim.AdamW(adapters.parameters(), 0.0, weight_decay=0.0)
+    model(X).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    adapters.merge_()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(model(X).sum() * math.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    adapters.merge_()
+    assert adapters.step == 2
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("file", [hd_pissa, hd_pissa_extra])
+def test_an_optimizer_of_the_models_own_parameters_is_stopped(file, compiled):
+    """Taken before attach, it holds frozen tensors alone."""
+    model = small()
+    stray = torch.optim.SGD(model.parameters(), 0.1)
+    file.attach(model, 2)
+    call = torch.compile(model, backend="eager") if compiled else model
+
+    def loop():
+        for _ in range(6):
+            call(X).sum().backward()
+            stray.step()
+
+    assert "SGD steps, but holds no increments" in refused(loop)
+
+
+def test_the_core_names_what_was_done_to_a_weight():
+    model = small()
+    adapters = hd_pissa.attach(model, 2)
+    model.double()
+    model(X.double()).sum().backward()
+    adamw(adapters).step()
+    assert "is Parameter torch.float64" in refused(adapters.merge_)
+
+
+def test_a_resumed_run_counts_idle_merges_anew():
+    model = small()
+    adapters = hd_pissa.attach(model, 2)
+    optimizer = torch.optim.SGD(adapters.parameters(), 0.0)
+    for _ in range(2):
+        one_step(model, adapters, optimizer)
+        adapters.load_state_dict(adapters.state_dict())
 
 
 def unequal():
