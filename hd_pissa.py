@@ -414,7 +414,7 @@ class Adapters:
     def agree(self) -> None:
         """Raise ValueError where the processes have different weights."""
         sums = everywhere(lambda: [checksum(t) for t in (*self.model.parameters(), *self.model.buffers())
-                                   if not t.is_meta])
+                                   if not t.is_meta and not hasattr(t, "to_local")])
         if any(other != sums[0] for other in sums):
             raise ValueError("parameters or buffers differ between processes: load the same weights on all, "
                              "and seed what is drawn anew, a head say")
@@ -481,7 +481,8 @@ class Adapters:
             if dead and process_index() == 0:
                 warnings.warn(f"{len(dead)} of {len(self.slots)} adapted layers got no gradient, {dead[:4]}: "
                               "the model does not call them; leave them out with exclude=", stacklevel=3)
-        return told, len(self.idle) == self.K and not self.stepped
+        moved = self.stepped or self.increments._version != self.merged
+        return told, len(self.idle) == self.K and not moved
 
     def step_(self, optimizer, told: torch.Tensor) -> list:
         """optimizer.step() and `merge_`, or an error; `told`, whose rows begin with a loss, of all shards."""
@@ -636,25 +637,28 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
               or (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    if head is None and linear and HEADS & {[*linear][-1].split(".")[i] for i in (0, -1)}:
-        head = [*linear.values()][-1]       # it ends the model
+    last = [name for name, module in linear.items() if isinstance(module, nn.Linear)][-1:]
+    if head is None and last and HEADS & {last[0].split(".")[i] for i in (0, -1)}:
+        head = linear[last[0]]              # it ends the model
     uses = collections.Counter(
         place(p) for x in model.modules() for p in x._parameters.values() if p is not None)
     for name, module in linear.items():
         hits, outs = ({t for t in ts if f".{name}" == t or f".{name}".endswith(f".{t}")}
                       for ts in (targets, exclude))
         used |= hits | outs
-        W, size, kind = module._parameters.get("weight"), min(module.weight.shape), type(module)
+        W, kind = module._parameters.get("weight"), type(module)
         own = "forward" in vars(module) or isinstance(module, nn.Linear) and (
             kind.forward is not nn.Linear.forward or kind.__name__ == "NonDynamicallyQuantizableLinear")
+        plain = not own and W is not None and W.dim() == 2
+        size = min(W.shape) if plain else 0
         reasons = {"in exclude": outs, "not in targets": not ("all-linear" in targets or hits),
-                   "a weight or a forward of its own kind": own or W is None or W.dim() != 2,
-                   "tied weight": uses[place(module.weight)] > 1, "output head": module is head and not hits,
+                   "a weight or a forward of its own kind": not plain,
+                   "tied weight": plain and uses[place(W)] > 1, "output head": module is head and not hits,
                    f"fewer than K r = {least} components": size < least and not hits}
         if reason := next((reason for reason, holds in reasons.items() if holds), None):
             skipped[name] = reason
         elif size < least:
-            raise ValueError(f"{name} is {(*module.weight.shape,)}: K r = {least} components are needed, it "
+            raise ValueError(f"{name} is {(*W.shape,)}: K r = {least} components are needed, it "
                              f"has {size}; lower rank or shards, or use exclude=[{'.' + name!r}]")
         else:
             found.append((name, module))
@@ -819,11 +823,13 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
     adapters.check(optimizer)
     peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     K, S, device, step = adapters.K, adapters.S, torch.device(device), start
+    model.train()
     bar = tqdm(total=max_steps, initial=start, desc="train", unit="step",
                disable=process_index() > 0 or not progress)
     for step, batch in zip(range(start + 1, max_steps + 1), batches):
-        model.train()                   # whoever takes the records may evaluate in between
         began, size = time.perf_counter(), len(batch) // K
+        if not model.training:          # whoever takes the records may evaluate in between
+            model.train()
         counts = [len(y) - y.count(-100) for y in map(targets_of, batch)]   # tokens with loss of each row
         if size * K != len(batch) or not all(counts):
             raise ValueError(f"step {step}: {len(batch)} rows for {K} shards, {counts.count(0)} of them cut "

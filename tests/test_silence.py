@@ -1088,3 +1088,23 @@ def test_processes_that_part_are_told_all_alike(tmp_path):
     for text, words in zip(first, ("increments of shards [1] are zero", ".weight differs between processes",
                                    "the processes have different rows", "processes disagree"), strict=True):
         assert text and words in text, first
+
+
+def test_a_step_by_hand_whose_rate_begins_at_zero_is_a_step():
+    model = small()
+    adapters = hd_pissa.attach(model, 2)
+    for t in range(3):
+        model(X).square().sum().backward()
+        with torch.no_grad():
+            for p in adapters.parameters():
+                p.sub_(p.grad, alpha=0.01 * t)
+        adapters.merge_()
+    assert adapters.step == 3
+
+
+def test_a_layer_that_is_left_out_is_left_alone():
+    """Spectral norm counts on whenever its weight is read."""
+    model = nn.Sequential(nn.Linear(12, 12), nn.utils.parametrizations.spectral_norm(nn.Linear(12, 12)))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    assert [slot.name for slot in hd_pissa.attach(model, 2).slots] == ["0"]
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
