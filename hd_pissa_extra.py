@@ -980,7 +980,7 @@ class Adapters(hd_pissa.Adapters):
         return repr([name, [{k: v for k, v in g.items() if k != "params"} for g in groups]])
 
     def agree(self) -> None:
-        """Give all processes process 0's parameters and buffers, as DDP does, where checksums differ."""
+        """Not refused, as in hd_pissa.py, but put right."""
         send_model(self.model, self.device)
 
     def step_(self, optimizer, told) -> list:
