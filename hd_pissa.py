@@ -318,6 +318,14 @@ class Adapters:
         self.ids = {id(p) for p in self.parameters()}
         LIVE.add(self)
 
+    def __repr__(self):
+        adapted, why = sum(s.m * s.n for s in self.slots), collections.Counter(self.skipped.values())
+        every = sum(p.numel() for p in self.model.parameters())
+        return (f"HD-PiSSA: {len(self.slots)} layers, {adapted:,} weights ({adapted / every:.1%} of the "
+                f"model); {self.K} shards of rank {self.r}, {self.S} here, each trains "
+                f"{self.increments.shape[1]:,} numbers. "
+                f"Left out: {'; '.join(f'{n} x {w}' for w, n in why.items()) or 'nothing'}")
+
     def note(self, i: int):
         """A hook that counts backwards of local shard i, compiled or not. It must not hold `self`."""
         seen, many = self.seen, 500 * len(self.slots)
@@ -402,22 +410,49 @@ class Adapters:
         if world_size() > 1 and (others := held.keys() - {i for live in LIVE for i in live.ids}):
             raise ValueError(f"{name} holds {len(others)} tensors beside the increments: no one adds up "
                              "their gradients over processes, as hd_pissa_extra.attach(also=...) does")
-        decays = any(held.get(i) for i in self.ids)
-        if decays or name not in OPTIMIZERS:
-            raise ValueError(f"{name} {'has weight_decay, which' if decays else 'may have a rule that'} "
-                             "reads the parameter. Increments begin every step at zero: use AdamW with "
-                             f"weight_decay=0.0 (the paper's), or another of {', '.join(OPTIMIZERS)} "
-                             "(hd_pissa_extra.attach tries out any)")
+        own = held.keys() & {id(p) for slot in self.slots for pair in slot.leaves for p in pair}
+        decays = any(held[i] for i in own) and "has weight_decay, which reads the parameter"
+        if own and (why := decays or self.objection(optimizer)):
+            raise ValueError(f"{name} {why}. Increments begin every step at zero: use AdamW with "
+                             f"weight_decay=0.0 (the paper's), or another of {', '.join(OPTIMIZERS)}")
         self.known.add(optimizer)
         return repr([name, [{k: v for k, v in group.items() if k != "params"} for group in groups]])
 
-    def agree(self) -> None:
-        """Raise ValueError where the processes have different weights."""
-        sums = everywhere(lambda: [checksum(t) for t in (*self.model.parameters(), *self.model.buffers())
-                                   if not t.is_meta and not hasattr(t, "to_local")])
-        if any(other != sums[0] for other in sums):
-            raise ValueError("parameters or buffers differ between processes: load the same weights on all, "
-                             "and seed what is drawn anew, a head say")
+    def objection(self, optimizer) -> str:
+        """Why its rule may be wrong for increments, or ""."""
+        if type(optimizer).__name__ in OPTIMIZERS:
+            return ""
+        return "may have a rule that reads the parameter (hd_pissa_extra.attach tries it out)"
+
+    def before_step(self, optimizer) -> None:
+        """Look at an optimizer before its first step on increments, and at whether its last was merged."""
+        grads = {id(p): p.grad for group in optimizer.param_groups for p in group["params"]}
+        if self.ids & grads.keys():
+            if optimizer not in self.known:
+                self.look_at(optimizer)
+            if optimizer in self.stepped:
+                raise ValueError(UNMERGED)
+            self.stepped.append(optimizer)
+        elif any(self.seen) and all(g is None for g in grads.values()):
+            self.vain.add(sum(self.seen))       # nothing to do, while more and more gradients wait
+            if len(self.vain) > 3:
+                raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose "
+                                 "gradients wait; build the optimizer from adapters.parameters()")
+
+    def after_step(self) -> None:
+        torch.autograd.graph.increment_version(self.increments)     # fused optimizers do not do so
+
+    def weights(self) -> list[torch.Tensor]:
+        """Parameters and buffers of the model that are whole on every process."""
+        return [t for t in (*self.model.parameters(), *self.model.buffers())
+                if not (t.is_meta or hasattr(t, "to_local"))]
+
+    def send_(self, tensors: list[torch.Tensor]) -> None:
+        """Give all processes those of process 0, as DDP does with a model."""
+        for tensor in tensors if world_size() > 1 else ():
+            whole = tensor.detach().to(self.device).contiguous()
+            dist.broadcast(whole.flatten().view(torch.uint8), src=0)
+            tensor.copy_(whole)
 
     @torch.no_grad()
     def merge_(self, told=None) -> list:
@@ -443,14 +478,15 @@ class Adapters:
             raise ValueError(f"merge_: {self.S} of {self.K} shards on each of {world_size()} processes; call "
                              "torch.distributed.init_process_group before attach")
         faults = "; ".join(f"{slot.name}.weight {why}" for slot in self.slots if (why := slot.fault()))
-        flags = [[n > 0 or bool(row), bool(faults)] for n, row in zip(self.seen, self.gradients())]
+        moved = bool(self.stepped) or self.increments._version != self.merged
+        flags = [[n > 0 or bool(row), bool(faults), moved] for n, row in zip(self.seen, self.gradients())]
         largest = torch.linalg.vector_norm(self.increments, math.inf, dim=1)    # (S,); NaN, Inf survive
         own = [sent(torch.tensor(flags, dtype=torch.float64, device="cpu"), self.device),
                largest[:, None].double(), *([] if told is None else [told])]
-        # A (K, 3 + c) gather tells every process the state of every shard, so that all refuse alike.
+        # A (K, 4 + c) gather tells every process the state of every shard, so that all refuse alike.
         table = gather_shards(torch.cat(own, dim=1)).tolist()                   # waits once
-        trained, faulty, size, *_ = zip(*table)
-        told, shards = [row[3:] for row in table], range(self.K)
+        trained, faulty, moved, size, *_ = zip(*table)
+        told, shards = [row[4:] for row in table], range(self.K)
         if any(faulty):
             raise ValueError("merge_: " + max(everywhere(lambda: faults)))
         if self.phase in ("empty", "detached"):
@@ -481,8 +517,7 @@ class Adapters:
             if dead and process_index() == 0:
                 warnings.warn(f"{len(dead)} of {len(self.slots)} adapted layers got no gradient, {dead[:4]}: "
                               "the model does not call them; leave them out with exclude=", stacklevel=3)
-        moved = self.stepped or self.increments._version != self.merged
-        return told, len(self.idle) == self.K and not moved
+        return told, len(self.idle) == self.K and not any(moved)
 
     def step_(self, optimizer, told: torch.Tensor) -> list:
         """optimizer.step() and `merge_`, or an error; `told`, whose rows begin with a loss, of all shards."""
@@ -560,24 +595,12 @@ class Adapters:
         self.phase = "detached"
 
 def before_step(optimizer, *_) -> None:
-    """Look at an optimizer before its first step on increments, and at whether its last one was merged."""
-    grads = {id(p): p.grad for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(LIVE):
-        if adapters.ids & grads.keys():
-            if optimizer not in adapters.known:
-                adapters.look_at(optimizer)
-            if optimizer in adapters.stepped:
-                raise ValueError(UNMERGED)
-            adapters.stepped.append(optimizer)
-        elif any(adapters.seen) and all(g is None for g in grads.values()):
-            adapters.vain.add(sum(adapters.seen))        # nothing to do, while more and more gradients wait
-            if len(adapters.vain) > 3:
-                raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose "
-                                 "gradients wait; build the optimizer from adapters.parameters()")
+        adapters.before_step(optimizer)
 
 def after_step(optimizer, *_) -> None:
     for adapters in [live for live in LIVE if optimizer in live.stepped]:
-        torch.autograd.graph.increment_version(adapters.increments)         # fused ones do not do so
+        adapters.after_step()
 
 register_optimizer_step_pre_hook(before_step)
 register_optimizer_step_post_hook(after_step)
@@ -605,18 +628,6 @@ def check_arguments(rank: int, shards: int, alpha=None, **choices) -> None:
     if world == 1 < started and not dist.is_initialized():
         raise ValueError(f"WORLD_SIZE={started}, but no process group: each process would train alone; "
                          "call torch.distributed.init_process_group before attach")
-
-def checksum(tensor: torch.Tensor, start: int = 0) -> int:
-    """sum_p bits[p] (2p + 1) mod 2^64 over positions p = start, start + 1, ..., as a signed number.
-
-    Positions weigh, so that two swapped numbers show; sums of a tensor's parts add up to the whole's.
-    """
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for part in tensor.detach().contiguous().flatten().view(bits).split(1 << 20):
-        at = torch.arange(start, start + len(part), device=tensor.device)
-        total, start = total + (part.long() * (2 * at + 1)).sum(), start + len(part)
-    return int(total)
 
 def place(p: torch.Tensor) -> int:
     """Where a parameter lies: modules that hold one there are tied."""
@@ -730,15 +741,14 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
             raise ValueError(f"{found[0][0]}.weight is on the meta device: load the weights first")
         made.append(make(model, found, skipped, config, exchange, seed, found[0][1].weight.device))
         tensors = [*model.named_parameters(), *model.named_buffers()]
-        return [*config.items(), exchange, seed, ("decompose=None", decompose is None), made[0].agreed,
+        return [*config.items(), exchange, f"{seed=}", ("decompose=None", decompose is None), made[0].agreed,
                 *(name for name, _ in found), *((name, (*t.shape,), t.dtype) for name, t in tensors), "end"]
     for here, *there in zip(*everywhere(build)):
         if {*there} - {here}:
             raise ValueError(f"processes disagree: process 0 attaches {here}, others {there}; start all with "
                              "the same command and model")
     adapters, = made
-    if world_size() > 1:
-        adapters.agree()
+    adapters.send_(adapters.weights())
     if decompose is not None:
         with torch.autocast(adapters.device.type, enabled=False):
             deal(adapters, init, decompose, progress)
