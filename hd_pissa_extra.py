@@ -1076,14 +1076,13 @@ class Adapters(hd_pissa.Adapters):
         each layer's is sent and dropped at once, in every micro-batch.
         """
         own = slice(self.first, self.first + self.S)
-        for slot in self.slots:
+        for j, slot in enumerate(self.slots):
             zero = torch.zeros((), dtype=self.basis.dtype, device=self.device)
             shapes = (self.K, slot.m, self.r), (self.K, self.r, slot.n)
             slot.caught = [zero.expand(shape).detach().requires_grad_() for shape in shapes]
             for leaf, mine in zip(slot.caught, zip(*slot.leaves)):
                 if self.send == "backward":
-                    tag = float(hd_pissa.seed_of(slot.name) % 2**16)
-                    leaf.register_post_accumulate_grad_hook(_send(weakref.ref(self), mine, tag))
+                    leaf.register_post_accumulate_grad_hook(_send(weakref.ref(self), j))
                     continue
                 leaf.register_hook(_before_catching(weakref.ref(leaf), mine))
                 leaf.register_post_accumulate_grad_hook(_after_catching(weakref.ref(self), mine, own))
@@ -1360,18 +1359,25 @@ def _after_catching(ref, mine, own):
         leaf.caught_version = leaf.grad._version
     return hook
 
-def _send(ref, mine, tag):
-    """Sum (K, ...) over the processes; the own shards' stay. The tag tells whether all sent one layer's.
+def _send(ref, j):
+    """Sum what layer j has caught, (K, ...), over the processes; the own shards' stay.
 
-    It travels while the backward does the next layer, and has arrived when the backward ends.
+    It travels while the backward does the next layer, and has arrived when the backward ends. A tag tells
+    whether all processes sent the same layer.
     """
-    def hook(leaf):
+    def hook(_):
         _refuse_collected(ref)
-        adapters, rows = ref(), leaf.grad.flatten(1)
-        leaf.grad = None
+        adapters, slot = ref(), ref().slots[j]
+        grads, tag = [leaf.grad for leaf in slot.caught], float(hd_pissa.seed_of(slot.name) % 2**16)
+        if any(g is None for g in grads):
+            return              # g_A and g_B travel together: of two, the second would wait for the first
+        for leaf in slot.caught:
+            leaf.grad = None
+        rows = torch.cat([g.flatten(1) for g in grads] + [grads[0].new_full((len(grads[0]), 1), tag)], dim=1)
         adapters.arrive()
-        rows, wait = reduce_later(torch.cat((rows, rows.new_full((len(rows), 1), tag)), dim=1))     # (S, ...)
-        places = [(p, p.grad, g.view_as(p)) for p, g in zip(mine, rows[:, :-1])]
+        rows, wait = reduce_later(rows)                                                     # (S, ...)
+        places = [(p, p.grad, g) for side, gs in zip(zip(*slot.leaves), slot.views(rows, slot.start))
+                  for p, g in zip(side, gs)]
         adapters.travels = wait, rows, tag, places
         for p, before, g in places:
             p.grad = g if before is None else before
