@@ -191,7 +191,7 @@ def test_weight_sum_by_hand(dtype):
     integers = W.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[W.element_size()]).flatten().tolist()
     total = sum(v * (2 * p + 1) for p, v in enumerate(integers)) % 2**64
     assert hd_pissa_extra.checksum(W) % 2**64 == total
-    assert (hd_pissa_extra.checksum(W[:3]) + hd_pissa.checksum(W[3:], 15)) % 2**64 == total
+    assert (hd_pissa_extra.checksum(W[:3]) + hd_pissa_extra.checksum(W[3:], 15)) % 2**64 == total
     bits = W.view(torch.uint8).clone()
     for at in range(bits.numel()):
         for bit in range(8):
