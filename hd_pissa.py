@@ -12,8 +12,7 @@ Data-parallel PiSSA gives every device the same top-r slice, and its update has 
 one update has rank up to 2Kr, at the optimizer memory of rank r. The trained tensors are the
 increments dA_i, dB_i. They are zero at the start of every step: the output is then X W exactly,
 their gradients are those of residual PiSSA, and after optimizer.step() they are the dA_i, dB_i
-above. (The paper's "mute scalar" multiplies the adapter in the forward and divides the gradients;
-at zero increments there is nothing to mute.)
+above. (The paper's "mute scalar" is not needed: at zero increments there is nothing to mute.)
 
     adapters = hd_pissa.attach(model, rank=16)      # torchrun: after dist.init_process_group()
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=2e-5, weight_decay=0.0)
