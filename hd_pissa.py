@@ -270,7 +270,7 @@ class Slot:
 
 # ---- The adapters --------------------------------------------------------------------------------
 
-LIVE = weakref.WeakSet()        # the Adapters that are attached
+LIVE = weakref.WeakValueDictionary()    # the Adapters that are attached, in an order that all processes have
 # Their steps depend on gradients and state alone, without weight decay. Another belongs here if its step
 # is the same whatever the parameter's values are; hd_pissa_extra.attach tries that out.
 OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "Lion", "Muon", "NAdam", "RAdam", "RMSprop",
@@ -313,7 +313,7 @@ class Adapters:
             for i, (_, dB) in enumerate(slot.leaves):
                 dB.register_post_accumulate_grad_hook(self.note(i))
         self.ids = {id(p) for p in self.parameters()}
-        LIVE.add(self)
+        LIVE[id(self)] = self
 
     def __repr__(self):
         adapted, why = sum(x.m * x.n for x in self.slots), collections.Counter(self.skipped.values())
@@ -403,7 +403,7 @@ class Adapters:
         """A description of it; ValueError unless its step depends on gradients and its state alone."""
         name, groups = type(optimizer).__name__, optimizer.param_groups
         held = {id(p): group.get("weight_decay") for group in groups for p in group["params"]}
-        if world_size() > 1 and (others := held.keys() - {i for live in LIVE for i in live.ids}):
+        if world_size() > 1 and (others := held.keys() - {i for live in LIVE.values() for i in live.ids}):
             raise ValueError(f"{name} holds {len(others)} tensors beside the increments: no one adds up "
                              "their gradients over processes, as hd_pissa_extra.attach(also=...) does")
         own = held.keys() & {id(p) for slot in self.slots for pair in slot.leaves for p in pair}
@@ -439,15 +439,25 @@ class Adapters:
 
     def weights(self) -> list[torch.Tensor]:
         """Parameters and buffers of the model that are whole on every process."""
-        return [t for t in (*self.model.parameters(), *self.model.buffers())
-                if not (t.is_meta or hasattr(t, "to_local"))]
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        whole = everywhere(lambda: [t.layout is torch.strided and not (t.is_meta or hasattr(t, "to_local"))
+                                    for t in tensors])
+        return [t for t, of_all in zip(tensors, zip(*whole)) if all(of_all)]
 
+    @torch.inference_mode()
     def send_(self, tensors: list[torch.Tensor]) -> None:
-        """Give all processes those of process 0, as DDP does with a model."""
+        """Give all processes those of process 0, as DDP does with a model, and say how many differed."""
+        other = []                      # what is equal is not written: it may be expanded, or read-only
         for tensor in tensors if world_size() > 1 else ():
-            whole = tensor.detach().to(self.device).contiguous()
-            dist.broadcast(whole.flatten().view(torch.uint8), src=0)    # bytes: any dtype, every backend
-            tensor.copy_(whole)
+            own = tensor.detach().to(self.device).contiguous()
+            bits = own.flatten().view(torch.uint8)                      # any dtype, every backend
+            dist.broadcast(received := bits.clone(), src=0)
+            if not torch.equal(bits, received):
+                other.append((tensor, received.view(own.dtype).view(own.shape)))
+        differed = max(everywhere(lambda: len([tensor.copy_(whole) for tensor, whole in other])))
+        if differed and process_index() == 0:
+            warnings.warn(f"{differed} parameters and buffers differed between processes; all have those of "
+                          "process 0 now", stacklevel=3)
 
     @torch.no_grad()
     def merge_(self, told=None) -> list:
@@ -582,18 +592,18 @@ class Adapters:
         """Make the modules plain again. W keeps what was merged and stays frozen."""
         if self.increments._version != self.merged:
             raise ValueError(f"{UNMERGED}; adapters.next_step() leaves the step out")
-        LIVE.discard(self)
+        LIVE.pop(id(self), None)
         for slot in self.slots if self.phase != "detached" else ():
             slot.module.__class__ = slot.plain_class
             del slot.module.hd_pissa
         self.phase = "detached"
 
 def before_step(optimizer, *_) -> None:
-    for adapters in list(LIVE):
+    for adapters in list(LIVE.values()):
         adapters.before_step(optimizer)
 
 def after_step(optimizer, *_) -> None:
-    for adapters in [live for live in LIVE if optimizer in live.stepped]:
+    for adapters in [live for live in LIVE.values() if optimizer in live.stepped]:
         adapters.after_step()
 
 register_optimizer_step_pre_hook(before_step)

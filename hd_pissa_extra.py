@@ -811,7 +811,7 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
                 for name, module in linear.items() if id(module) in read
                 and skipped.get(name, "a weight").startswith("a weight")}
     shared = overlapping(model)
-    taken = {hd_pissa.place(slot.W) for live in hd_pissa.LIVE for slot in live.slots
+    taken = {hd_pissa.place(slot.W) for live in hd_pissa.LIVE.values() for slot in live.slots
              if hasattr(slot.module, "hd_pissa")}       # an attach that failed has left none
     for name, module in layers:
         if id(module.weight) in shared:
@@ -942,7 +942,7 @@ class Adapters(hd_pissa.Adapters):
                 state |= {p: dict(step=p.new_zeros(()), sum=torch.zeros_like(p)) for p in stand.values()}
             new |= stand | {id(optimizer.state): state, id(optimizer): probe}
             try:
-                vars(probe).update(copy.deepcopy(vars(optimizer), new))
+                vars(probe).update(copy.deepcopy(vars(optimizer), new), grad_scale=None, found_inf=None)
                 for group in probe.param_groups:
                     group["lr"] = max(float(group["lr"]), 0.01)     # a warm-up may begin at 0
                 for t in range(25):
@@ -980,13 +980,10 @@ class Adapters(hd_pissa.Adapters):
             self.left = torch.linalg.vector_norm(self.increments)
 
     def send_(self, tensors) -> None:
-        """As in hd_pissa.py, but only what differs, and it is said."""
+        """As in hd_pissa.py, but only what differs."""
         sums = everywhere(lambda: [checksum(t) for t in tensors]) if world_size() > 1 else []
         other = [t for t, of_all in zip(tensors, zip(*sums)) if len({*of_all}) > 1]
         super().send_(other)
-        if other and hd_pissa.process_index() == 0:
-            warnings.warn(f"{len(other)} of {len(tensors)} parameters and buffers differed between "
-                          "processes; all have those of process 0 now", stacklevel=3)
 
     def step_(self, optimizer, told) -> list:
         """With `skip_nonfinite` steps left to drop, losses are read before the optimizer takes them in."""
@@ -1193,7 +1190,7 @@ class Adapters(hd_pissa.Adapters):
         if len({*probes}) > 1 and not first:
             raise ValueError(f"merge_: {looked_at.name}.weight differs between processes: load weights on "
                              "all of them alike, before attach")
-        if len({*ruled} - {0}) > 1:
+        if len({*ruled} - (set() if self.also else {0})) > 1:      # who left a step out keeps the old `also`
             raise ValueError("merge_: processes stepped by different optimizers or rates, here by "
                              f"{rules}; give all the same, and step schedulers on all")
         moments = [value for value in loaded[::self.S] if value]        # one of each process

@@ -109,7 +109,7 @@ def bytes_of_a_merge():
 
 
 def bench_bytes(tmp):
-    """Counted at the collectives, with the 8 x 3 numbers by which processes agree; random factors do here."""
+    """Counted at the collectives, with the 8 x 4 numbers by which processes agree; random factors do here."""
     rows = []
     for processes in tqdm((2, 8), desc="bytes", unit="run"):
         cached, resent, dense = spawn(processes, bytes_of_a_merge, tmp)[0]
