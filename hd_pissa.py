@@ -294,7 +294,7 @@ class Adapters:
         self.first = process_index() * self.S           # global index of local shard 0
         self.step, self.current = 0, 0                  # merges so far; the local shard that trains now
         self.seen, self.idle = [0] * self.S, set()      # see note; shards whose last step was all zeros
-        self.phase, self.slots, width = "empty", [], 0  # "filled" by deal, "running" once merged, "detached"
+        self.begun, self.slots, width = False, [], 0    # begun: W has moved
         for name, module in found:
             self.slots.append(self.Slot(name, module, self, width))
             width += self.slots[-1].size
@@ -317,11 +317,10 @@ class Adapters:
 
     def __repr__(self):
         adapted, why = sum(x.m * x.n for x in self.slots), collections.Counter(self.skipped.values())
-        every = sum(p.numel() for p in self.model.parameters())
-        return (f"HD-PiSSA: {len(self.slots)} layers, {adapted:,} weights ({adapted / every:.1%} of the "
-                f"model); {self.K} shards of rank {self.r}, {self.S} here, each trains "
-                f"{self.increments.shape[1]:,} numbers. "
-                f"Left out: {'; '.join(f'{n} x {w}' for w, n in why.items()) or 'nothing'}")
+        share = adapted / sum(p.numel() for p in self.model.parameters())
+        return (f"HD-PiSSA: {len(self.slots)} layers, {adapted:,} weights ({share:.1%} of the model); "
+                f"{self.K} shards of rank {self.r}, {self.S} here, each trains {self.increments.shape[1]:,} "
+                f"numbers. Left out: {'; '.join(f'{n} x {w}' for w, n in why.items()) or 'nothing'}")
 
     def note(self, i: int):
         """A hook that counts gradients of local shard i, one a layer and backward. It must not hold self."""
@@ -336,6 +335,31 @@ class Adapters:
     def held(self) -> int:
         """Shards whose A_i, B_i stay here: folding factors needs all of them, a dense dU the own."""
         return self.K if self.exchange == "all_gather" else self.S
+
+    def deal(self, init: str, decompose, progress: bool) -> None:
+        """Fill A_i, B_i. Each weight is decomposed by exactly one process and sent to the others.
+
+        SVDs of one matrix on two machines may differ: in order, and shards overlap; in sign, and dA_i of
+        one meets -B_i of the other.
+        """
+        mine = {}
+        def work():
+            own = range(process_index(), len(self.slots), world_size())
+            for j in tqdm(own, desc="SVD", unit="layer", disable=not progress or process_index() > 0):
+                slot = self.slots[j]
+                W, seed = slot.module.weight.to(self.device), seed_of(self.seed, slot.name)
+                if W.is_meta:
+                    raise ValueError(f"{slot.name}.weight is on the meta device: load the weights first")
+                with torch.autocast(self.device.type, enabled=False):
+                    mine[j] = shard_factors(W if slot.conv1d else W.T, self.K, self.r, init, self.s, seed,
+                                            decompose, slot.name).to(self.basis)
+        everywhere(work)
+        for j, slot in enumerate(self.slots):
+            rows = mine.pop(j) if j in mine else self.basis.new_empty((self.K, slot.size))
+            if world_size() > 1:
+                dist.broadcast(rows, src=j % world_size())
+            rows = rows if len(self.basis) == self.K else rows[self.first:][:self.S]
+            self.basis[:, slot.start:slot.start + slot.size] = rows
 
     def named_parameters(self, first: int = 0):
         """Pairs ("<module path>.shard<s>.dA", (m, r)), ("....dB", (r, n)), s counted from `first`."""
@@ -494,9 +518,6 @@ class Adapters:
         told, shards = [row[4:] for row in table], range(self.K)
         if any(faulty):
             raise ValueError("merge_: " + max(everywhere(lambda: faults)))      # "" where there are none
-        if self.phase in ("empty", "detached"):
-            raise ValueError(f"merge_: the adapters are {self.phase}: call load_state_dict after "
-                             "attach(decompose=None), nothing after detach_()")
         if not math.isfinite(sum(map(sum, told))):
             return told, True
         if without := [i for i in shards if not trained[i] and not size[i]]:
@@ -515,8 +536,8 @@ class Adapters:
             raise ValueError(f"merge_: the increments of shards {still} are zero in two successive merges "
                              "although there are gradients; merge only where optimizer.step() ran, on every "
                              "process, with all of adapters.parameters() and a learning rate above 0")
-        if self.phase == "filled" and any(size):        # the first update
-            self.phase, reached = "running", everywhere(lambda: {
+        if any(size) and not self.begun:        # the first update
+            self.begun, reached = True, everywhere(lambda: {
                 slot.name for slot in self.slots for _, dB in slot.leaves if dB.grad is not None or dB.any()})
             dead = [slot.name for slot in self.slots if slot.name not in set().union(*reached)]
             if dead and process_index() == 0:
@@ -586,17 +607,15 @@ class Adapters:
         if len(self.basis) > self.S:
             self.basis.copy_(gather_shards(self.own))
         self.next_step()
-        self.step, self.phase, self.idle = step, "filled", set()
+        self.step, self.begun, self.idle = step, False, set()
 
     def detach_(self) -> None:
         """Make the modules plain again. W keeps what was merged and stays frozen."""
         if self.increments._version != self.merged:
             raise ValueError(f"{UNMERGED}; adapters.next_step() leaves the step out")
-        LIVE.pop(id(self), None)
-        for slot in self.slots if self.phase != "detached" else ():
+        for slot in self.slots if LIVE.pop(id(self), None) else ():
             slot.module.__class__ = slot.plain_class
             del slot.module.hd_pissa
-        self.phase = "detached"
 
 def before_step(optimizer, *_) -> None:
     for adapters in list(LIVE.values()):
@@ -687,29 +706,6 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
                          + f"; K r may be {most} at most" * (most > 0))
     return found, skipped
 
-def deal(adapters: Adapters, init: str, decompose, progress: bool) -> None:
-    """Fill A_i, B_i. Each weight is decomposed by exactly one process and sent to the others.
-
-    SVDs of one matrix on two machines may differ: in order, and shards overlap; in sign, and dA_i of
-    one meets -B_i of the other.
-    """
-    mine, basis = {}, adapters.basis
-    def work():
-        own = range(process_index(), len(adapters.slots), world_size())
-        for j in tqdm(own, desc="SVD", unit="layer", disable=not progress or process_index() > 0):
-            slot = adapters.slots[j]
-            W, seed = slot.module.weight.to(adapters.device), seed_of(adapters.seed, slot.name)
-            mine[j] = shard_factors(W if slot.conv1d else W.T, adapters.K, slot.r, init, slot.s, seed,
-                                    decompose, slot.name).to(basis)
-    everywhere(work)
-    for j, slot in enumerate(adapters.slots):
-        rows = mine.pop(j) if j in mine else basis.new_empty((adapters.K, slot.size))
-        if world_size() > 1:
-            dist.broadcast(rows, src=j % world_size())
-        rows = rows if len(basis) == adapters.K else rows[adapters.first:][:adapters.S]
-        basis[:, slot.start:slot.start + slot.size] = rows
-    adapters.phase = "filled"
-
 @torch.inference_mode(False)
 @torch.no_grad()
 def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="all-linear", exclude=(),
@@ -741,11 +737,9 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
                              "detach_() on the former, merge_and_unload() on the latter")
         least = rank * (1 if init == "top" else shards)
         found, skipped = getattr(make, "find_layers", find_layers)(model, targets, exclude, least)
-        if decompose is not None and found[0][1].weight.is_meta:
-            raise ValueError(f"{found[0][0]}.weight is on the meta device: load the weights first")
         made.append(make(model, found, skipped, config, exchange, seed, found[0][1].weight.device))
         tensors = [*model.named_parameters(), *model.named_buffers()]
-        return [*config.items(), exchange, f"{seed=}", ("decompose=None", decompose is None), made[0].agreed,
+        return [*config.items(), exchange, f"{seed=}", made[0].agreed,
                 *(name for name, _ in found), *((name, (*t.shape,), t.dtype) for name, t in tensors), "end"]
     for here, *there in zip(*everywhere(build)):        # "end" differs where a list is shorter
         if {*there} - {here}:
@@ -753,9 +747,7 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
                              "the same command and model")
     adapters, = made
     adapters.send_(adapters.weights())
-    if decompose is not None:
-        with torch.autocast(adapters.device.type, enabled=False):
-            deal(adapters, init, decompose, progress)
+    adapters.deal(init, decompose, progress)
     model.requires_grad_(False)
     for slot in adapters.slots:
         plain, module = slot.plain_class, slot.module

@@ -887,14 +887,19 @@ class Adapters(hd_pissa.Adapters):
             self.buckets[-1].append(slot)
         if self.whole_batch:
             self.catch()
-        if init == "random":
-            self.phase = "filled"       # there is nothing to decompose, send, keep or load
+        self.empty = init != "random"   # of a seed's there is nothing to decompose, send, keep or load
 
     def held(self) -> int:
         """Whole-batch gradients need A_i, B_i of all K shards at every backward; a seed makes all of them."""
         if self.init == "random":
             return 0
         return self.K if self.whole_batch else self.S if self.resend else super().held()
+
+    def deal(self, init, decompose, progress) -> None:
+        """Nothing without decompose=: a checkpoint is loaded later, or a seed makes A_i, B_i."""
+        if decompose is not None:
+            super().deal(init, decompose, progress)
+            self.empty = False
 
     def select(self, i: int) -> None:
         super().select(i)
@@ -1160,10 +1165,13 @@ class Adapters(hd_pissa.Adapters):
         low halves are W's, whether NaN was put into `also`, what moments were loaded, whether somebody has
         changed the increments since the optimizer's step.
         """
+        if self.empty:
+            raise ValueError("merge_: the adapters are empty: call load_state_dict after "
+                             "attach(decompose=None)")
         # Weights that an evaluation has gathered whole are copies: they would get the update.
         reshard(self.model)
         self.collect_()                 # where this process has left the optimizer's step out
-        first, self.there = self.phase == "filled", {id(module): module for module in self.model.modules()}
+        first, self.there = not self.begun, {id(module): module for module in self.model.modules()}
         self.uses = uses_of(self.there.values())
         halves = [slot for slot in self.slots if slot.low is not None]
         for slot in halves:
@@ -1206,7 +1214,7 @@ class Adapters(hd_pissa.Adapters):
                              "the step; with a GradScaler call adapters.collect_() before scaler.unscale_()")
         if not halved[self.first]:
             self.halved()
-        if first and self.phase == "running":
+        if first and self.begun:
             others = {id(p) for p in self.model.parameters() if p.requires_grad and p.grad is not None}
             if self.groups and (lacks := len((self.ids | others) - held_by(self.groups))):
                 what = "increments" + " and other trained parameters" * bool(others)
@@ -1328,6 +1336,7 @@ class Adapters(hd_pissa.Adapters):
     def resume(self, step: int, mean_over: int | None = None) -> None:
         """Go on after `step` merges, once `tensors` are filled; "mean" divides by `mean_over`, a former K."""
         super().resume(step)
+        self.empty = False
         self.divide_by(mean_over or self.mean_over)
         for slot in self.slots:
             if slot.low is not None:
@@ -1467,7 +1476,7 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
         adapters = Adapters(model, found, skipped, config, exchange, seed, torch.device(device or place),
                             init=init, also=beside, dropout=dropout, gradients=gradients, send=send,
                             basis=basis, rounding=rounding, bucket_mb=bucket_mb, accumulate=accumulate)
-        adapters.agreed += repr((dtype, accumulate))
+        adapters.agreed += repr((dtype, accumulate)) + " without decompose=" * (decompose is None)
         return adapters
 
     seeded, make.find_layers = init == "random", functools.partial(find_layers, beside=frozenset(own))

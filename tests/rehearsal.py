@@ -528,7 +528,7 @@ def llama(layers: int, world: int = 8, rank: int = 16, rows: int = 128, tokens: 
             model = transformers.LlamaForCausalLM(config)
         halves = torch.bfloat16 if dtype == "bfloat16" else None
         adapters = hd_pissa_extra.attach(model, rank, shards=world, decompose=None, dtype=halves, **options)
-        adapters.phase = "filled"
+        adapters.empty = False
         if halves:
             for p in model.parameters():
                 p.data = p.data.bfloat16()

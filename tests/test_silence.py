@@ -436,7 +436,7 @@ def unequal_in_the_core():
         normed[1].num_batches_tracked += 3
     with torch.device("meta"):
         bare = small()
-    hd_pissa.attach(bare, 2, decompose=None)
+    hd_pissa_extra.attach(bare, 2, decompose=None)
     sums = []
     for model in (small(seed=hd_pissa.process_index()), turned, normed):
         hd_pissa.attach(model, 2)
