@@ -648,11 +648,14 @@ def test_every_comparison_of_the_page_is_the_rule_on_the_lines():
 
 
 def test_memory_of_a_device():
-    """By hand, at K = 8 and r = 2 of four blocks whose layers have 2,048 inputs and outputs."""
+    """By hand, at K = 8 and r = 2 of four blocks, whose four layers have 2,048 inputs and outputs."""
     data, n = table.load(), 2 * 4 * 2048
     for name, expected in {"hd": (2 * n, 2 * n, 8 * n, 7 * n), "hd global": (2 * n, 2 * n, 8 * n, 14 * n),
                            "lora": (2 * n, n // 4, n, 7 * n // 4),
-                           "lora r=16": (16 * n, 2 * n, 8 * n, 14 * n)}.items():
+                           "lora r=16": (16 * n, 2 * n, 8 * n, 14 * n),
+                           "hd group=4": (2 * n, 2 * n, 8 * n, (7 + 3) * n),
+                           "hd shared moments": (2 * n, 2 * n, 8 * n, 7 * n + 16 * 7 * (4 + 4)),
+                           "hd feedback": ((2 + 1) * n, (2 + 1) * n, 8 * n, (7 + 1) * n)}.items():
         assert tuple(page.memory(data[name]).values()) == expected, name
     assert page.memory(data["full"])["held"] == 0
 
