@@ -12,13 +12,12 @@ Data-parallel PiSSA gives every device the same top-r slice, and its update has 
 one update has rank up to 2Kr, at the optimizer memory of rank r. The trained tensors are the
 increments dA_i, dB_i. They are zero at the start of every step: the output is then X W exactly,
 their gradients are those of residual PiSSA, and after optimizer.step() they are the dA_i, dB_i
-above. (The paper multiplies the adapter by a tiny "mute scalar" in the forward and divides the
-gradients by it. At zero increments there is nothing to mute.)
+above. (The paper's "mute scalar" is not needed: at zero increments there is nothing to mute.)
 
     adapters = hd_pissa.attach(model, rank=16)      # torchrun: after dist.init_process_group()
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=2e-5, weight_decay=0.0)
     for batch in loader:
-        model(**batch).loss.backward()
+        model(**batch).loss.backward()              # own rows; several shards: with adapters.shard(i)
         optimizer.step()            # fills dA_i, dB_i
         adapters.merge_()           # dU_i of all K shards into W; increments back to zero
 
@@ -85,7 +84,7 @@ def everywhere(work) -> list:
         dist.all_gather_object(said, said[0])
     if error and not isinstance(error, (ValueError, OSError, RuntimeError)):
         raise error             # a fault of the program: here with its own traceback
-    for message in (message for _, message in said if message):
+    if message := next((message for _, message in said if message), None):
         raise ValueError(message) from error
     return [result for result, _ in said]
 
@@ -134,8 +133,8 @@ def shard_factors(W, K: int, r: int, init: str, s: float, seed: int, decompose=c
 class Mute(torch.autograd.Function):
     """Y = X W forward; the backward gives dX and the gradients that residual PiSSA would have.
 
-    A (k, m, r) and B (k, r, n) are the factors of one shard (k = 1) or of several. They travel as
-    attributes, not as saved tensors: a forward that checkpointing recomputes cannot swap them.
+    A (k, m, r) and B (k, r, n) are the factors of one shard (k = 1) or of several. They are attributes,
+    not saved tensors: those checkpointing replaces by a recomputed forward's, maybe of another shard.
     """
 
     @staticmethod
@@ -145,7 +144,7 @@ class Mute(torch.autograd.Function):
         ctx.shapes = dA.shape, dB.shape                 # (m, r), (r, n), or with k in front
         # Y = X W      (4.3), by the very call of the plain frozen layer: logits are equal bit for bit
         Y = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight) if conv1d else F.linear(x, weight, bias)
-        # (..., n); no view of a tensor that autograd does not know: in-place ops may follow
+        # (..., n), and no view: on a view made in here autograd refuses in-place ops, a ReLU's say
         return torch.ops.aten._unsafe_view(Y, (*x.shape[:-1], Y.shape[-1]))
 
     @staticmethod
@@ -155,8 +154,7 @@ class Mute(torch.autograd.Function):
                                       "call adapters.detach_() for second ones")
         (x, weight), dtype, dX, db = ctx.saved_tensors, dY.dtype, None, None    # autocast: dY's dtype
         with torch.autocast(dY.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                # dX = dY W^T
+            if ctx.needs_input_grad[0]:                                     # dX = dY W^T
                 dX = dY @ (weight.T if ctx.conv1d else weight).to(dtype)    # (..., n) -> (..., m)
             dY = dY.reshape(-1, dY.shape[-1])                               # (T, n)
             X = x.reshape(-1, x.shape[-1]).to(dtype)                        # (T, m)
@@ -200,17 +198,20 @@ def update_factors(A, B, dA, dB) -> tuple[torch.Tensor, torch.Tensor]:
 
     A and dA are (K, m, r), B and dB (K, r, n), or (E, K, ...) of E layers. K may be any number of shards.
     """
-    Pt = torch.stack((dA.mT, A.mT), -4).flatten(-4, -2)             # (2, K, r, m) -> (2Kr, m)
-    Q = torch.stack((B + dB, dB), -4).flatten(-4, -2)               # (2, K, r, n) -> (2Kr, n)
-    return Pt, Q
+    return (torch.stack((dA.mT, A.mT), -4).flatten(-4, -2),         # P^T: (2, K, r, m) -> (2Kr, m)
+            torch.stack((B + dB, dB), -4).flatten(-4, -2))          # Q:   (2, K, r, n) -> (2Kr, n)
 
 def fold_(W: torch.Tensor, left: torch.Tensor, right: torch.Tensor, share: float) -> None:
     """W += share left right in place, without an (m, n) temporary.
 
-    In blocks of 1024 rows: a product rounds by its shape, and who holds some rows computes the same.
+    In blocks of 1024 rows: rounding depends on a product's shape, and FSDP2's part of W gets equal bits.
     """
     for a in range(0, len(left), 1024):
         W[a:a + 1024].addmm_(left[a:a + 1024], right, alpha=share)
+
+TRAINABLE = "was made trainable; only merge_ changes it (train it otherwise after adapters.detach_())"
+UNMERGED = ("increments were filled and not merged, so nothing would reach W; call adapters.merge_() after "
+            "every optimizer.step(), before the next forward")
 
 class Slot:
     """One adapted layer: its W, its place in the flat buffers, the factors that train now.
@@ -233,13 +234,11 @@ class Slot:
             raise ValueError(f"{name}.weight holds NaN or Inf; the file is damaged, load it again")
 
     def views(self, flat: torch.Tensor, offset: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows, m, r) and (rows, r, n) in `rows` of factors, whose columns begin at `offset`."""
+        """A (k, m, r) and B (k, r, n) of this layer, in k rows of a flat buffer that begins at `offset`."""
         A, B = flat[:, self.start - offset:][:, :self.size].split((self.r * self.m, self.r * self.n), 1)
         return A.view(-1, self.m, self.r), B.view(-1, self.r, self.n)
 
-    @property
-    def W(self) -> torch.Tensor | None:
-        return self.module._parameters.get("weight")
+    W = property(lambda self: self.module._parameters.get("weight"))    # None once it is parametrized
 
     def kind(self) -> str:
         W = self.W
@@ -271,12 +270,9 @@ class Slot:
 
 # ---- The adapters --------------------------------------------------------------------------------
 
-LIVE = weakref.WeakSet()        # those that are attached
-TRAINABLE = "was made trainable; only merge_ changes it (train it otherwise after adapters.detach_())"
-UNMERGED = ("increments were filled and not merged, so nothing would reach W; call adapters.merge_() after "
-            "every optimizer.step(), before the next forward")
-# Their steps depend on gradients and state alone, without weight decay. Another belongs here if it
-# reads neither the value nor the size of a parameter; hd_pissa_extra.attach tries out which do.
+LIVE = weakref.WeakSet()        # the Adapters that are attached
+# Their steps depend on gradients and state alone, without weight decay. Another belongs here if its step
+# is the same whatever the parameter's values are; hd_pissa_extra.attach tries that out.
 OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "AdamW", "Lion", "Muon", "NAdam", "RAdam", "RMSprop",
               "Rprop", "SGD", "AcceleratedOptimizer")      # (whose inner one is looked at when it steps)
 
@@ -296,8 +292,9 @@ class Adapters:
         self.exchange, self.device = "all_gather" if exchange == "auto" else exchange, device
         self.S = self.K // world_size()                 # shards of this process
         self.first = process_index() * self.S           # global index of local shard 0
-        self.step, self.current, self.seen, self.idle = 0, 0, [0] * self.S, set()
-        self.phase, self.slots, width = "empty", [], 0
+        self.step, self.current = 0, 0                  # merges so far; the local shard that trains now
+        self.seen, self.idle = [0] * self.S, set()      # see note; shards whose last step was all zeros
+        self.phase, self.slots, width = "empty", [], 0  # "filled" by deal, "running" once merged, "detached"
         for name, module in found:
             self.slots.append(self.Slot(name, module, self, width))
             width += self.slots[-1].size
@@ -305,7 +302,7 @@ class Adapters:
         self.basis = torch.zeros((self.held(), width), **like)      # A_i, B_i of a shard in each row
         self.own = self.basis[self.first:][:self.S] if len(self.basis) == self.K else self.basis
         self.increments = torch.zeros((self.S, width), **like)
-        self.merged = self.increments._version
+        self.merged = self.increments._version      # torch's count of changes at the last merge
         self.known, self.stepped, self.vain = weakref.WeakSet(), [], set()      # see before_step
         for slot in self.slots:
             A, B = slot.views(self.own)
@@ -318,8 +315,16 @@ class Adapters:
         self.ids = {id(p) for p in self.parameters()}
         LIVE.add(self)
 
+    def __repr__(self):
+        adapted, why = sum(x.m * x.n for x in self.slots), collections.Counter(self.skipped.values())
+        every = sum(p.numel() for p in self.model.parameters())
+        return (f"HD-PiSSA: {len(self.slots)} layers, {adapted:,} weights ({adapted / every:.1%} of the "
+                f"model); {self.K} shards of rank {self.r}, {self.S} here, each trains "
+                f"{self.increments.shape[1]:,} numbers. "
+                f"Left out: {'; '.join(f'{n} x {w}' for w, n in why.items()) or 'nothing'}")
+
     def note(self, i: int):
-        """A hook that counts backwards of local shard i, compiled or not. It must not hold `self`."""
+        """A hook that counts gradients of local shard i, one a layer and backward. It must not hold self."""
         seen, many = self.seen, 500 * len(self.slots)
         def count(_):
             seen[i] += 1
@@ -344,8 +349,7 @@ class Adapters:
         return [leaf for _, leaf in self.named_parameters()]
 
     def select(self, i: int) -> None:
-        """Let the forwards from here on train local shard i."""
-        # Tensors are swapped, not an index: under torch.compile one graph then serves every shard.
+        """Let later forwards train local shard i. Tensors are swapped: one compiled graph serves all."""
         self.current = i
         for slot in self.slots:
             (slot.A, slot.B), (slot.dA, slot.dB) = slot.factors[i], slot.leaves[i]
@@ -377,7 +381,7 @@ class Adapters:
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scale the gradients of all K shards to a joint 2-norm of at most `max_norm`; what it was."""
+        """Scale the gradients of all K shards to a joint 2-norm of at most `max_norm`; the norm before."""
         norm = self.squares().sum().sqrt()      # of shards in their order, however they are dealt out
         if max_norm < math.inf:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(1.0)   # a NaN stays where it is
@@ -402,22 +406,48 @@ class Adapters:
         if world_size() > 1 and (others := held.keys() - {i for live in LIVE for i in live.ids}):
             raise ValueError(f"{name} holds {len(others)} tensors beside the increments: no one adds up "
                              "their gradients over processes, as hd_pissa_extra.attach(also=...) does")
-        decays = any(held.get(i) for i in self.ids)
-        if decays or name not in OPTIMIZERS:
-            raise ValueError(f"{name} {'has weight_decay, which' if decays else 'may have a rule that'} "
-                             "reads the parameter. Increments begin every step at zero: use AdamW with "
-                             f"weight_decay=0.0 (the paper's), or another of {', '.join(OPTIMIZERS)} "
-                             "(hd_pissa_extra.attach tries out any)")
+        own = held.keys() & {id(p) for slot in self.slots for pair in slot.leaves for p in pair}
+        decays = any(held[i] for i in own) and "has weight_decay, which reads the parameter"
+        if own and (why := decays or self.objection(optimizer)):
+            raise ValueError(f"{name} {why}. Increments begin every step at zero: use AdamW with "
+                             f"weight_decay=0.0 (the paper's), or another of {', '.join(OPTIMIZERS)}")
         self.known.add(optimizer)
         return repr([name, [{k: v for k, v in group.items() if k != "params"} for group in groups]])
 
-    def agree(self) -> None:
-        """Raise ValueError where the processes have different weights."""
-        sums = everywhere(lambda: [checksum(t) for t in (*self.model.parameters(), *self.model.buffers())
-                                   if not t.is_meta and not hasattr(t, "to_local")])
-        if any(other != sums[0] for other in sums):
-            raise ValueError("parameters or buffers differ between processes: load the same weights on all, "
-                             "and seed what is drawn anew, a head say")
+    def objection(self, optimizer) -> str:
+        """Why its rule may be wrong for increments, or ""."""
+        return "" if type(optimizer).__name__ in OPTIMIZERS else (
+            "may have a rule that reads the parameter (hd_pissa_extra.attach tries it out)")
+
+    def before_step(self, optimizer) -> None:
+        """Look at an optimizer before its first step on increments, and at whether its last was merged."""
+        grads = {id(p): p.grad for group in optimizer.param_groups for p in group["params"]}
+        if self.ids & grads.keys():
+            if optimizer not in self.known:
+                self.look_at(optimizer)
+            if optimizer in self.stepped:
+                raise ValueError(UNMERGED)
+            self.stepped.append(optimizer)
+        elif any(self.seen) and all(g is None for g in grads.values()):
+            self.vain.add(sum(self.seen))       # a set: only steps between which ours grew are counted
+            if len(self.vain) > 3:
+                raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose "
+                                 "gradients wait; build the optimizer from adapters.parameters()")
+
+    def after_step(self) -> None:
+        torch.autograd.graph.increment_version(self.increments)     # fused optimizers do not do so
+
+    def weights(self) -> list[torch.Tensor]:
+        """Parameters and buffers of the model that are whole on every process."""
+        return [t for t in (*self.model.parameters(), *self.model.buffers())
+                if not (t.is_meta or hasattr(t, "to_local"))]
+
+    def send_(self, tensors: list[torch.Tensor]) -> None:
+        """Give all processes those of process 0, as DDP does with a model."""
+        for tensor in tensors if world_size() > 1 else ():
+            whole = tensor.detach().to(self.device).contiguous()
+            dist.broadcast(whole.flatten().view(torch.uint8), src=0)    # bytes: any dtype, every backend
+            tensor.copy_(whole)
 
     @torch.no_grad()
     def merge_(self, told=None) -> list:
@@ -437,22 +467,23 @@ class Adapters:
         return told
 
     def refuse(self, told=None) -> tuple[list, bool]:
-        """Raise where a merge would not do what is meant. `told` of all shards; whether this merge waits:
-        gradients are there and no optimizer has stepped, or `told` is not finite."""
+        """Raise where a merge would lose a step or spoil W. Returns `told` of all shards, and whether W is to
+        stay as it is: no optimizer has stepped on the gradients yet, or `told` is not finite."""
         if self.S * world_size() != self.K:
             raise ValueError(f"merge_: {self.S} of {self.K} shards on each of {world_size()} processes; call "
                              "torch.distributed.init_process_group before attach")
         faults = "; ".join(f"{slot.name}.weight {why}" for slot in self.slots if (why := slot.fault()))
-        flags = [[n > 0 or bool(row), bool(faults)] for n, row in zip(self.seen, self.gradients())]
+        moved = bool(self.stepped) or self.increments._version != self.merged
+        flags = [[n > 0 or bool(row), bool(faults), moved] for n, row in zip(self.seen, self.gradients())]
         largest = torch.linalg.vector_norm(self.increments, math.inf, dim=1)    # (S,); NaN, Inf survive
         own = [sent(torch.tensor(flags, dtype=torch.float64, device="cpu"), self.device),
                largest[:, None].double(), *([] if told is None else [told])]
-        # A (K, 3 + c) gather tells every process the state of every shard, so that all refuse alike.
+        # A (K, 4 + c) gather tells every process the state of every shard, so that all refuse alike.
         table = gather_shards(torch.cat(own, dim=1)).tolist()                   # waits once
-        trained, faulty, size, *_ = zip(*table)
-        told, shards = [row[3:] for row in table], range(self.K)
+        trained, faulty, moved, size, *_ = zip(*table)
+        told, shards = [row[4:] for row in table], range(self.K)
         if any(faulty):
-            raise ValueError("merge_: " + max(everywhere(lambda: faults)))
+            raise ValueError("merge_: " + max(everywhere(lambda: faults)))      # "" where there are none
         if self.phase in ("empty", "detached"):
             raise ValueError(f"merge_: the adapters are {self.phase}: call load_state_dict after "
                              "attach(decompose=None), nothing after detach_()")
@@ -466,10 +497,10 @@ class Adapters:
             raise ValueError(f"merge_: the increments of shards {bad} hold NaN or Inf; W is untouched, the "
                              "optimizer's state is not: go on from a checkpoint, or with next_step() and a "
                              "new optimizer. Lower the learning rate or clip")
-        # A GradScaler that leaves a step out leaves gradients that are not finite: that is not idle.
+        # Idle: gradients, but increments of zero. Not with Inf or NaN, for which a GradScaler drops a step.
         squares = [0.0] * self.K if all(size) else self.squares().tolist()
-        calm, before = math.isfinite(sum(squares)), self.idle
-        self.idle = {i for i in shards if calm and size[i] == 0 < squares[i]}
+        finite, before = math.isfinite(sum(squares)), self.idle
+        self.idle = {i for i in shards if finite and size[i] == 0 < squares[i]}
         if still := sorted(before & self.idle):
             raise ValueError(f"merge_: the increments of shards {still} are zero in two successive merges "
                              "although there are gradients; merge only where optimizer.step() ran, on every "
@@ -481,11 +512,10 @@ class Adapters:
             if dead and process_index() == 0:
                 warnings.warn(f"{len(dead)} of {len(self.slots)} adapted layers got no gradient, {dead[:4]}: "
                               "the model does not call them; leave them out with exclude=", stacklevel=3)
-        moved = self.stepped or self.increments._version != self.merged
-        return told, len(self.idle) == self.K and not moved
+        return told, len(self.idle) == self.K and not any(moved)
 
     def step_(self, optimizer, told: torch.Tensor) -> list:
-        """optimizer.step() and `merge_`, or an error; `told`, whose rows begin with a loss, of all shards."""
+        """optimizer.step() and merge_(told), rows that begin with a loss; ValueError if one is not finite."""
         optimizer.step()
         told = self.merge_(told)        # waits for them, once a step
         if not math.isfinite(sum(map(sum, told))):
@@ -498,10 +528,9 @@ class Adapters:
     def exchange_and_fold(self) -> None:
         """W += share sum_i dU_i: gather the factors and multiply, or multiply and sum the products."""
         factors = self.exchange == "all_gather"
-        basis, increments = ((self.basis, gather_shards(self.increments)) if factors else   # (K, ...)
-                             (self.own, self.increments))                                   # (S, ...)
+        increments = gather_shards(self.increments) if factors else self.increments     # as basis
         for slot in self.slots:
-            Pt, Q = update_factors(*slot.views(basis), *slot.views(increments))
+            Pt, Q = update_factors(*slot.views(self.basis), *slot.views(increments))
             # sum_i dU_i = P Q, in the layout W is stored in: Conv1D (m, n), Linear (n, m)
             left, right = (Pt.T, Q) if slot.conv1d else (Q.T, Pt)
             if factors:
@@ -513,7 +542,8 @@ class Adapters:
     def next_step(self) -> None:
         """Zero the increments and drop gradients; without merge_ before it, this step is left out."""
         self.increments.zero_()
-        self.merged, self.step, self.seen[:] = self.increments._version, self.step + 1, [0] * self.S
+        self.merged, self.step = self.increments._version, self.step + 1
+        self.seen[:] = [0] * self.S     # in place: hooks hold this list
         for p in self.parameters():
             p.grad = None               # a loop that zeroes the model alone would add to them
         self.stepped, self.vain = [], set()
@@ -531,9 +561,8 @@ class Adapters:
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
         """Take A_i, B_i and the step of `state`; ValueError if another run or model has written it."""
-        own, there = self.tensors(), state.get("config", {})
-        wrong = [f"{k} is {v} here, {there.get(k)} there" for k, v in self.config.items()
-                 if there.get(k) != v]
+        own, old = self.tensors(), state.get("config", {})
+        wrong = [f"{k} is {v} here, {old.get(k)} there" for k, v in self.config.items() if old.get(k) != v]
         wrong += [k for k, t in own.items() if k not in state or state[k].shape != t.shape]
         wrong += ["step"] * ("step" not in state)
         if any(said := everywhere(lambda: ", ".join(wrong[:3]))):
@@ -560,32 +589,20 @@ class Adapters:
         self.phase = "detached"
 
 def before_step(optimizer, *_) -> None:
-    """Look at an optimizer before its first step on increments, and at whether its last one was merged."""
-    grads = {id(p): p.grad for group in optimizer.param_groups for p in group["params"]}
     for adapters in list(LIVE):
-        if adapters.ids & grads.keys():
-            if optimizer not in adapters.known:
-                adapters.look_at(optimizer)
-            if optimizer in adapters.stepped:
-                raise ValueError(UNMERGED)
-            adapters.stepped.append(optimizer)
-        elif any(adapters.seen) and all(g is None for g in grads.values()):
-            adapters.vain.add(sum(adapters.seen))        # nothing to do, while more and more gradients wait
-            if len(adapters.vain) > 3:
-                raise ValueError(f"{type(optimizer).__name__} steps, but holds no increments, whose "
-                                 "gradients wait; build the optimizer from adapters.parameters()")
+        adapters.before_step(optimizer)
 
 def after_step(optimizer, *_) -> None:
     for adapters in [live for live in LIVE if optimizer in live.stepped]:
-        torch.autograd.graph.increment_version(adapters.increments)         # fused ones do not do so
+        adapters.after_step()
 
 register_optimizer_step_pre_hook(before_step)
 register_optimizer_step_post_hook(after_step)
 
 # ---- Attaching -----------------------------------------------------------------------------------
 
-CHOICES = {"init": ("hd_pissa", "top", "lora"), "aggregate": ("mean", "sum"), "exchange": (
-    "auto", "all_gather", "all_reduce"), "schedule": ("cosine", "linear", "constant")}
+CHOICES = {"init": ("hd_pissa", "top", "lora"), "exchange": ("auto", "all_gather", "all_reduce"),
+           "aggregate": ("mean", "sum"), "schedule": ("cosine", "linear", "constant")}
 HEADS = {"lm_head", "head", "output", "score", "classifier"}
 MUTED: dict[type, type] = {}    # one muted class a plain class: torch.compile sees one kind of layer
 
@@ -606,20 +623,8 @@ def check_arguments(rank: int, shards: int, alpha=None, **choices) -> None:
         raise ValueError(f"WORLD_SIZE={started}, but no process group: each process would train alone; "
                          "call torch.distributed.init_process_group before attach")
 
-def checksum(tensor: torch.Tensor, start: int = 0) -> int:
-    """sum_p bits[p] (2p + 1) mod 2^64 over positions p = start, start + 1, ..., as a signed number.
-
-    Positions weigh, so that two swapped numbers show; sums of a tensor's parts add up to the whole's.
-    """
-    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for part in tensor.detach().contiguous().flatten().view(bits).split(1 << 20):
-        at = torch.arange(start, start + len(part), device=tensor.device)
-        total, start = total + (part.long() * (2 * at + 1)).sum(), start + len(part)
-    return int(total)
-
 def place(p: torch.Tensor) -> int:
-    """Where a parameter lies: modules that hold one there are tied."""
+    """Where a parameter lies: modules that hold one there are tied. (Else its id.)"""
     return type(p) is nn.Parameter and p.data_ptr() or id(p)
 
 def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int = 1):
@@ -730,24 +735,22 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
             raise ValueError(f"{found[0][0]}.weight is on the meta device: load the weights first")
         made.append(make(model, found, skipped, config, exchange, seed, found[0][1].weight.device))
         tensors = [*model.named_parameters(), *model.named_buffers()]
-        return [*config.items(), exchange, seed, ("decompose=None", decompose is None), made[0].agreed,
+        return [*config.items(), exchange, f"{seed=}", ("decompose=None", decompose is None), made[0].agreed,
                 *(name for name, _ in found), *((name, (*t.shape,), t.dtype) for name, t in tensors), "end"]
-    for here, *there in zip(*everywhere(build)):
+    for here, *there in zip(*everywhere(build)):        # "end" differs where a list is shorter
         if {*there} - {here}:
             raise ValueError(f"processes disagree: process 0 attaches {here}, others {there}; start all with "
                              "the same command and model")
     adapters, = made
-    if world_size() > 1:
-        adapters.agree()
+    adapters.send_(adapters.weights())
     if decompose is not None:
         with torch.autocast(adapters.device.type, enabled=False):
             deal(adapters, init, decompose, progress)
-    for p in model.parameters():
-        p.requires_grad = False
+    model.requires_grad_(False)
     for slot in adapters.slots:
-        plain, slot.module.hd_pissa = slot.plain_class, slot
-        muted = type(f"Muted{plain.__name__}", (Muted, plain), {})
-        slot.module.__class__ = MUTED.setdefault(plain, muted)
+        plain, module = slot.plain_class, slot.module
+        MUTED.setdefault(plain, type(f"Muted{plain.__name__}", (Muted, plain), {}))
+        module.hd_pissa, module.__class__ = slot, MUTED[plain]
     adapters.select(0)
     return adapters
 
@@ -777,7 +780,7 @@ def lr_factor(step: int, max_steps: int, warmup: float, schedule: str) -> float:
 def targets_of(row) -> list[int]:
     """What each token of a row (tokens, prompt length or [(start, stop), ...], ...) is to predict.
 
-    -100 where there is no loss: the token to come is no part of an answer.
+    -100, which cross_entropy leaves out, where the next token is no part of an answer.
     """
     tokens, where = row[:2]
     y = [-100] * (len(tokens) - 1)
@@ -790,8 +793,7 @@ def pad(rows, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and targets (b, t) of `rows`, padded on the right: causal attention needs no mask there."""
     x = pad_sequence([torch.tensor(row[0][:-1], device="cpu") for row in rows], True)
     y = pad_sequence([torch.tensor(targets_of(row), device="cpu") for row in rows], True, -100)
-    x, y = sent(torch.stack((x, y)), device)
-    return x, y
+    return sent(torch.stack((x, y)), device).unbind()
 
 def logits_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """(b, t) -> (b, t, vocabulary), float32 or wider, of a model that returns a tensor or `.logits`."""
@@ -815,7 +817,7 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
 
     A shard minimises the mean over its own response tokens; with `whole_batch`, that of the step batch.
     """
-    check_arguments(1, world_size(), schedule=schedule)
+    check_arguments(1, world_size(), schedule=schedule)     # the schedule alone; attach has seen the others
     if not (0 < lr < math.inf and max_grad_norm >= 0 and min(max_steps, micro_batch_size) >= 1):
         raise ValueError(f"{lr=} must be above 0 (the paper: 2e-5), {max_grad_norm=} 0 (off) or more, "
                          f"{max_steps=} and {micro_batch_size=} 1 or more")
@@ -824,9 +826,9 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
     peaks = [group.setdefault("initial_lr", group["lr"]) for group in optimizer.param_groups]
     K, S, device, step = adapters.K, adapters.S, torch.device(device), start
     model.train()
-    bar = tqdm(total=max_steps, initial=start, desc="train", unit="step",
+    bar = tqdm(zip(range(start + 1, max_steps + 1), batches), "train", max_steps, initial=start, unit="step",
                disable=process_index() > 0 or not progress)
-    for step, batch in zip(range(start + 1, max_steps + 1), batches):
+    for step, batch in bar:
         began, size = time.perf_counter(), len(batch) // K
         if not model.training:          # whoever takes the records may evaluate in between
             model.train()
@@ -836,7 +838,7 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
                              "before their response; every shard needs as many, and whole ones")
 
         # Local backward: each shard of this process on its own mini-batch.
-        told = torch.zeros((S, 3), dtype=torch.float64, device=device)      # loss, gradient norm, rows
+        told = torch.zeros((S, 3), dtype=torch.float64, device=device)      # loss, norm, hash of rows
         for i, shard in enumerate(range(adapters.first, adapters.first + S)):
             own = slice(shard * size, (shard + 1) * size)
             tokens = sum(counts) if adapters.whole_batch else sum(counts[own])
@@ -867,8 +869,6 @@ def train(model, adapters, batches, *, lr: float, max_steps: int, warmup: float 
         loss, rate = sum(losses) / sum(counts), float(optimizer.param_groups[0]["lr"])      # token mean
         speed = sum(len(row[0]) for row in batch) / (time.perf_counter() - began)
         bar.set_postfix_str(f"loss {loss:.4f}, lr {rate:.2e}, {speed:.0f} tokens/s", refresh=False)
-        bar.update()
         yield dict(step=step, loss=loss, lr=rate, grad_norm=norms[0], tokens_per_second=speed)
-    bar.close()
     if step < max_steps:
         warnings.warn(f"batches ended after step {step} of {max_steps}", stacklevel=2)

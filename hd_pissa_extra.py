@@ -28,7 +28,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from tqdm import tqdm
 
 import hd_pissa
@@ -801,15 +800,16 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
                     for ts in (targets, exclude))
     # A layer of another kind may be excluded, as the remedy below prints it.
     leave = [t for t in leave if any(ends(x, t) for x in linear) or not any(ends(x, t) for x in named)]
-    apart = {name: "output head" for name in heads_of(model, linear) if not any(ends(name, t) for t in names)}
-    called = {id(x.out_proj) for x in named.values() if isinstance(x, nn.MultiheadAttention)}
-    apart |= {name: "nn.MultiheadAttention reads its weight and never calls it"
-              for name, module in linear.items() if id(module) in called}
+    heads = [name for name in heads_of(model, linear) if not any(ends(name, t) for t in names)]
     layers, skipped = [], dict.fromkeys(linear, "not in targets")
     if names and linear or not found:           # not where experts alone are meant
-        layers, skipped = hd_pissa.find_layers(model, names, [*leave, *(f".{x}" for x in apart)], least)
-    skipped |= {name: why for name, why in apart.items()
+        layers, skipped = hd_pissa.find_layers(model, names, [*leave, *(f".{x}" for x in heads)], least)
+    skipped |= {name: "output head" for name in heads
                 if name in skipped and not any(ends(name, t) for t in leave)}
+    read = {id(x.out_proj) for x in named.values() if isinstance(x, nn.MultiheadAttention)}
+    skipped |= {name: "nn.MultiheadAttention reads its weight and never calls it"
+                for name, module in linear.items() if id(module) in read
+                and skipped.get(name, "a weight").startswith("a weight")}
     shared = overlapping(model)
     taken = {hd_pissa.place(slot.W) for live in hd_pissa.LIVE for slot in live.slots
              if hasattr(slot.module, "hd_pissa")}       # an attach that failed has left none
@@ -839,19 +839,17 @@ def find_layers(model: nn.Module, targets="all-linear", exclude=(), least: int =
 
 # ---- The same weights on all processes -----------------------------------------------------------
 
-def send_model(model: nn.Module, device: torch.device) -> None:
-    """Give all processes process 0's parameters and buffers, as DDP does, where checksums differ."""
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if not (
-        t.is_meta or hasattr(t, "to_local"))]
-    sums = everywhere(lambda: [hd_pissa.checksum(t) for t in tensors]) if world_size() > 1 else []
-    other = [t for t, of_all in zip(tensors, zip(*sums)) if len({*of_all}) > 1]
-    for t in other:
-        whole = t.detach().to(device).contiguous()
-        dist.broadcast(whole.flatten().view(torch.uint8), src=0)
-        t.copy_(whole)
-    if other and hd_pissa.process_index() == 0:
-        warnings.warn(f"{len(other)} of {len(tensors)} parameters and buffers differed between processes; "
-                      "all have those of process 0 now", stacklevel=3)
+def checksum(tensor: torch.Tensor, start: int = 0) -> int:
+    """sum_p bits[p] (2p + 1) mod 2^64 over positions p = start, start + 1, ..., as a signed number.
+
+    Positions weigh, so that two swapped numbers show; sums of a tensor's parts add up to the whole's.
+    """
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(tensor.element_size(), torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in tensor.detach().contiguous().flatten().view(bits).split(1 << 20):
+        at = torch.arange(start, start + len(part), device=tensor.device)
+        total, start = total + (part.long() * (2 * at + 1)).sum(), start + len(part)
+    return int(total)
 
 # ---- Adapters for long and large runs ------------------------------------------------------------
 
@@ -892,14 +890,6 @@ class Adapters(hd_pissa.Adapters):
         if init == "random":
             self.phase = "filled"       # there is nothing to decompose, send, keep or load
 
-    def __repr__(self):
-        adapted, why = sum(s.m * s.n for s in self.slots), collections.Counter(self.skipped.values())
-        every = sum(p.numel() for p in self.model.parameters())
-        return (f"HD-PiSSA: {len(self.slots)} layers, {adapted:,} weights ({adapted / every:.1%} of the "
-                f"model); {self.K} shards of rank {self.r}, {self.S} here, each trains "
-                f"{self.increments.shape[1]:,} numbers. "
-                f"Left out: {'; '.join(f'{n} x {w}' for w, n in why.items()) or 'nothing'}")
-
     def held(self) -> int:
         """Whole-batch gradients need A_i, B_i of all K shards at every backward; a seed makes all of them."""
         if self.init == "random":
@@ -933,19 +923,14 @@ class Adapters(hd_pissa.Adapters):
         super().check(optimizer)
         self.groups[optimizer] = groups_of(optimizer)
 
-    def look_at(self, optimizer) -> str:
+    def objection(self, optimizer) -> str:
         """As in hd_pissa.py, by what it does instead of its name.
 
         Increments begin every step at zero. So two copies of it train stand-ins with equal gradients:
         one lets them move on from 1, the other resets them to zero as merge_ does. Steps must be equal.
         """
-        name, groups = type(optimizer).__name__, optimizer.param_groups
-        held = {id(p): p.device for group in groups for p in group["params"]}
+        held = {id(p): p.device for group in optimizer.param_groups for p in group["params"]}
         own = held.keys() & {id(p) for slot in self.slots for pair in slot.leaves for p in pair}
-        others = len(held.keys() - {i for live in hd_pissa.LIVE for i in live.ids})
-        if world_size() > 1 and others:
-            raise ValueError(f"{name} holds {others} tensors beside the increments: no one adds up their "
-                             "gradients over processes, as hd_pissa_extra.attach(also=...) does")
         steps = [], []
         for start, made in zip((1.0, 0.0), steps):
             stand = {i: torch.full((4, 2), start, dtype=torch.float64, device=d, requires_grad=True)
@@ -968,20 +953,40 @@ class Adapters(hd_pissa.Adapters):
                     made += [stand[i].detach() - before[i] for i in own]
                     torch._foreach_mul_([p.detach() for p in stand.values()], start)
             except Exception as e:
-                raise ValueError(f"{name} takes no step on a copy ({e}); use AdamW, SGD, RMSprop") from e
-        decays = any(g.get("weight_decay") for g in groups if own & {id(p) for p in g["params"]})
+                return f"takes no step on a copy ({e})"
         equal = any(map(torch.any, steps[0])) and all(
             torch.allclose(a, b, 1e-6, 0) for a, b in zip(*steps))
-        if own and (decays or not equal):
-            raise ValueError(f"{name} {'has weight_decay, which' if decays else 'has a rule that'} reads the "
-                             "parameter, or moves nothing. Increments begin every step at zero: use AdamW "
-                             "with weight_decay=0.0 (the paper's), SGD, RMSprop")
-        self.known.add(optimizer)
-        return repr([name, [{k: v for k, v in g.items() if k != "params"} for g in groups]])
+        return "" if equal else "has a rule that reads the parameter, or moves nothing"
 
-    def agree(self) -> None:
-        """Not refused, as in hd_pissa.py, but put right."""
-        send_model(self.model, self.device)
+    def before_step(self, optimizer) -> None:
+        """Also where its groups have changed since it was checked, or it trains the model beside `also`."""
+        super().before_step(optimizer)
+        now, held = groups_of(optimizer), held_by([optimizer])
+        if held & self.ids:
+            if self.groups.get(optimizer, now) != now:
+                self.look_at(optimizer)
+            self.collect_()
+            if self.states.get(optimizer) != id(optimizer.state):       # new, or load_state_dict
+                self.states[optimizer] = id(optimizer.state)
+                self.loaded += moments(self, optimizer)
+        elif world_size() > 1 and held & {*map(id, self.model.parameters())}:
+            raise ValueError(f"{type(optimizer).__name__} holds parameters of the adapted model: no one adds "
+                             "up their gradients over processes, as attach(also=...) does")
+        self.groups[optimizer] = now
+
+    def after_step(self) -> None:
+        super().after_step()
+        if self.step < 16:
+            self.left = torch.linalg.vector_norm(self.increments)
+
+    def send_(self, tensors) -> None:
+        """As in hd_pissa.py, but only what differs, and it is said."""
+        sums = everywhere(lambda: [checksum(t) for t in tensors]) if world_size() > 1 else []
+        other = [t for t, of_all in zip(tensors, zip(*sums)) if len({*of_all}) > 1]
+        super().send_(other)
+        if other and hd_pissa.process_index() == 0:
+            warnings.warn(f"{len(other)} of {len(tensors)} parameters and buffers differed between "
+                          "processes; all have those of process 0 now", stacklevel=3)
 
     def step_(self, optimizer, told) -> list:
         """With `skip_nonfinite` steps left to drop, losses are read before the optimizer takes them in."""
@@ -1071,14 +1076,13 @@ class Adapters(hd_pissa.Adapters):
         each layer's is sent and dropped at once, in every micro-batch.
         """
         own = slice(self.first, self.first + self.S)
-        for slot in self.slots:
+        for j, slot in enumerate(self.slots):
             zero = torch.zeros((), dtype=self.basis.dtype, device=self.device)
             shapes = (self.K, slot.m, self.r), (self.K, self.r, slot.n)
             slot.caught = [zero.expand(shape).detach().requires_grad_() for shape in shapes]
             for leaf, mine in zip(slot.caught, zip(*slot.leaves)):
                 if self.send == "backward":
-                    tag = float(hd_pissa.seed_of(slot.name) % 2**16)
-                    leaf.register_post_accumulate_grad_hook(_send(weakref.ref(self), mine, tag))
+                    leaf.register_post_accumulate_grad_hook(_send(weakref.ref(self), j))
                     continue
                 leaf.register_hook(_before_catching(weakref.ref(leaf), mine))
                 leaf.register_post_accumulate_grad_hook(_after_catching(weakref.ref(self), mine, own))
@@ -1212,7 +1216,7 @@ class Adapters(hd_pissa.Adapters):
                 warnings.warn(f"{lacks} of {len(self.ids | others)} {what} are in no optimizer that has "
                               "stepped; build it from adapters.parameters() (also= adds others)",
                               stacklevel=3)
-            send_model(self.model, self.device)     # somebody may have loaded weights on one process
+            self.send_(self.weights())      # somebody may have loaded weights on one process
         return told, waits
 
     def halved(self) -> list[Slot]:
@@ -1355,18 +1359,25 @@ def _after_catching(ref, mine, own):
         leaf.caught_version = leaf.grad._version
     return hook
 
-def _send(ref, mine, tag):
-    """Sum (K, ...) over the processes; the own shards' stay. The tag tells whether all sent one layer's.
+def _send(ref, j):
+    """Sum what layer j has caught, (K, ...), over the processes; the own shards' stay.
 
-    It travels while the backward does the next layer, and has arrived when the backward ends.
+    It travels while the backward does the next layer, and has arrived when the backward ends. A tag tells
+    whether all processes sent the same layer.
     """
-    def hook(leaf):
+    def hook(_):
         _refuse_collected(ref)
-        adapters, rows = ref(), leaf.grad.flatten(1)
-        leaf.grad = None
+        adapters, slot = ref(), ref().slots[j]
+        grads, tag = [leaf.grad for leaf in slot.caught], float(hd_pissa.seed_of(slot.name) % 2**16)
+        if any(g is None for g in grads):
+            return              # g_A and g_B travel together: of two, the second would wait for the first
+        for leaf in slot.caught:
+            leaf.grad = None
+        rows = torch.cat([g.flatten(1) for g in grads] + [grads[0].new_full((len(grads[0]), 1), tag)], dim=1)
         adapters.arrive()
-        rows, wait = reduce_later(torch.cat((rows, rows.new_full((len(rows), 1), tag)), dim=1))     # (S, ...)
-        places = [(p, p.grad, g.view_as(p)) for p, g in zip(mine, rows[:, :-1])]
+        rows, wait = reduce_later(rows)                                                     # (S, ...)
+        places = [(p, p.grad, g) for side, gs in zip(zip(*slot.leaves), slot.views(rows, slot.start))
+                  for p, g in zip(side, gs)]
         adapters.travels = wait, rows, tag, places
         for p, before, g in places:
             p.grad = g if before is None else before
@@ -1405,31 +1416,6 @@ def moments(adapters, optimizer) -> float:
                 if isinstance(x, torch.Tensor) and x.numel() > 1)
     return float(total) if math.isfinite(total) else 0.0
 
-def _before_step(optimizer, *_):
-    now, held = groups_of(optimizer), held_by([optimizer])
-    for adapters in list(hd_pissa.LIVE):
-        if not isinstance(adapters, Adapters):
-            continue
-        if held & adapters.ids:
-            if adapters.groups.get(optimizer, now) != now:
-                adapters.look_at(optimizer)
-            adapters.collect_()
-            if adapters.states.get(optimizer) != id(optimizer.state):       # new, or load_state_dict
-                adapters.states[optimizer] = id(optimizer.state)
-                adapters.loaded += moments(adapters, optimizer)
-        elif world_size() > 1 and held & {*map(id, adapters.model.parameters())}:
-            raise ValueError(f"{type(optimizer).__name__} holds parameters of the adapted model: no one adds "
-                             "up their gradients over processes, as attach(also=...) does")
-        adapters.groups[optimizer] = now
-
-def _after_step(optimizer, *_):
-    for adapters in list(hd_pissa.LIVE):
-        if isinstance(adapters, Adapters) and optimizer in adapters.stepped and adapters.step < 16:
-            adapters.left = torch.linalg.vector_norm(adapters.increments)
-
-register_optimizer_step_pre_hook(_before_step)
-register_optimizer_step_post_hook(_after_step)
-
 def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: float = 0.0,
            gradients: str = "local", send: str = "step", basis: str = "cached",
            dtype: torch.dtype | None = None, rounding: str = "exact", device=None, bucket_mb: int = 256,
@@ -1462,7 +1448,8 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
     hd_pissa.everywhere(lambda: kept.append(also_parameters(model, also)))
     beside, = kept
     own = {id(p) for p in beside.values()}
-    whole = [name for name, x in model.named_modules() if isinstance(x, nn.Linear) and id(x.weight) in own]
+    whole = [name for name, x in model.named_modules()
+             if isinstance(x, nn.Linear) and id(x._parameters.get("weight")) in own]
     whole += [f"{name}.{key}".lstrip(".") for name, _, key, p in stacks(model) if id(p) in own]
     exclude = [*suffixes(exclude), *whole]
 

@@ -290,7 +290,7 @@ def run_in_folder(args, out: Path, device) -> dict:
 
     start_of = {name: module.weight.detach() for name, module in layers}
     watched = {name: start_of[name].to(device, copy=True) for name in report.sampled([*start_of])}
-    sums = {name: hd_pissa.checksum(W) for name, W in start_of.items() if args.export_lora}
+    sums = {name: hd_pissa_extra.checksum(W) for name, W in start_of.items() if args.export_lora}
     comparable = args.method == "hd_pissa" and args.dtype != "bfloat16" and not args.shard_weights
     logits = first_logits(model, held, device) if comparable and not resumed else None
     adapters = attach(args, model, device, bool(resumed))

@@ -519,7 +519,7 @@ def llama(layers: int, world: int = 8, rank: int = 16, rows: int = 128, tokens: 
 
     import hd_pissa
     processes(world)
-    hd_pissa.checksum = lambda tensor, start=0: 0       # at the first merge, of every weight in small parts
+    hd_pissa_extra.checksum = lambda tensor, start=0: 0     # at the first merge, of every weight in parts
     config = transformers.LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers, num_attention_heads=32,
         num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096, use_cache=False)

@@ -229,7 +229,7 @@ def scaled():
                 adapters.merge_()
         except ValueError as e:
             message = str(e)
-        out.append((scaler.get_scale(), hd_pissa.checksum(model[2].weight), message))
+        out.append((scaler.get_scale(), hd_pissa_extra.checksum(model[2].weight), message))
     return out
 
 

@@ -293,18 +293,19 @@ def sent():
             adapters.collect_()
         finally:
             hd_pissa_extra.reduce_later = reduce
-        out[send] = max(held), sum(moved), adapters.increments.numel()
+        out[send] = max(held), sum(moved), adapters.increments.numel(), len(moved)
     return out
 
 
 def test_what_each_way_of_sending_holds_and_moves(tmp_path):
-    """step: K times the increments, once. backward: nothing is kept, but each micro-batch sends."""
+    """step: K times the increments, once. backward: nothing is kept, but each micro-batch sends, a layer's at
+    once: of two collectives the second would wait for the first, in the middle of the backward."""
     for out in spawn(2, sent, tmp_path):
-        held, moved, own = out["step"]
-        assert held == 2 * own and moved == own + 1         # one number says that all are finite
-        held, moved, own = out["backward"]
-        tags = 2 * 2 * 3                                    # one number per leaf and micro-batch
-        assert held == 0 and moved == 3 * own + tags
+        held, moved, own, calls = out["step"]
+        assert held == 2 * own and moved == own + 1 and calls == 1      # one number says that all are finite
+        held, moved, own, calls = out["backward"]
+        assert calls == 2 * 3                               # layers and micro-batches
+        assert held == 0 and moved == 3 * own + calls       # one number with each says whose it is
 
 
 def experts():

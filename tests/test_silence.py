@@ -8,6 +8,7 @@ import copy
 import math
 import pickle
 import re
+import sys
 import threading
 import warnings
 
@@ -207,6 +208,8 @@ def test_layers_with_a_forward_of_their_own_are_left_out():
         assert "forward of its own" in adapters.skipped[name]
     assert "never calls it" in adapters.skipped["attention.out_proj"]
     assert torch.equal(run(), expected)
+    text = refused(lambda: hd_pissa_extra.attach(nn.MultiheadAttention(12, 2), 2))
+    assert "no layer to adapt, of out_proj (a weight or a forward of its own kind)" in text
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -378,10 +381,11 @@ def test_a_suffix_that_matches_nothing_is_an_error(arguments):
     assert "ends no linear layer's name" in text and "gate, lm_head, not_q_proj, q_proj" in text
 
 
-def test_small_layers_are_left_out_and_the_summary_says_so():
+@pytest.mark.parametrize("file", [hd_pissa, hd_pissa_extra])
+def test_small_layers_are_left_out_and_the_summary_says_so(file):
     """A gate of two outputs does not refuse a model; the summary's numbers are those of the tensors."""
     model = named()
-    adapters = hd_pissa_extra.attach(model, 2, shards=2)
+    adapters = file.attach(model, 2, shards=2)
     assert names(adapters) == [f"layers.{i}.{x}" for i in range(2) for x in ("q_proj", "not_q_proj")]
     assert adapters.skipped == {"layers.0.gate": "fewer than K r = 4 components",
                                 "layers.1.gate": "fewer than K r = 4 components",
@@ -419,20 +423,50 @@ def test_a_peft_model_is_refused_and_works_once_it_is_merged():
 
 
 def unequal_in_the_core():
-    """Refusals of another model, and of one whose rows stand in another order; a third is attached."""
-    turned = small()
+    """Checksums after attach of a model drawn by another seed, one whose rows stand in another order, and one
+    with other buffers."""
+    turned, normed = small(), nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12))
     if hd_pissa.process_index():
         turned[0].weight.data = turned[0].weight.data.flip(0)
+        normed[1].num_batches_tracked += 3
     with torch.device("meta"):
         bare = small()
     hd_pissa.attach(bare, 2, decompose=None)
-    return [refused(lambda model=model: hd_pissa.attach(model, 2))
-            for model in (small(seed=hd_pissa.process_index()), turned)]
+    sums = []
+    for model in (small(seed=hd_pissa.process_index()), turned, normed):
+        hd_pissa.attach(model, 2)
+        sums.append([hd_pissa_extra.checksum(t) for t in model.state_dict().values()])
+    return sums
 
 
-def test_the_core_refuses_unequal_models(tmp_path):
-    for rank in spawn(2, unequal_in_the_core, tmp_path):
-        assert all("differ between processes" in said for said in rank)
+def test_the_core_gives_all_processes_the_model_of_process_0(tmp_path):
+    first, second = spawn(2, unequal_in_the_core, tmp_path)
+    assert first == second and first[0] == [hd_pissa_extra.checksum(t) for t in small().state_dict().values()]
+
+
+def stepped_on_one_process(module):
+    """What is said where process 0 alone steps, at a rate of 0: after the first merge and the second."""
+    model = small()
+    adapters = sys.modules[module].attach(model, 2)
+    optimizer = torch.optim.SGD(adapters.parameters(), 0.0)
+    said = []
+    for _ in range(2):
+        model(X).square().mean().backward()
+        if hd_pissa.process_index() == 0:
+            optimizer.step()
+        try:
+            adapters.merge_()
+            said.append(adapters.step)
+        except ValueError as e:
+            said.append(str(e))
+    return said
+
+
+@pytest.mark.parametrize("module", ["hd_pissa", "hd_pissa_extra"])
+def test_all_processes_merge_or_none(module, tmp_path):
+    """One whose optimizer moves nothing does not leave the other alone in a collective."""
+    for first, second in spawn(2, stepped_on_one_process, tmp_path, module):
+        assert first == 1 and "zero in two successive merges" in second
 
 
 def rows_that_part():

@@ -64,7 +64,7 @@ def check_replicas(adapters, device) -> dict[str, int]:
     names, sums, sharded = [], [], False
     for name, parts, start, cut in trained(adapters):
         names.append(name)
-        sums.append(sum(hd_pissa.checksum(part, start) for part in parts))
+        sums.append(sum(hd_pissa_extra.checksum(part, start) for part in parts))
         sharded |= cut
     signed = [(s + 2**63) % 2**64 - 2**63 for s in sums]
     table = hd_pissa.gather_shards(torch.tensor([signed], dtype=torch.int64, device=device)).tolist()
@@ -295,7 +295,7 @@ def weights_of(model) -> str:
                 raise ValueError(f"--model: {name} holds NaN or Inf; the file is damaged, get it again")
 
     everywhere(check)
-    sums = [(name, hd_pissa.checksum(p)) for name, p in model.named_parameters()]
+    sums = [(name, hd_pissa_extra.checksum(p)) for name, p in model.named_parameters()]
     return hashlib.blake2b(repr(sums).encode(), digest_size=16).hexdigest()
 
 

@@ -322,7 +322,7 @@ def check_layers(args, model, layers) -> None:
 def export(args, model, adapters, sums: dict, held, device, load_model) -> float:
     """Write the run as a PEFT adapter in OUT/lora, load it into PEFT and compare; its relative error.
 
-    sums        {layer: hd_pissa.checksum of its weight} when the run began
+    sums        {layer: hd_pissa_extra.checksum of its weight} when the run began
     load_model  train.py's
     """
     out, rows, bases = Path(args.out), [(row[0][:65], 1) for row in held[:4]], []
@@ -333,7 +333,7 @@ def export(args, model, adapters, sums: dict, held, device, load_model) -> float
         bases.append(base.double() if args.dtype == "float64" else base)
         state = bases[0].state_dict()
         for name, there in sums.items():
-            if hd_pissa.checksum(hd_pissa_extra.weight_in(state, name)) != there:
+            if hd_pissa_extra.checksum(hd_pissa_extra.weight_in(state, name)) != there:
                 raise ValueError(f"--model {args.model} is not what this run began with: {name}.weight "
                                  "differs. A LoRA belongs to one base; put that back and run this again")
         return state

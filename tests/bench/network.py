@@ -7,7 +7,9 @@ table and writes network.json. Bytes are those that one machine receives in one 
 at the interface, with headers. The computed bytes at the cable's rate are the least time of an exchange.
 
 The last rows ask how much of a step's exchange is hidden behind its work, in layers that each are a bucket:
-the same step where nothing travels, its collectives alone one behind the other, and both together.
+the same step where nothing travels, its collectives alone one behind the other, and both together. Two
+machines share two cores here, which the exchange needs as well as the work. So these rows come twice: with
+work of the CPU, and with work that leaves it free, as a GPU's does (sleep in its place).
 """
 
 import argparse
@@ -40,7 +42,9 @@ EXCHANGES = "all_gather", "all_reduce"
 HIDDEN = "1 Gbit/s"      # of the overlap
 RATES = {"unthrottled": None, "1 Gbit/s": 1000.0, "100 Mbit/s": 100.0}
 WARMUP, ROUNDS = 2, 11
-# Rows of the overlap: layers, rank and tokens such that work and exchange take about as long as each other.
+# Rows of the overlap: layers, rank and tokens such that work and exchange take about as long as each other,
+# and the seconds of a layer's forward, backward and fold where they leave the CPU free.
+AWAY = 0.003, 0.008, 0.004
 OVERLAP = dict(layers=8, rank=64, tokens=128), {
     "local": {}, "local, one bucket": dict(bucket_mb=256), "whole batch": dict(gradients="global"),
     'whole batch, send="backward"': dict(gradients="global", send="backward")}  # fmt: skip
@@ -73,12 +77,36 @@ def medians(work, before=lambda: None) -> tuple[float, float]:
     return tuple(statistics.median(column) for column in zip(*rows[WARMUP:]))
 
 
-def training(attach, layers: int, rank: int, tokens: int, **options):
+class Away(torch.autograd.Function):
+    """The time of a layer's forward and backward, without its work."""
+
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(AWAY[0])
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dY):
+        time.sleep(AWAY[1])
+        return dY.clone()
+
+
+class Layer(nn.Linear):
+    """Without bias; `away`: the time of its forward and backward passes beside the CPU."""
+
+    def __init__(self, away: bool):
+        super().__init__(WIDTH, WIDTH, bias=False)
+        if away:
+            self.register_forward_hook(lambda module, inputs, y: Away.apply(y))
+
+
+def training(attach, layers: int, rank: int, tokens: int, away: bool = False, **options):
     """The adapters of a model of square layers, one shard a process, K = 2; and a step of it."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
+    model = nn.Sequential(*(Layer(away) for _ in range(layers)))
     adapters = attach(model, rank, **options)
     optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-6, weight_decay=0.0)
+    tokens = 1 if away else tokens
     x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(hd_pissa.process_index()))
 
     def step():
@@ -128,9 +156,9 @@ def instead(make):
         yield
 
 
-def overlap(options: dict) -> dict:
+def overlap(away: bool, options: dict) -> dict:
     """Seconds of a step, of its work and of its exchange alone; both begin when both machines are there."""
-    adapters, step = training(hd_pissa_extra.attach, **OVERLAP[0], **({"bucket_mb": 0} | options))
+    adapters, step = training(hd_pissa_extra.attach, **OVERLAP[0], away=away, **({"bucket_mb": 0} | options))
     step()                              # the first merge compares the models
     calls = []
 
@@ -161,7 +189,10 @@ def worker(path: str, hidden: bool) -> None:
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     result = {exchange: measure(exchange) for exchange in EXCHANGES}
     if hidden:
-        result["overlap"] = {name: overlap(options) for name, options in OVERLAP[1].items()}
+        result["overlap"] = {name: overlap(False, options) for name, options in OVERLAP[1].items()}
+        with mock.patch.object(hd_pissa, "fold_", lambda *_: time.sleep(AWAY[2])):
+            result["overlap"] |= {f"{name}, CPU free": overlap(True, options)
+                                  for name, options in OVERLAP[1].items()}  # fmt: skip
     if hd_pissa.process_index() == 0:
         Path(path).write_text(json.dumps(result))
     dist.barrier()
