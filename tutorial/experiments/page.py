@@ -512,17 +512,18 @@ def tries_text(data) -> str:
     hd, lora, arms = data["hd"], data["lora"], shown(data, TRIES)
     if not (hd.there and lora.there and arms):
         return "Not run yet."
-    text = (f"{len(TRIES)} tries to improve the local form, one change each, beside "
+    text = ("Tries to improve the local form, one change each, beside "
             "[a larger batch](#a-larger-batch). *Shared first moments*: where two devices see the same "
             "numbers in their gradients, both go on with the mean. *Error feedback*: what a slice cannot "
             "express of a device's gradient goes on to the device of the next slice, as factors of rank r, "
             "or of rank 2Kr, which hold all of it. *Gradients of 2 or 4 devices*: a shard learns from the "
-            "rows of its group, and a group of all K is the whole batch (`tutorial/experiments/local.py`). ")
+            "rows of its group, by a backward of as many times the rank; a group of all K is the whole batch "
+            "(`tutorial/experiments/local.py`). ")
     kept = [arm for arm in arms if against(data, arm, hd) == "ahead"]
     if not kept:
         return text + f"By the rule none is ahead of {name_of(hd)}."
-    said = [f"{name_of(arm)} is {versus(data, arm, hd)}, {versus(data, arm, lora)}" for arm in kept]
-    return text + f"By the rule these are ahead: {'; '.join(said)}. The others are not."
+    said = [f"{name_of(arm)} is {versus(data, arm, hd)} and {versus(data, arm, lora)}" for arm in kept]
+    return text + f"By the rule, {'; '.join(said)}; no other is ahead."
 
 
 def recommendation(data) -> list[str]:
