@@ -25,7 +25,7 @@ from conftest import ROOT
 
 import hd_pissa
 from tutorial.baselines import bases, intermediate, loraplus, mora, plain, projected
-from tutorial.experiments import arms, job, mute, page, run, speed, table
+from tutorial.experiments import arms, job, local, mute, page, run, speed, table
 
 RESULTS = ROOT / "tutorial" / "results"
 QUICK = {"steps": 2, "batch": 16, "rows": 16}
@@ -286,6 +286,129 @@ def test_global_gradients_with_the_sum_are_one_device_of_rank_kr():
     assert many["moments"] * 8 == one["moments"]
 
 
+# ---- Tries to improve the local form -----------------------------------------------------------------------
+
+
+def test_a_group_shares_its_rows():
+    rows = list("abcdefgh")
+    assert local.grouped(rows, 4, 2) == list("abcd" + "abcd" + "efgh" + "efgh")
+    assert local.grouped(rows, 4, 1) == rows and local.grouped(rows, 4, 4) == rows * 4
+
+
+def test_groups_of_one_are_local_of_all_global_and_of_two_are_wider_shards():
+    config = QUICK | {"method": "hd_pissa", "lr": 4e-3, "steps": 4, "r": 2, "K": 8}
+
+    def loss(**kw):
+        return job.run(config | kw)["final"]["all"][0]
+
+    assert loss(group=1) == loss() != pytest.approx(loss(group=8), rel=2e-3)
+    assert loss(group=8) == pytest.approx(loss(gradients="global"), rel=1e-4)
+    assert loss(group=2, aggregate="sum") == pytest.approx(loss(K=4, r=4, aggregate="sum"), rel=1e-4)
+
+
+def linear_losses(steps: int, K: int = 3, r: int = 2):
+    """(adapters, A, B, backward, G): `backward(t)` gives shard i of step t the gradient G[t][i] of W,
+    whatever W is; A (K, m, r) and B (K, r, n) from an SVD of their own."""
+    m, n, g = 20, 16, torch.Generator().manual_seed(4)
+    draw = lambda *shape: torch.randn(shape, generator=g, dtype=torch.float64)      # noqa: E731
+    model = nn.Sequential(nn.Linear(m, n, bias=False)).double()
+    model[0].weight.data = draw(n, m)
+    x, c = draw(steps, K, 5, m), draw(steps, K, 5, n)
+    U, S, Vt = torch.linalg.svd(model[0].weight.detach().T, full_matrices=False)
+    parts = [slice(i * r, (i + 1) * r) for i in range(K)]
+    A = torch.stack([U[:, p] * S[p].sqrt() for p in parts])
+    B = torch.stack([S[p].sqrt()[:, None] * Vt[p] for p in parts])
+    adapters = hd_pissa.attach(model, r, shards=K)
+
+    def backward(t):
+        for i in range(K):
+            with adapters.shard(i):
+                (model(x[t, i]) * c[t, i]).sum().backward()
+
+    return model, adapters, A, B, backward, [[x[t, i].T @ c[t, i] for i in range(K)] for t in range(steps)]
+
+
+def gradients_at_every_step(adapters, optimizer, backward, steps: int) -> list:
+    """[(K, m, r) and (K, r, n) a step]: what the optimizer has stepped with, A B of one layer unsigned."""
+    seen = []
+    for t in range(steps):
+        backward(t)
+        optimizer.step()
+        grads = {name.rpartition(".")[2]: [] for name, _ in adapters.named_parameters()}
+        for name, p in adapters.named_parameters():
+            grads[name.rpartition(".")[2]].append(p.grad.clone())
+        seen.append((torch.stack(grads["dA"]), torch.stack(grads["dB"])))
+        adapters.merge_()
+    return seen
+
+
+def test_shared_moments_agree_and_without_a_share_are_adamw():
+    K, steps, seen = 3, 3, {}
+    for share in (None, 0.0, 0.5):
+        _, adapters, A, B, backward, G = linear_losses(steps)
+        optimizer = torch.optim.AdamW(adapters.parameters(), 1e-2, weight_decay=0.0)
+        if share is not None:
+            local.SharedMoments(adapters, optimizer, share)
+        seen[share] = gradients_at_every_step(adapters, optimizer, backward, steps)
+    torch.testing.assert_close(seen[0.0], seen[None], rtol=0, atol=0)
+    Q = A / A.norm(dim=1, keepdim=True)
+    for t in range(steps):
+        for j in range(K):
+            # along the columns of A_i the mean of the gradients of both devices' rows, elsewhere the own
+            means = sum(Q[i] @ Q[i].T @ (G[t][i] - G[t][j]) / 2 for i in range(K) if i != j)
+            expected, got = (G[t][j] + means) @ B[j].T, seen[0.5][t][0][j]
+            torch.testing.assert_close(got @ got.T, expected @ expected.T)      # signs of an SVD are free
+    state, own = optimizer.state, adapters.state_dict()
+    for i in range(K):
+        for j in range(K):
+            M_A, M_B = (state[dict(adapters.named_parameters())[f"0.shard{k}.{kind}"]]["exp_avg"]
+                        for k, kind in ((j, "dA"), (i, "dB")))
+            by_i, by_j = M_B @ own[f"0.shard{j}.B"].T, own[f"0.shard{i}.A"].T @ M_A
+            torch.testing.assert_close(by_i, by_j)
+
+
+def test_feedback_brings_every_gradient_to_every_slice_once():
+    """With rank 2 K r, by sums: the gradient of a steps ago comes from a devices before, without what the
+    slices between have learned of it."""
+    K, r, steps = 3, 2, 7
+    model, adapters, A, B, backward, G = linear_losses(steps)
+    optimizer = torch.optim.AdamW(adapters.parameters(), 1e-2, weight_decay=0.0)
+    local.Feedback(model, adapters, optimizer, 2 * K * r)
+    seen = gradients_at_every_step(adapters, optimizer, backward, steps)
+    Q = A / A.norm(dim=1, keepdim=True)                         # (K, m, r), (K, r, n)
+    R = B / B.norm(dim=2, keepdim=True)
+    for t in range(steps):
+        for i in range(K):
+            total = torch.zeros_like(G[0][0])
+            for age in range(min(t + 1, K)):
+                M = G[t - age][(i - age) % K]
+                for between in range(1, age + 1):
+                    k = (i - between) % K
+                    M = M - Q[k] @ Q[k].T @ M
+                    M = M - M @ R[k].T @ R[k]
+                total += M
+            for got, expected in ((seen[t][0][i], total @ B[i].T), (seen[t][1][i].T, total.T @ A[i])):
+                torch.testing.assert_close(got @ got.T, expected @ expected.T)
+
+
+def test_feedback_of_rank_r_holds_the_best_factors_and_counts_them():
+    K, r = 3, 2
+    model, adapters, _, _, backward, _ = linear_losses(2)
+    optimizer = torch.optim.AdamW(adapters.parameters(), 1e-2, weight_decay=0.0)
+    feedback = local.Feedback(model, adapters, optimizer, r)
+    gradients_at_every_step(adapters, optimizer, backward, 2)
+    held = [state["handed"].numel() for state in optimizer.state.values()]
+    assert sorted(held) == sorted([20 * r, 16 * r] * K)
+    U, S, Vt = torch.linalg.svd(torch.randn((20, 16), generator=torch.Generator().manual_seed(1)).double())
+    M = (U[:, :16] * 0.3 ** torch.arange(16)) @ Vt
+    L, right = feedback.compressed(M)
+    assert torch.linalg.matrix_norm(M - L @ right, 2) == pytest.approx(0.3 ** r, rel=1e-2)
+    backward(0)
+    backward(1)
+    with pytest.raises(ValueError, match="6 backwards for 3 shards"):
+        optimizer.step()
+
+
 # ---- Runner ------------------------------------------------------------------------------------------------
 
 
@@ -350,9 +473,15 @@ def test_unknown_settings_are_refused():
         arms.complete({"method": "full", "lr": 1e-3, "alpha": 16})
     with pytest.raises(ValueError, match="leave one of them out"):
         arms.complete({"method": "lora", "lr": 1e-3, "ratio": 16, "also": "wte"})
+    for wrong in (arms.GLOBAL, {"optimizer": "muon"}):
+        with pytest.raises(ValueError, match="feedback needs .*it is a try to improve the local form"):
+            arms.complete(arms.hd(lr=1e-3, feedback=2, **wrong))
+    with pytest.raises(ValueError, match="group=3: K = 8 is not a multiple"):
+        arms.complete(arms.hd(lr=1e-3, group=3))
 
 
-FAST = ["methods", "ablations", "more methods", "missing methods", "projected gradients", "basis by seed"]
+FAST = ["methods", "ablations", "more methods", "missing methods", "projected gradients", "basis by seed",
+        "local"]
 
 
 def check_quick(out, names):
@@ -519,11 +648,14 @@ def test_every_comparison_of_the_page_is_the_rule_on_the_lines():
 
 
 def test_memory_of_a_device():
-    """By hand, at K = 8 and r = 2 of four blocks whose layers have 2,048 inputs and outputs."""
+    """By hand, at K = 8 and r = 2 of four blocks, whose four layers have 2,048 inputs and outputs."""
     data, n = table.load(), 2 * 4 * 2048
     for name, expected in {"hd": (2 * n, 2 * n, 8 * n, 7 * n), "hd global": (2 * n, 2 * n, 8 * n, 14 * n),
                            "lora": (2 * n, n // 4, n, 7 * n // 4),
-                           "lora r=16": (16 * n, 2 * n, 8 * n, 14 * n)}.items():
+                           "lora r=16": (16 * n, 2 * n, 8 * n, 14 * n),
+                           "hd group=4": (2 * n, 2 * n, 8 * n, (7 + 3) * n),
+                           "hd shared moments": (2 * n, 2 * n, 8 * n, 7 * n + 16 * 7 * (4 + 4)),
+                           "hd feedback": ((2 + 1) * n, (2 + 1) * n, 8 * n, (7 + 1) * n)}.items():
         assert tuple(page.memory(data[name]).values()) == expected, name
     assert page.memory(data["full"])["held"] == 0
 

@@ -10,9 +10,9 @@ from tutorial.experiments import page, table
 K, R = 8, 2
 MODEL = torch.load(HERE.parent / "data/base.pt", weights_only=True)
 SIZES = [W.shape for name, W in MODEL.items() if name.startswith("blocks") and W.dim() == 2]
-ARMS = ("full", "linear", "lora", "lora r=16", "pissa r=16", "hira", "apollo", "hd", "hd global",
-        "global random", "global dct", "lora r=16 embedding", "global random embedding",
-        "global dct embedding")
+ARMS = ("full", "linear", "lora", "lora r=16", "pissa r=16", "hira", "apollo", "hd", "hd group=2",
+        "hd group=4", "hd global", "global random", "global dct", "lora r=16 embedding",
+        "global random embedding", "global dct embedding")
 # (a, b): the verdicts on a at 120 and 480 steps that the text rests on
 PAIRS = {("hd", "lora"): "behind behind", ("hd", "pissa"): "equivalent undecided", ("hd", "dora"): "behind",
          ("hd", "hira"): "behind", ("hd", "mora"): "behind", ("hd", "hd top"): "undecided",
@@ -28,7 +28,10 @@ PAIRS = {("hd", "lora"): "behind behind", ("hd", "pissa"): "equivalent undecided
          ("global random embedding", "lora embedding"): "ahead ahead", ("global dct", "lora r=16"): "",
          ("global dct", "hd global"): "", ("global dct embedding", "lora r=16 embedding"): "",
          ("apollo", "lora"): "ahead", ("galore", "lora"): "behind", ("global dct", "apollo"): "undecided",
-         ("apollo r=16", "lora r=16"): "undecided"}
+         ("apollo r=16", "lora r=16"): "undecided", ("hd group=2", "hd"): "ahead",
+         ("hd group=2", "lora"): "equivalent", ("hd group=4", "hd"): "ahead",
+         ("hd group=4", "lora"): "undecided", ("hd shared moments", "hd"): "equivalent",
+         ("hd feedback", "hd"): "behind"}
 
 
 # %% Numbers of one of K devices: LoRA whose moments ZeRO-1 spreads over them, and shards of rank r

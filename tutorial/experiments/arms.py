@@ -10,8 +10,11 @@ GLOBAL = dict(gradients="global", aggregate="sum")
 # nothing is. Full fine-tuning of the linear layers takes any, adapters the tied embedding and output head.
 ALSO = {"linear": ("ln_", "wpe", "wte"), "hd_pissa": ("wte",), "lora": ("wte",), "pissa": ("wte",)}
 # Other settings that are left out of a run's key unless they are given, and the methods that know them:
-# PEFT's lora_alpha and use_rslora, how much further than A the B of LoRA+ steps, AdamW's second beta.
-OPTIONAL = {"alpha": ("lora",), "rslora": ("lora",), "ratio": ("lora",), "beta2": ("hd_pissa",)}
+# PEFT's lora_alpha and use_rslora, how much further than A the B of LoRA+ steps, AdamW's second beta, and
+# the tries of local.py: devices in a group, share of the other's first moment, rank of what is handed on.
+TRIES = ("group", "shared", "feedback")
+OPTIONAL = {"alpha": ("lora",), "rslora": ("lora",), "ratio": ("lora",), "beta2": ("hd_pissa",),
+            **{name: ("hd_pissa",) for name in TRIES}}
 
 
 def complete(config: dict) -> dict:
@@ -28,6 +31,11 @@ def complete(config: dict) -> dict:
     needs = GLOBAL | {"optimizer": "adamw"}
     if config.get("also") and config["method"] == "hd_pissa" and needs.items() - (known | config).items():
         raise ValueError(f"also={config['also']!r} needs {needs}: an embedding's shards see all rows")
+    tries, needs = [name for name in TRIES if name in config], {"gradients": "local", "optimizer": "adamw"}
+    if tries and needs.items() - (known | config).items():
+        raise ValueError(f"{tries[0]} needs {needs}: it is a try to improve the local form")
+    if (known | config).get("K", 1) % config.get("group", 1):
+        raise ValueError(f"group={config['group']}: K = {(known | config)['K']} is not a multiple of it")
     return known | config
 
 
@@ -80,6 +88,11 @@ ARMS = {
     "hd interleaved": (hd(basis="interleaved"), 5),
     "hd dct": (hd(basis="dct"), 5),
     "hd beta2": (hd(beta2=0.95), 5),
+    "hd group=2": (hd(group=2), 5),
+    "hd group=4": (hd(group=4), 5),
+    "hd shared moments": (hd(shared=0.5), 5),
+    "hd feedback": (hd(feedback=2), 5),
+    "hd feedback all": (hd(feedback=32), 5),       # 2 K r: nothing is lost
     "global K=16": (hd(K=16, **GLOBAL), 2),
     "global Kr=128": (hd(K=1, r=128, **GLOBAL), 1),      # as 64 devices of r = 2 would: see FIXED["same"]
     "random Kr=128": (hd(K=1, r=128, basis="random", **GLOBAL), 2),
@@ -174,5 +187,6 @@ EXPERIMENTS = {
     "projected gradients, long": ["galore, long", "apollo, long"],
     "basis by seed, long": ["global drawn, long", "global dct, long", "global dct embedding, long"],
     "more seeds": list(MORE),
-    "local": ["hd dct", "hd beta2"],
+    "local": ["hd dct", "hd beta2", "hd shared moments", "hd feedback", "hd group=2", "hd group=4",
+              "hd feedback all"],
 }

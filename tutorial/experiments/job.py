@@ -27,12 +27,13 @@ import train  # noqa: E402
 from data.rows import encode, hold_out, read_rows, step_batches  # noqa: E402
 from training.evaluate import evaluate  # noqa: E402
 from tutorial.baselines import bases, embedding, intermediate, loraplus, mora, plain, projected  # noqa: E402
+from tutorial.experiments import local  # noqa: E402
 from tutorial.experiments.arms import complete  # noqa: E402
 
 SOURCES = ("hd_pissa.py", "hd_pissa_extra.py", "train.py", "training/baselines.py", "training/evaluate.py",
            "data/rows.py", "data/base.pt", "data/multi_domain.jsonl", "data/tokenizer.tiktoken")
-RUNNER = ("tutorial/experiments/job.py", "tutorial/baselines/plain.py", "tutorial/baselines/mora.py",
-          "tutorial/baselines/intermediate.py", "tutorial/baselines/bases.py",
+RUNNER = ("tutorial/experiments/job.py", "tutorial/experiments/local.py", "tutorial/baselines/plain.py",
+          "tutorial/baselines/mora.py", "tutorial/baselines/intermediate.py", "tutorial/baselines/bases.py",
           "tutorial/baselines/embedding.py", "tutorial/baselines/loraplus.py",
           "tutorial/baselines/projected.py")
 
@@ -104,6 +105,10 @@ def attach(model, c: dict):
                                   foreach=True)
     for one in beside:
         one.join(optimizer)
+    if "shared" in c:
+        local.SharedMoments(adapters, optimizer, c["shared"])
+    if "feedback" in c:
+        local.Feedback(model, adapters, optimizer, c["feedback"], c["seed"])
     return adapters, optimizer
 
 
@@ -112,6 +117,8 @@ def batches(rows, c: dict, whole_batch: bool):
     are sorted by length there: less padding, the same rows. Shards with mini-batches of their own keep order.
     """
     for batch in step_batches(rows, c["batch"], c["seed"]):
+        if "group" in c:
+            batch = local.grouped(batch, c["K"], c["group"])
         yield sorted(batch, key=lambda row: len(row[0])) if whole_batch else batch
 
 

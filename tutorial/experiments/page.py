@@ -18,6 +18,10 @@ NAMES = {
     "global orthonormal muon": "whole batch, orthonormal, Muon",
     "global random": "whole batch, random basis", "hd interleaved": "HD-PiSSA, interleaved",
     "hd dct": "HD-PiSSA, basis from a seed", "hd beta2": "HD-PiSSA, AdamW with a smaller beta2",
+    "hd shared moments": "HD-PiSSA, shared first moments",
+    "hd feedback": "HD-PiSSA, error feedback of rank r",
+    "hd feedback all": "HD-PiSSA, error feedback of rank 2Kr",
+    "hd group=2": "HD-PiSSA, gradients of 2 devices", "hd group=4": "HD-PiSSA, gradients of 4 devices",
     "global": "whole-batch gradients, K=8", "global Kr=128": "whole-batch gradients, K·r=128",
     "random Kr=128": "whole batch, random basis, K·r=128",
     "linear norms": "full, linear layers and norms", "linear positions": "full, linear layers and positions",
@@ -45,8 +49,9 @@ DECIDING = (("hd", "lora"), ("hd global", "hd"), ("global dct", "lora r=16"), ("
             ("global dct embedding", "full"), ("global dct", "hira"), ("global dct", "hira r=16"),
             ("global random", "lora r=16"), ("global random", "hd global"),
             ("global random embedding", "lora r=16 embedding"), ("global random embedding", "full"))
-BEYOND = ("hd interleaved", "hd dct", "hd beta2", "hd global mean", "global orthonormal",
-          "global orthonormal muon", "global random")
+TRIES = ("hd interleaved", "hd dct", "hd beta2", "hd shared moments", "hd feedback", "hd feedback all",
+         "hd group=2", "hd group=4")        # to improve the local form, one change at a time
+BEYOND = (*TRIES, "hd global mean", "global orthonormal", "global orthonormal muon", "global random")
 
 
 # ---- Numbers -----------------------------------------------------------------------------------------------
@@ -321,7 +326,10 @@ def memory(arm: Arm) -> dict[str, int]:
     K = c["K"] if sharded else DEVICES
     if c["method"] == "hd_pissa":
         held = 0 if c["basis"] == "dct" else first["constants"]
-        received = (1 + (c["gradients"] == "global")) * (K - 1) * first["trained"]
+        others = K - 1 if c["gradients"] == "global" else c.get("group", 1) - 1     # who send gradients too
+        received = (K - 1 + others) * first["trained"] + first["trained"] // c["r"] * c.get("feedback", 0)
+        if "shared" in c:       # blocks of r x r with each of the others, of dA_i and of dB_i
+            received += 2 * (K - 1) * c["r"] ** 2 * len(first["effective_rank"])
     else:       # an all-reduce of gradients, or ZeRO-1's scatter and gather; the Intermediate Method: none
         held = first["trained"] if c["method"] in FACTORED else 0
         received = 0 if sharded else 2 * (K - 1) * first["trained"] // K
@@ -489,12 +497,33 @@ def beyond_rows(data) -> list[str]:
         for arm in shown(data, BEYOND, suffix):
             base = data[("hd" if arm.config["gradients"] == "local" else "hd global") + suffix]
             if base.there:
+                costs = memory(arm)
                 rows.append([name_of(arm), str(arm.config["steps"]), f"{arm.best:g}", pm(arm), pm(base),
-                             bytes_(arm.first["moments"]), against(data, arm, base)])
+                             bytes_(costs["moments"]), bytes_(costs["received"]), against(data, arm, base)])
     if not rows:
         return ["Not run yet.", ""]
-    head = ["candidate", "steps", "best lr", "held-out loss", "without it", "moments a device", "verdict"]
+    head = ["candidate", "steps", "best lr", "held-out loss", "without it", "moments a device",
+            "received a step", "verdict"]
     return markdown(head, rows)
+
+
+def tries_text(data) -> str:
+    """What was tried to improve the local form, and which of it the rule keeps."""
+    hd, lora, arms = data["hd"], data["lora"], shown(data, TRIES)
+    if not (hd.there and lora.there and arms):
+        return "Not run yet."
+    text = ("Tries to improve the local form, one change each, beside "
+            "[a larger batch](#a-larger-batch). *Shared first moments*: where two devices see the same "
+            "numbers in their gradients, both go on with the mean. *Error feedback*: what a slice cannot "
+            "express of a device's gradient goes on to the device of the next slice, as factors of rank r, "
+            "or of rank 2Kr, which hold all of it. *Gradients of 2 or 4 devices*: a shard learns from the "
+            "rows of its group, by a backward of as many times the rank; a group of all K is the whole batch "
+            "(`tutorial/experiments/local.py`). ")
+    kept = [arm for arm in arms if against(data, arm, hd) == "ahead"]
+    if not kept:
+        return text + f"By the rule none is ahead of {name_of(hd)}."
+    said = [f"{name_of(arm)} is {versus(data, arm, hd)} and {versus(data, arm, lora)}" for arm in kept]
+    return text + f"By the rule, {'; '.join(said)}; no other is ahead."
 
 
 def recommendation(data) -> list[str]:
@@ -672,7 +701,8 @@ def page(data, figures: set) -> str:
         *picture("tail", "Beyond 2Kr against the learning rate"),
         *picture("domains", "Effective rank per domain"),
         "## Mute scalar", "", *picture("mute", "Errors against γ"),
-        "## Beyond the paper", "", *beyond_rows(data), *picture("beyond", "Beyond the paper"),
+        "## Beyond the paper", "", tries_text(data), "", *beyond_rows(data),
+        *picture("beyond", "Beyond the paper"),
         "## Every comparison", "",
         "All that this page calls ahead, behind, equivalent or undecided, and the pairs beside them.", "",
         *all_pairs(data),
