@@ -31,7 +31,8 @@ PAIRS = {("hd", "lora"): "behind behind", ("hd", "pissa"): "equivalent undecided
          ("apollo r=16", "lora r=16"): "undecided", ("hd group=2", "hd"): "ahead",
          ("hd group=2", "lora"): "equivalent", ("hd group=4", "hd"): "ahead",
          ("hd group=4", "lora"): "undecided", ("hd shared moments", "hd"): "equivalent",
-         ("hd feedback", "hd"): "behind"}
+         ("hd feedback", "hd"): "behind",
+         ("hd feedback all", "hd"): "behind"}
 
 
 # %% Numbers of one of K devices: LoRA whose moments ZeRO-1 spreads over them, and shards of rank r
