@@ -1198,6 +1198,9 @@ class Adapters(hd_pissa.Adapters):
         if len({*probes}) > 1 and not first:
             raise ValueError(f"merge_: {looked_at.name}.weight differs between processes: load weights on "
                              "all of them alike, before attach")
+        if any(spoilt):
+            raise ValueError("merge_: a gradient of also= was not finite on one process, and others made "
+                             "the step; with a GradScaler call adapters.collect_() before scaler.unscale_()")
         if len({*ruled} - (set() if self.also else {0})) > 1:      # who left a step out keeps the old `also`
             raise ValueError("merge_: processes stepped by different optimizers or rates, here by "
                              f"{rules}; give all the same, and step schedulers on all")
@@ -1209,9 +1212,6 @@ class Adapters(hd_pissa.Adapters):
             warnings.warn("increments were changed after optimizer.step(). What reads or remembers them "
                           "(Lookahead, averages) goes wrong, since every step begins at zero: use its inner "
                           "optimizer alone", stacklevel=3)
-        if any(spoilt):
-            raise ValueError("merge_: a gradient of also= was not finite on one process, and others made "
-                             "the step; with a GradScaler call adapters.collect_() before scaler.unscale_()")
         if not halved[self.first]:
             self.halved()
         if first and self.begun:
