@@ -343,9 +343,9 @@ class Adapters:
         one meets -B_i of the other.
         """
         mine = {}
-        if decompose is None:
-            raise ValueError("decompose=None leaves A_i, B_i empty; hd_pissa_extra.attach waits for a state")
         def work():
+            if decompose is None:
+                raise ValueError("decompose=None: A_i, B_i stay empty; hd_pissa_extra.attach waits for a state")
             own = range(process_index(), len(self.slots), world_size())
             for j in tqdm(own, desc="SVD", unit="layer", disable=not progress or process_index() > 0):
                 slot = self.slots[j]
