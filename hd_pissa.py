@@ -345,7 +345,7 @@ class Adapters:
         mine = {}
         def work():
             if decompose is None:
-                raise ValueError("decompose=None: A_i, B_i stay empty; hd_pissa_extra.attach waits for a state")
+                raise ValueError("decompose=None: A_i, B_i stay empty; hd_pissa_extra.attach takes it")
             own = range(process_index(), len(self.slots), world_size())
             for j in tqdm(own, desc="SVD", unit="layer", disable=not progress or process_index() > 0):
                 slot = self.slots[j]
