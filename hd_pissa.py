@@ -305,14 +305,14 @@ class Adapters:
         self.merged = self.increments._version      # torch's count of changes at the last merge
         self.known, self.stepped, self.vain = weakref.WeakSet(), [], set()      # see before_step
         for slot in self.slots:
-            A, B = slot.views(self.own)
-            slot.factors = [(A[i:i + 1], B[i:i + 1]) for i in range(self.S)]        # (1, m, r), (1, r, n)
+            slot.factors = [*zip(*(x.split(1) for x in slot.views(self.own)))]      # (1, m, r), (1, r, n)
             # detach: a leaf of its own on the buffer's memory
             slot.leaves = [(dA.detach().requires_grad_(), dB.detach().requires_grad_())
                            for dA, dB in zip(*slot.views(self.increments))]         # (m, r), (r, n)
             for i, (_, dB) in enumerate(slot.leaves):
                 dB.register_post_accumulate_grad_hook(self.note(i))
-        self.ids = {id(p) for p in self.parameters()}
+        self.increment_ids = {id(p) for slot in self.slots for pair in slot.leaves for p in pair}
+        self.ids = {*map(id, self.parameters())}
         LIVE[id(self)] = self
 
     def __repr__(self):
@@ -432,7 +432,7 @@ class Adapters:
         if world_size() > 1 and (others := held.keys() - {i for live in LIVE.values() for i in live.ids}):
             raise ValueError(f"{name} holds {len(others)} tensors beside the increments: no one adds up "
                              "their gradients over processes, as hd_pissa_extra.attach(also=...) does")
-        own = held.keys() & {id(p) for slot in self.slots for pair in slot.leaves for p in pair}
+        own = held.keys() & self.increment_ids
         decays = any(held[i] for i in own) and "has weight_decay, which reads the parameter"
         if own and (why := decays or self.objection(optimizer)):
             raise ValueError(f"{name} {why}. Increments begin every step at zero: use AdamW with "
@@ -643,10 +643,10 @@ def check_arguments(rank: int, shards: int, alpha=None, **choices) -> None:
     for name, value in choices.items():
         if value not in CHOICES[name]:
             raise ValueError(f"{name}={value!r}: must be one of {', '.join(CHOICES[name])}")
-    whole = all(isinstance(x, int) and x >= 1 for x in (rank, shards))
-    if not whole or not (alpha is None or isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
-        raise ValueError(f"{rank=}, {shards=}: must be whole numbers, 1 or more; {alpha=}: gradients are "
-                         "scaled by alpha / rank, use more than 0, or None")
+    if not all(isinstance(x, int) and x >= 1 for x in (rank, shards)):
+        raise ValueError(f"{rank=}, {shards=}: must be whole numbers, 1 or more")
+    if not (alpha is None or isinstance(alpha, (int, float)) and 0 < alpha < math.inf):
+        raise ValueError(f"{alpha=}: gradients are scaled by alpha / rank; use more than 0, or None")
     if shards % world:
         raise ValueError(f"{shards=} is not a multiple of the {world} processes; use "
                          f"shards={max(1, shards // world) * world} or another number of processes")

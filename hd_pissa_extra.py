@@ -935,7 +935,7 @@ class Adapters(hd_pissa.Adapters):
         one lets them move on from 1, the other resets them to zero as merge_ does. Steps must be equal.
         """
         held = {id(p): p.device for group in optimizer.param_groups for p in group["params"]}
-        own = held.keys() & {id(p) for slot in self.slots for pair in slot.leaves for p in pair}
+        own = held.keys() & self.increment_ids
         steps = [], []
         for start, made in zip((1.0, 0.0), steps):
             stand = {i: torch.full((4, 2), start, dtype=torch.float64, device=d, requires_grad=True)
@@ -1082,9 +1082,10 @@ class Adapters(hd_pissa.Adapters):
             zero = torch.zeros((), dtype=self.basis.dtype, device=self.device)
             shapes = (self.K, slot.m, self.r), (self.K, self.r, slot.n)
             slot.caught = [zero.expand(shape).detach().requires_grad_() for shape in shapes]
+            tag = float(hd_pissa.seed_of(slot.name) % 2**16)
             for leaf, mine in zip(slot.caught, zip(*slot.leaves)):
                 if self.send == "backward":
-                    leaf.register_post_accumulate_grad_hook(_send(weakref.ref(self), j))
+                    leaf.register_post_accumulate_grad_hook(_send(weakref.ref(self), j, tag))
                     continue
                 leaf.register_hook(_before_catching(weakref.ref(leaf), mine))
                 leaf.register_post_accumulate_grad_hook(_after_catching(weakref.ref(self), mine, own))
@@ -1365,16 +1366,16 @@ def _after_catching(ref, mine, own):
         leaf.caught_version = leaf.grad._version
     return hook
 
-def _send(ref, j):
+def _send(ref, j, tag):
     """Sum what layer j has caught, (K, ...), over the processes; the own shards' stay.
 
-    It travels while the backward does the next layer, and has arrived when the backward ends. A tag tells
-    whether all processes sent the same layer.
+    It travels while the backward does the next layer, and has arrived when the backward ends. The tag is
+    the layer's: has everybody sent the same?
     """
     def hook(_):
         _refuse_collected(ref)
         adapters, slot = ref(), ref().slots[j]
-        grads, tag = [leaf.grad for leaf in slot.caught], float(hd_pissa.seed_of(slot.name) % 2**16)
+        grads = [leaf.grad for leaf in slot.caught]
         if any(g is None for g in grads):
             return              # g_A and g_B travel together: of two, the second would wait for the first
         for leaf in slot.caught:
@@ -1416,8 +1417,8 @@ def groups_of(optimizer) -> list:
 
 def moments(adapters, optimizer) -> float:
     """A number for an optimizer's moments of the increments; 0 if there are none, or all are as at first."""
-    own = {id(p) for slot in adapters.slots for pair in slot.leaves for p in pair}
-    kept = [x for p, state in optimizer.state.items() if id(p) in own for x in state.values()]
+    kept = [x for p, state in optimizer.state.items() if id(p) in adapters.increment_ids
+            for x in state.values()]
     total = sum((x - x.flatten()[0]).double().abs().sum() for x in kept
                 if isinstance(x, torch.Tensor) and x.numel() > 1)
     return float(total) if math.isfinite(total) else 0.0

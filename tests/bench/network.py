@@ -8,12 +8,12 @@ at the interface, with headers. The computed bytes at the cable's rate are the l
 
 The last rows ask how much of a step's exchange is hidden behind its work, in layers that each are a bucket:
 the same step where nothing travels, its collectives alone one behind the other, and both together. Two
-machines share two cores here, which the exchange needs as well as the work. So these rows come twice: with
-work of the CPU, and with work that leaves it free, as a GPU's does (sleep in its place).
+machines share two cores here, which the exchange needs as well as the work. So these rows come three times:
+with work of the CPU, with work that leaves it free as a GPU's does (sleep in its place), and on a clock of
+their own (tests/link.py), where no core is shared: what the order of the calls hides.
 """
 
 import argparse
-import contextlib
 import datetime
 import json
 import statistics
@@ -26,30 +26,26 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from hosts import CABLE, two_hosts, unavailable  # noqa: E402
+from link import AWAY, RANK, WIDTH, Clock, Link, exact, instead, training  # noqa: E402
 
 import hd_pissa  # noqa: E402
 import hd_pissa_extra  # noqa: E402
 
-LAYERS, WIDTH, RANK, TOKENS = 4, 1024, 16, 512
+LAYERS, THIN, TOKENS = 4, 16, 512
 EXCHANGES = "all_gather", "all_reduce"
 HIDDEN = "1 Gbit/s"      # of the overlap
 RATES = {"unthrottled": None, "1 Gbit/s": 1000.0, "100 Mbit/s": 100.0}
 WARMUP, ROUNDS = 2, 11
-# Rows of the overlap: layers, rank and tokens such that work and exchange take about as long as each other,
-# and the seconds of a layer's forward, backward and fold where they leave the CPU free.
-AWAY = 0.003, 0.008, 0.004
-OVERLAP = dict(layers=8, rank=64, tokens=128), {
+# Rows of the overlap: layers and tokens such that work and exchange take about as long as each other.
+OVERLAP = dict(layers=16, rank=RANK, tokens=128), {
     "local": {}, "local, one bucket": dict(bucket_mb=256), "whole batch": dict(gradients="global"),
     'whole batch, send="backward"': dict(gradients="global", send="backward")}  # fmt: skip
-COLLECTIVES = ("all_reduce", "all_gather_single", "all_gather_into_tensor", "reduce_scatter_single",
-               "reduce_scatter_tensor")  # fmt: skip
 
 
 def payload(exchange: str) -> int:
@@ -57,7 +53,7 @@ def payload(exchange: str) -> int:
 
     all_gather: dA, dB of the other machine's shard. all_reduce: dU, once; half as terms, half as sums.
     """
-    return 4 * LAYERS * (RANK * 2 * WIDTH if exchange == "all_gather" else WIDTH * WIDTH)
+    return 4 * LAYERS * (THIN * 2 * WIDTH if exchange == "all_gather" else WIDTH * WIDTH)
 
 
 def received() -> int:
@@ -77,49 +73,8 @@ def medians(work, before=lambda: None) -> tuple[float, float]:
     return tuple(statistics.median(column) for column in zip(*rows[WARMUP:]))
 
 
-class Away(torch.autograd.Function):
-    """The time of a layer's forward and backward, without its work."""
-
-    @staticmethod
-    def forward(ctx, x):
-        time.sleep(AWAY[0])
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, dY):
-        time.sleep(AWAY[1])
-        return dY.clone()
-
-
-class Layer(nn.Linear):
-    """Without bias; `away`: the time of its forward and backward passes beside the CPU."""
-
-    def __init__(self, away: bool):
-        super().__init__(WIDTH, WIDTH, bias=False)
-        if away:
-            self.register_forward_hook(lambda module, inputs, y: Away.apply(y))
-
-
-def training(attach, layers: int, rank: int, tokens: int, away: bool = False, **options):
-    """The adapters of a model of square layers, one shard a process, K = 2; and a step of it."""
-    torch.manual_seed(0)
-    model = nn.Sequential(*(Layer(away) for _ in range(layers)))
-    adapters = attach(model, rank, **options)
-    optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-6, weight_decay=0.0)
-    tokens = 1 if away else tokens
-    x = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(hd_pissa.process_index()))
-
-    def step():
-        model(x).square().mean().backward()
-        optimizer.step()
-        adapters.merge_()
-        optimizer.zero_grad()
-
-    return adapters, step
-
-
 def measure(exchange: str) -> dict:
-    adapters, step = training(hd_pissa.attach, LAYERS, RANK, TOKENS, exchange=exchange)
+    adapters, step = training(hd_pissa.attach, LAYERS, THIN, TOKENS, exchange=exchange)
 
     def increments():
         adapters.increments.normal_(std=1e-6)
@@ -129,36 +84,10 @@ def measure(exchange: str) -> dict:
     return {"merge": merge, "counted": counted, "step": medians(step)[0]}
 
 
-class Stayed:
-    """The handle of a collective that sent nothing."""
-
-    def wait(self):
-        pass
-
-
-def stay(out, own=None, **_):
-    """In place of a collective: at once, as if the other machine had the same."""
-    if own is None:
-        out.mul_(2)
-    elif len(out) > len(own):
-        out.view(2, *own.shape).copy_(own)
-    else:
-        torch.mul(own[:len(out)], 2, out=out)
-    return Stayed()
-
-
-@contextlib.contextmanager
-def instead(make):
-    """torch.distributed's collectives replaced by make(name, the real one)."""
-    with contextlib.ExitStack() as stack:
-        for name in (name for name in COLLECTIVES if hasattr(dist, name)):
-            stack.enter_context(mock.patch.object(dist, name, make(name, getattr(dist, name))))
-        yield
-
-
 def overlap(away: bool, options: dict) -> dict:
     """Seconds of a step, of its work and of its exchange alone; both begin when both machines are there."""
-    adapters, step = training(hd_pissa_extra.attach, **OVERLAP[0], away=away, **({"bucket_mb": 0} | options))
+    shape = OVERLAP[0] | (dict(tokens=1, sleep=time.sleep) if away else {})
+    adapters, step = training(hd_pissa_extra.attach, **shape, **({"bucket_mb": 0} | options))
     step()                              # the first merge compares the models
     calls = []
 
@@ -177,7 +106,7 @@ def overlap(away: bool, options: dict) -> dict:
     together = medians(step, dist.barrier)[0]
     alone = medians(exchange, dist.barrier)[0]
     dist.barrier()
-    with instead(lambda *_: stay):
+    with instead(Link(Clock()).make):
         work = medians(step)[0]
     dist.barrier()
     return {"work": work, "exchange": alone, "step": together, "buckets": len(adapters.buckets)}
@@ -199,6 +128,12 @@ def worker(path: str, hidden: bool) -> None:
     dist.destroy_process_group()
 
 
+def row(label: str, got: dict) -> list:
+    longer = max(got["work"], got["exchange"])
+    milliseconds = [1e3 * got[key] for key in ("step", "work", "exchange")]
+    return [label, None, None, None, None, *milliseconds, got["step"] / longer]
+
+
 def bench() -> list:
     rows, hidden = [], []
     with two_hosts() as hosts, tempfile.TemporaryDirectory() as tmp:
@@ -212,14 +147,15 @@ def bench() -> list:
             if any(process.returncode for process in processes):
                 raise RuntimeError(f"{name} failed\n" + "\n".join(printed))
             told = json.loads(path.read_text())
-            for label, got in told.pop("overlap", {}).items():
-                longer = max(got["work"], got["exchange"])
-                hidden.append([f"{name}, {label}", None, None, None, None, 1e3 * got["step"],
-                               1e3 * got["work"], 1e3 * got["exchange"], got["step"] / longer])  # fmt: skip
+            hidden += [row(f"{name}, {label}", got) for label, got in told.pop("overlap", {}).items()]
             for exchange, got in told.items():
                 least = payload(exchange) * 8e-3 / rate if rate else None
                 rows.append([f"{name}, {exchange}", payload(exchange) / 1e6, got["counted"] / 1e6, least,
                              1e3 * got["merge"], 1e3 * got["step"], None, None, None])  # fmt: skip
+    for label, options in OVERLAP[1].items():
+        got = exact(hd_pissa_extra.attach, OVERLAP[0]["layers"], 1e6 * RATES[HIDDEN],
+                    **({"bucket_mb": 0} | options))  # fmt: skip
+        hidden.append(row(f"{HIDDEN}, {label}, on the clock", got))
     return rows + hidden
 
 
@@ -232,7 +168,7 @@ def main() -> None:
         return worker(args.worker, args.overlap)
     if reason := unavailable():
         parser.error(reason)
-    title = (f"two machines, {LAYERS} layers {WIDTH} x {WIDTH}, r = {RANK}, K = 2, {TOKENS} tokens a machine"
+    title = (f"two machines, {LAYERS} layers {WIDTH} x {WIDTH}, r = {THIN}, K = 2, {TOKENS} tokens a machine"
              "; the last rows {layers} layers, r = {rank}, {tokens} tokens".format(**OVERLAP[0]))
     head = ("", "received, MB", "at the interface, MB", "bytes / rate, ms", "merge_, ms", "step, ms",
             "its work alone, ms", "its exchange alone, ms", "step over the larger")  # fmt: skip
