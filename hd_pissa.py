@@ -305,7 +305,8 @@ class Adapters:
         self.merged = self.increments._version      # torch's count of changes at the last merge
         self.known, self.stepped, self.vain = weakref.WeakSet(), [], set()      # see before_step
         for slot in self.slots:
-            slot.factors = [*zip(*(x.split(1) for x in slot.views(self.own)))]      # (1, m, r), (1, r, n)
+            A, B = slot.views(self.own)
+            slot.factors = [(A[i:i + 1], B[i:i + 1]) for i in range(self.S)]        # (1, m, r), (1, r, n)
             # detach: a leaf of its own on the buffer's memory
             slot.leaves = [(dA.detach().requires_grad_(), dB.detach().requires_grad_())
                            for dA, dB in zip(*slot.views(self.increments))]         # (m, r), (r, n)
@@ -729,6 +730,8 @@ def attach(model: nn.Module, rank: int, *, shards: int | None = None, targets="a
 
     Module classes change, names and state_dict keys do not. Raises ValueError, on every process alike.
     """
+    if world_size() > 1 and (gpus := [p.device for p in model.parameters() if p.is_cuda]):
+        torch.cuda.set_device(gpus[0])      # NCCL sends text by the current one: 0, unless somebody set it
     shards = world_size() if shards is None else shards
     config, made = dict(rank=rank, shards=shards, init=init, alpha=alpha, aggregate=aggregate), []
     def build():

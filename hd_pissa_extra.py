@@ -851,6 +851,22 @@ def checksum(tensor: torch.Tensor, start: int = 0) -> int:
         total, start = total + (part.long() * (2 * at + 1)).sum(), start + len(part)
     return int(total)
 
+def arithmetic(device: torch.device) -> tuple[str, ...]:
+    """A name, and what decides how a product rounds: libraries choose their kernels by these."""
+    if device.type == "cpu":
+        return "a CPU", torch.backends.cpu.get_cpu_capability(), f"torch {torch.__version__}"
+    gpu = torch.cuda.get_device_properties(device)
+    return (gpu.name, f"compute capability {gpu.major}.{gpu.minor}",
+            f"{gpu.multi_processor_count} multiprocessors", f"torch {torch.__version__}")
+
+def unlike_machines(device: torch.device) -> str:
+    """Which processes round products otherwise than process 0, "" if none. All processes call it."""
+    first, *others = everywhere(lambda: arithmetic(device))
+    unlike = [f"process 0 computes on {', '.join(first)}, process {i} on {', '.join(other)}: their products "
+              "round differently, so their copies of W would drift apart"
+              for i, other in enumerate(others, 1) if other[1:] != first[1:]]
+    return unlike[0] if unlike else ""
+
 # ---- Adapters for long and large runs ------------------------------------------------------------
 
 class Adapters(hd_pissa.Adapters):
@@ -1198,7 +1214,7 @@ class Adapters(hd_pissa.Adapters):
             return told, True           # this step is left out, whatever else
         if len({*probes}) > 1 and not first:
             raise ValueError(f"merge_: {looked_at.name}.weight differs between processes: load weights on "
-                             "all of them alike, before attach")
+                             "all of them alike, before attach, and use equal devices and versions")
         if any(spoilt):
             raise ValueError("merge_: a gradient of also= was not finite on one process, and others made "
                              "the step; with a GradScaler call adapters.collect_() before scaler.unscale_()")
@@ -1426,7 +1442,7 @@ def moments(adapters, optimizer) -> float:
 def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: float = 0.0,
            gradients: str = "local", send: str = "step", basis: str = "cached",
            dtype: torch.dtype | None = None, rounding: str = "exact", device=None, bucket_mb: int = 256,
-           accumulate: bool = False, also=(), exclude=(), decompose=components, **core) -> Adapters:
+           accumulate: bool = False, also=(), decompose=components, **core) -> Adapters:
     """`hd_pissa.attach`, whose arguments it takes, with more of them. It adapts experts too (`find_layers`).
 
     init        also "random": A_i, B_i are slices of random orthonormal matrices, made again from the seed
@@ -1450,15 +1466,15 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
 
     Call it before fully_shard. Raises ValueError, on every process alike, for what cannot be trained.
     """
-    kept = []
-    also = [also] if isinstance(also, str) else also
-    hd_pissa.everywhere(lambda: kept.append(also_parameters(model, also)))
-    beside, = kept
-    own = {id(p) for p in beside.values()}
-    whole = [name for name, x in model.named_modules()
-             if isinstance(x, nn.Linear) and id(x._parameters.get("weight")) in own]
-    whole += [f"{name}.{key}".lstrip(".") for name, _, key, p in stacks(model) if id(p) in own]
-    exclude = [*suffixes(exclude), *whole]
+    also, beside = [also] if isinstance(also, str) else also, {}
+
+    def find(model, targets, exclude, least):
+        beside.update(also_parameters(model, also))
+        own = frozenset(id(p) for p in beside.values())
+        whole = [name for name, x in model.named_modules()
+                 if isinstance(x, nn.Linear) and id(x._parameters.get("weight")) in own]
+        whole += [f"{name}.{key}".lstrip(".") for name, _, key, p in stacks(model) if id(p) in own]
+        return find_layers(model, targets, [*suffixes(exclude), *whole], least, own)
 
     def make(model, found, skipped, config, exchange, seed, place):
         check_arguments(dropout, gradients, basis, dtype, rounding, send)
@@ -1480,12 +1496,16 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
         adapters.agreed += repr((dtype, accumulate)) + " without decompose=" * (decompose is None)
         return adapters
 
-    seeded, make.find_layers = init == "random", functools.partial(find_layers, beside=frozenset(own))
+    seeded, make.find_layers = init == "random", find
     adapters = hd_pissa.attach(model, rank, init="hd_pissa" if seeded else init, make=make,
-                               decompose=None if seeded else checked(decompose), exclude=exclude, **core)
+                               decompose=None if seeded else checked(decompose), **core)
     ref = weakref.ref(adapters)
     for p in beside.values():
         p.requires_grad_(True).register_post_accumulate_grad_hook(lambda _: _refuse_collected(ref))
+    said = unlike_machines(adapters.device)
+    if said and adapters.exchange == "all_gather" and adapters.first == 0:
+        warnings.warn(f'{said}. Use equal machines and versions, or exchange="all_reduce", which sends the '
+                      "sums, or FSDP2, which keeps one W", stacklevel=2)
     adapters.mute_experts()
     for slot in adapters.slots:
         if dtype == torch.bfloat16 and slot.module.weight.dtype == torch.float32:

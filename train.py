@@ -222,8 +222,12 @@ def finish(args, model, tokenizer, adapters, held, watched, extra, device, exami
     after = evaluate(model, held, device, max(8, args.micro_batch_size), "evaluate result")
     exams = examine(args.max_steps, after)
     files = save(out, model, tokenizer, held, device, args.save_dtype)
-    trained = {name: hd_pissa_extra.whole(slots[name].W, slots[name].low) if name in slots else
-               hd_pissa_extra.whole(model.get_parameter(name + ".weight")) for name in watched}
+
+    def trained(name):
+        slot = slots.get(name)
+        return (hd_pissa_extra.whole(slot.W, slot.low) if slot else
+                hd_pissa_extra.whole(model.get_parameter(name + ".weight")))
+
     ranks, spectra = report.rank_of_update(args, watched, trained)
     result = {"before": extra["before"], "after": after, "effective_rank": ranks, "eval": exams,
               "samples": report.samples(out, args.max_steps), "best": lowest(exams)}
@@ -289,7 +293,7 @@ def run_in_folder(args, out: Path, device) -> dict:
         models.checkpoint_activations(model)
 
     start_of = {name: module.weight.detach() for name, module in layers}
-    watched = {name: start_of[name].to(device, copy=True) for name in report.sampled([*start_of])}
+    watched = {name: start_of[name].to("cpu", copy=True) for name in report.sampled([*start_of])}
     sums = {name: hd_pissa_extra.checksum(W) for name, W in start_of.items() if args.export_lora}
     comparable = args.method == "hd_pissa" and args.dtype != "bfloat16" and not args.shard_weights
     logits = first_logits(model, held, device) if comparable and not resumed else None

@@ -4,17 +4,21 @@ import itertools
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn as nn
 import toy
 import twin
+from link import Clock, Link, two_alike
 from spawned import received_bytes, spawn
 
 import hd_pissa
+import hd_pissa_extra
 import train
 from data.rows import read_rows
 from training import baselines
@@ -283,15 +287,38 @@ def machines():
             said.append(told(other, "cuda:0"))
     with mock.patch.object(torch, "__version__", f"2.{6 + rank}.0"):
         said.append(told(dict(dtype="float32"), "cpu"))
+        for exchange in ("auto", "all_reduce"):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                hd_pissa_extra.attach(nn.Sequential(nn.Linear(8, 8)), 2, exchange=exchange).detach_()
+            said.append([str(w.message) for w in caught if "round differently" in str(w.message)])
     return said
+
+
+def test_text_travels_by_the_models_gpu(monkeypatch):
+    """NCCL sends it by the current GPU, which is number 0 on every process unless somebody says otherwise."""
+    class Set(Exception):
+        pass
+
+    def set_device(device):
+        raise Set(device)
+
+    model = nn.Linear(8, 8)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(model, "parameters", lambda: iter([SimpleNamespace(is_cuda=True, device="cuda:1")]))
+    for attach in (hd_pissa.attach, hd_pissa_extra.attach):
+        with two_alike(Link(Clock())), pytest.raises(Set, match="cuda:1"):
+            attach(model, 2)
 
 
 def test_unlike_machines_are_told_before_they_drift_apart(tmp_path):
     """Copies of W that are added to by other kernels differ in their last bits: at step 100 it would look as
     if a bit had flipped."""
     first, second = spawn(2, machines, tmp_path)
-    assert first == second
-    *gpus, versions = first
+    assert first[:-2] == second[:-2]
+    *gpus, versions, (warned,), sums = first            # of attach in one's own loop, by process 0
+    assert "torch 2.7.0" in warned and 'exchange="all_reduce"' in warned
+    assert [sums, *second[-2:]] == [[], [], []]
     for (name, (_, _, refused)), said in zip(OTHERS.items(), gpus, strict=True):
         assert bool(said) == refused, (name, said)
     assert "GPU 40GB, compute capability 9.0" in gpus[3] and "--exchange all_reduce" in gpus[3]

@@ -176,7 +176,7 @@ def needs(shapes, everything: int, gathered, activations, *, rank: int, shards: 
     """Bytes that a process holds, by what they are, and `hd_pissa_numbers` of these options.
 
     shapes          of the adapted weights; everything: numbers of all weights; gathered: `units`
-    activations     `saved_bytes`; watched: numbers of W copied for the rank of dW at the end
+    activations     `saved_bytes`; watched: numbers of W copied to the CPU for the rank of dW at the end
     also            numbers that train whole
     """
     S, width = shards // processes, 8 if dtype == "float64" else 4
@@ -204,7 +204,7 @@ def needs(shapes, everything: int, gathered, activations, *, rank: int, shards: 
             "weights that FSDP2 gathers: two blocks and the rest": whole * (cut > 1),
             "sums of increments, for --export_lora": S * factors * width * export_lora,
             "gradients and AdamW moments of --also": 3 * also * width,
-            "copies of up to 8 weights, for the rank of dW at the end": watched * width,
+            "copies of up to 8 weights, for the rank of dW at the end": watched * width * (not gpu),
             "the larger of activations and exchange": max(sum(activations), fold, roots)}, own
 
 
@@ -271,7 +271,7 @@ def dry_run(args, load_model, default_steps: int) -> dict:
         dtype=args.dtype, rounding=args.rounding, shard_weights=args.shard_weights, gradients=args.gradients,
         send=args.send, micro_batches=micro_batches, init=args.init, exchange=args.exchange, basis=args.basis,
         bucket_mb=args.bucket_mb, export_lora=args.export_lora, gpu="GPU" in where, also=beside,
-        watched=sum(math.prod(by_name[name]) for name in sampled(list(by_name))))
+        watched=sum(math.prod(by_name[name]) for name in sampled([*by_name])))
     memory[f"the larger of activations ({what}) and exchange"] = memory.pop(
         "the larger of activations and exchange")
     share = (processes - 1) / processes

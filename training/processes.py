@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401  before a group exists: see leave_processes
 
 import hd_pissa
+import hd_pissa_extra
 
 
 class Patient:
@@ -142,20 +143,13 @@ def leave_processes() -> None:
 
 def check_machine(args, device: torch.device) -> None:
     """ValueError, on every process, where a run here would not be what its flags say."""
-    def here():
-        if args.dtype == "tf32":
-            check_tf32(device)
-        return arithmetic(device)
-
+    hd_pissa.everywhere(lambda: args.dtype == "tf32" and check_tf32(device))
     # Every process adds products of its own to a W of its own.
     copies = args.method == "hd_pissa" and args.exchange != "all_reduce" and not args.shard_weights
-    first, *others = hd_pissa.everywhere(here)
-    for i, other in enumerate(others, 1):
-        if copies and other[1:] != first[1:]:
-            raise ValueError(f"process 0 computes on {', '.join(first)}, process {i} on {', '.join(other)}: "
-                             "their products round differently, so their copies of W would drift apart. Use "
-                             "equal machines and versions, or --exchange all_reduce, which sends the sums, "
-                             "or --shard_weights, which keeps one W")
+    said = hd_pissa_extra.unlike_machines(device)
+    if said and copies:
+        raise ValueError(f"{said}. Use equal machines and versions, or --exchange all_reduce, which sends "
+                         "the sums, or --shard_weights, which keeps one W")
 
 
 def check_tf32(device: torch.device) -> None:
@@ -167,15 +161,6 @@ def check_tf32(device: torch.device) -> None:
     if has < (8, 0):
         raise ValueError(f"--dtype tf32: {name} has no TF32, GPUs of 8.0 and later have; use --dtype "
                          "float32 here")
-
-
-def arithmetic(device: torch.device) -> tuple[str, ...]:
-    """A name, and what decides how a product rounds: libraries choose their kernels by these."""
-    if device.type == "cpu":
-        return "a CPU", torch.backends.cpu.get_cpu_capability(), f"torch {torch.__version__}"
-    gpu = torch.cuda.get_device_properties(device)
-    return (gpu.name, f"compute capability {gpu.major}.{gpu.minor}",
-            f"{gpu.multi_processor_count} multiprocessors", f"torch {torch.__version__}")
 
 
 def fail(message: str) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+from collections import ChainMap
 from pathlib import Path
 
 import torch
@@ -74,17 +75,24 @@ def rounding_floor(W: torch.Tensor, steps: int) -> float:
 
 
 def rank_of_update(args, watched, trained) -> tuple[dict, dict]:
-    """(what report_rank prints, {layer: singular values of dW}); both arguments: {name: W}."""
+    """(what report_rank prints, {layer: singular values of dW}), each layer's by one process.
+
+    watched     {name: W before}; trained: a function of a name, W after on every process
+    """
     r, table, spectra = args.rank, {}, {}
     edge = {"lora": r, "pissa": 2 * r, "hd_pissa": 2 * args.shards * r}.get(args.method)
-    for name, W in watched.items():
-        S = hd_pissa.update_spectrum(W, trained[name])
+    for j, (name, before) in enumerate(watched.items()):
+        W = trained(name)
+        if j % hd_pissa.world_size() != hd_pissa.process_index():
+            continue
+        S = hd_pissa.update_spectrum(before.to(W.device), W)
         spectra[name] = [float(f"{sigma:.6g}") for sigma in S.tolist()]
-        floor = rounding_floor(trained[name], args.max_steps) / float(S[0] or 1)
+        floor = rounding_floor(W, args.max_steps) / float(S[0] or 1)
         table[name] = {"effective_rank": hd_pissa.effective_rank(S), "of": len(S), "rounding_floor": floor}
         if edge is not None and edge < len(S) and S[0] > 0:
             table[name] |= {"edge": edge, "beyond_edge": float(S[edge] / S[0])}
-    return table, spectra
+    of_all = (ChainMap(*parts) for parts in zip(*hd_pissa.everywhere(lambda: (table, spectra))))
+    return tuple({name: told[name] for name in watched} for told in of_all)
 
 
 def report_rank(args, table: dict) -> None:

@@ -7,6 +7,7 @@ weights.
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -17,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1])]
 
 import hd_pissa  # noqa: E402
-from training import dry_run  # noqa: E402
+from training import dry_run, report  # noqa: E402
 
 MODELS = {  # width, feed-forward, layers, heads, heads of keys and values, vocabulary
     "SmolLM2-135M": (576, 1536, 30, 9, 3, 49152), "Llama-3.2-1B": (2048, 8192, 16, 32, 8, 128256),
@@ -71,11 +72,14 @@ def needed(name: str, options: dict, processes: int = 1, gpu: bool = True, **x) 
     """Bytes of each process. Layers are alike: two and three tell of all. x: rows and tokens."""
     layers, dtype = MODELS[name][2], options.get("dtype", "float32")
     two, three = (sizes(name, n, dtype, gpu=gpu, **x) for n in (2, 3))
-    shapes = two[0] + (layers - 2) * two[0][len(two[0]) // 2:]
+    block = two[0][len(two[0]) // 2:]
+    shapes = {f"{i}.{j} of a block": shape for i in range(layers) for j, shape in enumerate(block)}
     everything, kept = (a + (layers - 2) * (b - a) for a, b in ((two[1], three[1]), (two[3][0], three[3][0])))
     units = (two[2][0], two[2][1], layers * two[2][1])
-    memory, _ = dry_run.needs(shapes, everything, units, (kept, two[3][1]), rank=16, processes=processes,
-                              gpu=gpu, **({"shards": max(8, processes)} | options))
+    memory, _ = dry_run.needs(
+        [*shapes.values()], everything, units, (kept, two[3][1]), rank=16, processes=processes, gpu=gpu,
+        watched=sum(math.prod(shapes[name]) for name in report.sampled([*shapes])),
+        **({"shards": max(8, processes)} | options))
     return sum(memory.values())
 
 
