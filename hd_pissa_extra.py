@@ -471,7 +471,7 @@ def gram_components(W: torch.Tensor, k: int, name: str = "W"):
     wide = M if M.shape[0] <= M.shape[1] else M.T                               # (d, max(m, n))
     for gram in (torch.float32, torch.float64):
         wide = wide.to(gram)
-        G = wide @ wide.T                                                       # (d, d)
+        G, error = wide @ wide.T, math.inf                                      # (d, d)
         # diag(R) of G times a random (d, k) follows the k largest eigenvalues: does float32 reach them?
         probe = torch.randn((len(G), k), generator=torch.Generator().manual_seed(0), device="cpu").to(G)
         R = torch.linalg.qr(G @ probe).R.diagonal().abs()
@@ -479,21 +479,25 @@ def gram_components(W: torch.Tensor, k: int, name: str = "W"):
             tqdm.write(f"{name}: squared singular values fall by {R.min() / R.max():.0e}: float64 Gram "
                        "matrix")
             continue
-        E = torch.linalg.eigh(G).eigenvectors[:, -k:].flip(1)                   # (d, k), descending
-        if gram == torch.float32:
-            E = torch.linalg.qr(E).Q
-            R, S, Vt = torch.linalg.svd(E.T @ wide, full_matrices=False)        # (k, k), (k,), (k, max(m, n))
-            U = E @ R                                                           # (d, k)
-            error = ((wide @ Vt.T - U * S).norm(dim=0) / (10 * S).clamp_max(S[0])).max()
-        else:
-            U, SVt = E, E.T @ wide
-            S = SVt.norm(dim=1)
-            Vt = SVt / S.clamp_min(1e-300)[:, None]
-            error = torch.dist(Vt @ Vt.T, torch.eye(k, device="cpu").to(S), p=math.inf)
+        with contextlib.suppress(torch.linalg.LinAlgError):                     # one that does not converge
+            U, S, Vt, error = gram_triplets(wide, G, k)
         if error <= 1e-5:
             return (U, S, Vt) if wide.shape == M.shape else (Vt.T, S, U.T)
         tqdm.write(f"{name}: components by a {str(gram)[6:]} Gram matrix are off by {error:.0e}, next driver")
     return None
+
+def gram_triplets(wide: torch.Tensor, G: torch.Tensor, k: int) -> tuple:
+    """U (d, k), S (k,), Vt (k, max(m, n)) of `wide` by eigenvectors of G = wide wide^T, and their error."""
+    E = torch.linalg.eigh(G).eigenvectors[:, -k:].flip(1)                       # (d, k), descending
+    if wide.dtype == torch.float32:
+        E = torch.linalg.qr(E).Q
+        R, S, Vt = torch.linalg.svd(E.T @ wide, full_matrices=False)            # (k, k), (k,), (k, max(m, n))
+        U = E @ R                                                               # (d, k)
+        return U, S, Vt, ((wide @ Vt.T - U * S).norm(dim=0) / (10 * S).clamp_max(S[0])).max()
+    SVt = E.T @ wide
+    S = SVt.norm(dim=1)
+    Vt = SVt / S.clamp_min(1e-300)[:, None]
+    return E, S, Vt, torch.dist(Vt @ Vt.T, torch.eye(k, device="cpu").to(S), p=math.inf)
 
 # ---- A basis from a seed, W in bfloat16 at two bytes: numbers that are made again, not kept -------
 
@@ -853,7 +857,7 @@ def checksum(tensor: torch.Tensor, start: int = 0) -> int:
 
 def arithmetic(device: torch.device) -> tuple[str, ...]:
     """A name, and what decides how a product rounds: libraries choose their kernels by these."""
-    if device.type == "cpu":
+    if device.type != "cuda":
         return "a CPU", torch.backends.cpu.get_cpu_capability(), f"torch {torch.__version__}"
     gpu = torch.cuda.get_device_properties(device)
     return (gpu.name, f"compute capability {gpu.major}.{gpu.minor}",
@@ -881,7 +885,7 @@ class Adapters(hd_pissa.Adapters):
             config.update(seed=seed)    # it is the basis
         self.dropout, self.whole_batch, self.resend = dropout, gradients == "global", basis == "resend"
         self.init, self.rounding, self.also, self.collected = init, rounding, also, False
-        self.send, self.astray, self.travels = send, 0.0, None
+        self.send, self.astray, self.travels = send, None, None
         self.owner, self.lock = None, threading.RLock()             # of the thread inside shard()
         self.groups = weakref.WeakKeyDictionary()                   # of optimizers
         self.states, self.loaded = weakref.WeakKeyDictionary(), 0.0     # of optimizers: see `moments`
@@ -1115,7 +1119,8 @@ class Adapters(hd_pissa.Adapters):
             return
         (wait, rows, tag, places), self.travels = self.travels, None
         wait()
-        self.astray += (rows[:, -1] - tag * world_size()).abs().sum()
+        off = (rows[:, -1] - tag * world_size()).abs().sum()
+        self.astray = off if self.astray is None else self.astray + off
         for p, before, g in places:
             if before is not None and p.grad is before:
                 before.add_(g)
@@ -1133,9 +1138,6 @@ class Adapters(hd_pissa.Adapters):
         self.collected = True
         self.arrive()
         self.sum_also()
-        if self.astray:
-            raise ValueError("the processes ran their backwards in different orders, or through different "
-                             "layers, so gradients were mixed; use send=\"step\"")
         for slots in self.buckets if summed and self.send == "step" else ():
             parts = []                                                  # (K, m r) and (K, r n) of each layer
             for slot in slots:
@@ -1196,8 +1198,10 @@ class Adapters(hd_pissa.Adapters):
         rules = [(type(o).__name__, *(float(g["lr"]) for g in o.param_groups)) for o in self.stepped]
         rule = hd_pissa.seed_of(rules) % 2**52 if rules else 0
         looked_at = self.slots[self.step % len(self.slots)]
-        columns = torch.tensor((rule, 0.0, 1.0, 0.0, self.loaded, 0.0), dtype=torch.float64, device="cpu")
+        columns = torch.tensor((rule, 0, 1, 0, self.loaded, 0, 0), dtype=torch.float64, device="cpu")
         columns = hd_pissa.sent(columns, self.device)           # what follows is computed where W is
+        if self.astray is not None:
+            columns[6] = self.astray
         columns[1] = looked_at.probe()
         if halves:
             then, now = (torch.cat(side) for side in zip(*((slot.sampled, slot.sample()) for slot in halves)))
@@ -1208,13 +1212,17 @@ class Adapters(hd_pissa.Adapters):
             torch.ne(torch.linalg.vector_norm(self.increments), self.left, out=columns[5])
         columns = columns.expand(self.S, len(columns))
         told, waits = super().refuse(columns if told is None else torch.cat((told, columns), dim=1))
-        ruled, probes, halved, spoilt, loaded, changed = zip(*(row[-6:] for row in told))
-        told = [row[:-6] for row in told]
+        ruled, probes, halved, spoilt, loaded, changed, astray = zip(*(row[-7:] for row in told))
+        told = [row[:-7] for row in told]
         if not math.isfinite(sum(map(sum, told))):
             return told, True           # this step is left out, whatever else
         if len({*probes}) > 1 and not first:
             raise ValueError(f"merge_: {looked_at.name}.weight differs between processes: load weights on "
                              "all of them alike, before attach, and use equal devices and versions")
+        if any(astray):
+            raise ValueError("merge_: the processes ran their backwards in different orders, or through "
+                             "different layers, so gradients were mixed, and are in the optimizer's state "
+                             "now; use send=\"step\"")
         if any(spoilt):
             raise ValueError("merge_: a gradient of also= was not finite on one process, and others made "
                              "the step; with a GradScaler call adapters.collect_() before scaler.unscale_()")
@@ -1322,7 +1330,7 @@ class Adapters(hd_pissa.Adapters):
     def next_step(self) -> None:
         super().next_step()
         self.applied, self.folded = self.folded, torch.zeros(())       # 0 of a step that is left out
-        self.collected, self.astray, self.loaded, self.left = False, 0.0, 0.0, None
+        self.collected, self.astray, self.loaded, self.left = False, None, 0.0, None
         self.backwards.clear()
         for slot in self.slots if self.whole_batch else ():
             for leaf in slot.caught:

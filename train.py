@@ -176,42 +176,71 @@ def batches_of(args, model, rows, context: int):
 # ---- Loop ----------------------------------------------------------------------------------------
 
 def fit(args, config, model, adapters, optimizer, batches, start, extra, device, examine) -> None:
-    """Train from step `start`: log lines, checkpoints; a signal ends it when a step has ended."""
-    out, saved = Path(args.out), time.monotonic()
+    """Train from step `start`: log lines, checkpoints; a signal ends it when a step has ended.
+
+    The host waits for the GPU once a step. What all processes must know travels with that: a signal that one
+    has caught, clock and log of process 0. A line of the log, known after the step alone, is written a step
+    later.
+    """
+    out, saved, plain_step_ = Path(args.out), time.monotonic(), adapters.step_
+    heard = late = unwritten = None
     with (processes.signals_kept() as caught, report.board(args.log, out, start) as chart,
-          processes.heartbeat(args.heartbeat, args.timeout) as beat):
-        for record in models.in_precision(args.dtype, hd_pissa.train(
-                model, adapters, batches, lr=args.lr, max_steps=args.max_steps, start=start,
-                warmup=args.warmup, schedule=args.schedule, max_grad_norm=args.max_grad_norm,
-                micro_batch_size=args.micro_batch_size, autocast=args.dtype == "autocast",
-                optimizer=optimizer, device=device)):
-            step = record["step"]
-            beat(step)
-            record["applied"] = float(adapters.applied)
-            unwritten = folder.append_log(out / "log.jsonl", record, config)
-            chart(step, record)
-            # A signal that one process has caught, clock and log of process 0: they concern all.
+          processes.heartbeat(args.heartbeat, args.timeout) as beat, models.rows_apart(args.packing)):
+
+        def step_(optimizer, told):
+            nonlocal heard
             own = [max(caught, default=0), time.monotonic() - saved, unwritten is not None]
-            own = torch.tensor([own], dtype=torch.float64, device=device)
-            signals, waited, failed = hd_pissa.gather_shards(own).T.tolist()
-            if any(failed):
-                raise ValueError(hd_pissa.everywhere(str(unwritten or "").strip)[0])
-            if args.check_every and step % args.check_every == 0:
-                checkpoint.check_replicas(adapters, device)
-            if args.eval_every and step % args.eval_every == 0 and step < args.max_steps:
-                for line in examine(step, beat=lambda step=step: beat(step)):
-                    if line["step"] == step:
-                        chart(step, {f"{line['set']}: loss": line["loss"]})
-            due = (step == args.max_steps or args.save_every and step % args.save_every == 0
-                   or args.save_minutes and waited[0] >= 60 * args.save_minutes)
-            stopped = int(max(signals)) if step < args.max_steps else 0
-            if due or stopped:
-                checkpoint.save(out / "checkpoint", step, model, adapters, optimizer, config,
-                                extra | {"stopped": stopped}, device, args.keep)
-                saved = time.monotonic()
-            if stopped:
-                raise Stopped(stopped, f"after step {step}, which is saved; the same command "
-                              "continues")
+            own = hd_pissa.sent(torch.tensor(own, dtype=torch.float64), device).expand(len(told), 3)
+            rows = plain_step_(optimizer, torch.cat((told, own), dim=1))
+            heard = [*zip(*(row[-3:] for row in rows))]
+            return [row[:-3] for row in rows]
+
+        def log_late(wait: bool):
+            """Log the last step. Its `applied` is on the host if another step has ended since."""
+            nonlocal late, unwritten
+            if late:
+                (record, there, here), late = late, None
+                record["applied"] = float(there if wait else here)
+                unwritten = unwritten or folder.append_log(out / "log.jsonl", record, config)
+                chart(record["step"], record)
+
+        def check_log():
+            if unwritten:
+                raise unwritten
+
+        adapters.step_ = step_
+        try:
+            for record in models.in_precision(args.dtype, hd_pissa.train(
+                    model, adapters, batches, lr=args.lr, max_steps=args.max_steps, start=start,
+                    warmup=args.warmup, schedule=args.schedule, max_grad_norm=args.max_grad_norm,
+                    micro_batch_size=args.micro_batch_size, autocast=args.dtype == "autocast",
+                    optimizer=optimizer, device=device)):
+                log_late(wait=False)
+                step, (signals, waited, failed) = record["step"], heard
+                beat(step)
+                late = record, adapters.applied, processes.to_host(adapters.applied)
+                if any(failed):
+                    everywhere(check_log)
+                if args.check_every and step % args.check_every == 0:
+                    checkpoint.check_replicas(adapters, device)
+                if args.eval_every and step % args.eval_every == 0 and step < args.max_steps:
+                    for line in examine(step, beat=lambda step=step: beat(step)):
+                        if line["step"] == step:
+                            chart(step, {f"{line['set']}: loss": line["loss"]})
+                due = (step == args.max_steps or args.save_every and step % args.save_every == 0
+                       or args.save_minutes and waited[0] >= 60 * args.save_minutes)
+                stopped = int(max(signals)) if step < args.max_steps else 0
+                if due or stopped:
+                    log_late(wait=True)
+                    everywhere(check_log)
+                    checkpoint.save(out / "checkpoint", step, model, adapters, optimizer, config,
+                                    extra | {"stopped": stopped}, device, args.keep)
+                    saved = time.monotonic()
+                if stopped:
+                    raise Stopped(stopped, f"after step {step}, which is saved; the same command "
+                                  "continues")
+        finally:
+            log_late(wait=True)
 
 # ---- Result --------------------------------------------------------------------------------------
 

@@ -500,7 +500,7 @@ def cut(monkeypatch, out, *flags, after, number=None):
 
     def stopping(*args, **kwargs):
         for record in inner(*args, **kwargs):
-            if record["step"] == after and number:
+            if record["step"] == after - 1 and number:      # it comes in the next step
                 os.kill(os.getpid(), number)
             yield record
             if record["step"] == after:

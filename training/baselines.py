@@ -22,7 +22,7 @@ class Baseline:
     With the interface of hd_pissa.Adapters, as far as hd_pissa.train and a checkpoint use it.
     """
 
-    whole_batch, applied, skip_nonfinite = True, 1.0, 0
+    whole_batch, applied, skip_nonfinite = True, torch.ones(()), 0
 
     def __init__(self, model, method: str, rank: int, K: int, targets, alpha, seed: int,
                  dropout: float = 0.0):

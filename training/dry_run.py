@@ -4,9 +4,7 @@ import collections
 import contextlib
 import math
 import os
-import sys
 import time
-import types
 from pathlib import Path
 from unittest import mock
 
@@ -18,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hd_pissa
 import hd_pissa_extra
 from data.rows import enough, lengths, load
-from training.models import check_layers
+from training.models import check_layers, rows_apart
 from training.processes import say
 from training.report import sampled
 
@@ -72,9 +70,6 @@ def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool, *, al
     None where the forward asks for numbers that tensors of shapes alone do not have.
     """
     from torch._subclasses import fake_tensor
-    # Of positions without numbers transformers does not know that rows stand alone, and would make a mask.
-    masks = sys.modules.get("transformers.masking_utils", types.SimpleNamespace())
-    alone = mock.patch.object(masks, "find_packed_sequence_indices", lambda positions: None, create=True)
     model.requires_grad_(False)
     stacks = {id(module.stack): module.stack for _, module in layers
               if isinstance(module, hd_pissa_extra.Expert)}
@@ -113,7 +108,7 @@ def saved_bytes(model: nn.Module, layers, x: torch.Tensor, autocast: bool, *, al
 
     attention = mock.patch.object(nn.functional, "scaled_dot_product_attention", attention_of_a_gpu)
     try:
-        with (Grouped(), contextlib.nullcontext() if packed else alone,
+        with (Grouped(), rows_apart(packed),
               attention if gpu else contextlib.nullcontext(),
               torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t)):
             with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -384,6 +385,25 @@ def in_precision(dtype: str, records):
         if record is None:
             return
         yield record
+
+
+@contextlib.contextmanager
+def rows_apart(packed: bool):
+    """Without --packing: transformers need not look whether positions begin anew inside a row.
+
+    It looks in every forward, and a host waits for the GPU's answer. Of positions without numbers, as
+    --dry_run has them, it would take the worst.
+    """
+    masks = sys.modules.get("transformers.masking_utils")
+    look = getattr(masks, "find_packed_sequence_indices", None)
+    if look is None or packed:
+        yield
+        return
+    masks.find_packed_sequence_indices = lambda positions: None         # what it says of such rows
+    try:
+        yield
+    finally:
+        masks.find_packed_sequence_indices = look
 
 
 def checkpoint_activations(model) -> None:

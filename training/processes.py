@@ -141,6 +141,12 @@ def leave_processes() -> None:
         dist.destroy_process_group()
 
 
+def to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU. A GPU's is filled behind its work: wait for something later before you read it."""
+    host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=True)
+
+
 def check_machine(args, device: torch.device) -> None:
     """ValueError, on every process, where a run here would not be what its flags say."""
     hd_pissa.everywhere(lambda: args.dtype == "tf32" and check_tf32(device))
