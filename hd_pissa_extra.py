@@ -149,7 +149,7 @@ def join(high: torch.Tensor, low: torch.Tensor) -> torch.Tensor:
     return ((high.contiguous().view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
 
 def compiled_kernels() -> dict:
-    """`add_to_halves_` and `pieces` as one kernel each, by Triton.
+    """`add_to_halves_`, `add_rounded_` and `pieces` as one kernel each, by Triton.
 
     Elementwise work on W is as slow as its traffic, and plain torch passes over W ten times. torch.compile
     makes such kernels too, but a call of them takes the host longer than it takes the GPU.
@@ -168,6 +168,19 @@ def compiled_kernels() -> dict:
         top = (bits + 0x8000) >> 16
         tl.store(high + i, top.to(tl.int16).to(tl.bfloat16, bitcast=True), here)
         tl.store(low + i, (bits - (top << 16)).to(tl.int16), here)
+
+    @triton.jit(do_not_specialize=["seed", "start"])        # they change from call to call
+    def add_and_round(W, dU, share, seed, start, size, BLOCK: tl.constexpr):
+        i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        here = i < size
+        bits = tl.load(W + i, here).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        value = bits.to(tl.float32, bitcast=True) + share * tl.load(dU + i, here)
+        u = (start + i).to(tl.int32) ^ seed                 # `scramble`
+        u = (u ^ ((u >> 16) & 0xFFFF)) * -2048144789
+        u = (u ^ ((u >> 13) & 0x7FFFF)) * -1028477387
+        u = (u ^ ((u >> 16) & 0xFFFF)) & 0xFFFF
+        top = (value.to(tl.int32, bitcast=True) + u) >> 16
+        tl.store(W + i, top.to(tl.int16).to(tl.bfloat16, bitcast=True), here)
 
     @triton.jit
     def cut(x, out, size, second: tl.constexpr, third: tl.constexpr, BLOCK: tl.constexpr):
@@ -190,12 +203,15 @@ def compiled_kernels() -> dict:
     def add_to_halves_(high, low, dU, share):
         launch(add, high.numel(), 1, high, low, dU.contiguous(), share, high.numel())
 
+    def add_rounded_(W, dU, share, seed, start):
+        launch(add_and_round, W.numel(), 1, W, dU.contiguous(), share, seed & 0x7FFFFFFF, start, W.numel())
+
     def pieces(x, order):
         (E, k, n), second, third = x.shape, order[1] == 1, order[2] == 1
         out = x.new_empty((E, 3 * k, n), dtype=torch.bfloat16)
         launch(cut, k * n, E, x.contiguous(), out, k * n, second, third)
         return out
-    return {"add_to_halves_": add_to_halves_, "pieces": pieces}
+    return {"add_to_halves_": add_to_halves_, "add_rounded_": add_rounded_, "pieces": pieces}
 
 @functools.cache
 def kernels() -> dict:
@@ -219,6 +235,12 @@ def add_to_halves_(high: torch.Tensor, low: torch.Tensor, dU: torch.Tensor, shar
     new_high, new_low = split(join(high, low) + share * dU)
     high.copy_(new_high)
     low.copy_(new_low)
+
+def add_rounded_(W: torch.Tensor, dU: torch.Tensor, share: float, seed: int, start: int) -> None:
+    """bfloat16 W <- W + share dU, rounded by `round_stochastically`."""
+    if W.is_cuda and W.is_contiguous() and kernels():
+        return kernels()["add_rounded_"](W, dU, share, seed, start)
+    W.copy_(round_stochastically(W.float() + share * dU, seed, start))
 
 def pieces(x: torch.Tensor, order: tuple[int, int, int]) -> torch.Tensor:
     """float32 (E, k, n) -> (E, 3k, n): its bfloat16 (0) and that of the rest (1) below each other, in an
@@ -325,10 +347,20 @@ class Slot(hd_pissa.Slot):
             local.copy_(high)
             self.note(self.sampled)
         elif local.dtype == torch.bfloat16:
-            seed = hd_pissa.seed_of("rounding", self.adapters.seed, self.adapters.step, self.name)
-            local.copy_(round_stochastically(W, seed, rows.start * W.shape[1]))
+            local.copy_(round_stochastically(W, self.rounding_seed(), rows.start * W.shape[1]))
 
-    def add_halves_(self, left, right, share) -> None:
+    def rounding_seed(self) -> int:
+        return hd_pissa.seed_of("rounding", self.adapters.seed, self.adapters.step, self.name)
+
+    def add_on_gpu_(self, W, low, dU, share: float, first: int) -> None:
+        """bfloat16 W += share dU by one kernel, in rows from `first` on; plain torch takes many passes."""
+        if low is None:
+            add_rounded_(W, dU, share, self.rounding_seed(), first * W.shape[1])
+        else:
+            add_to_halves_(W, low, dU, share)
+        torch.autograd.graph.increment_version(W)           # a kernel of Triton's does not tell
+
+    def add_parts_(self, left, right, share) -> None:
         """On a GPU: dU in parts of up to 32 MiB, which stay in its cache, so that memory sees W twice.
 
         Parts are cut from the whole weight: a product rounds by its shape, and FSDP2's rows get the same.
@@ -339,12 +371,13 @@ class Slot(hd_pissa.Slot):
             here = slice(max(a, rows.start), min(a + step, n, rows.stop))
             dU = product(left, right, slice(a, min(a + step, n)))[here.start - a:here.stop - a]
             own = slice(here.start - rows.start, here.stop - rows.start)
-            add_to_halves_(W[own], self.low[own], dU, share)
-        self.note(self.sampled)
+            self.add_on_gpu_(W[own], None if self.low is None else self.low[own], dU, share, here.start)
+        if self.low is not None:
+            self.note(self.sampled)
 
     def add_(self, left, right, share) -> None:
-        if self.low is not None and self.low.is_cuda:
-            return self.add_halves_(left, right, share)
+        if self.dtype == torch.bfloat16 and left.is_cuda:
+            return self.add_parts_(left, right, share)
         sharded = hasattr(self.module.weight, "to_local")
         if self.dtype != torch.bfloat16 and not sharded:
             return super().add_(left, right, share)
@@ -356,13 +389,19 @@ class Slot(hd_pissa.Slot):
         self.write(W)
 
     def add_sum_(self, dU, share) -> torch.Tensor:
-        W, rows = self.read()
+        W, rows = self.local()
         mesh, world = getattr(self.module.weight, "device_mesh", None), world_size()
         if mesh is not None and mesh.size() == world and mesh.ndim == 1:
             dU = reduce_shards(F.pad(dU, (0, 0, 0, -len(dU) % world)))[:len(W)]
         elif world > 1:
             dist.all_reduce(dU)         # of hybrid sharding or a part of the processes: the own rows of all
             dU = dU[rows]
+        if self.dtype == torch.bfloat16 and W.is_cuda:
+            self.add_on_gpu_(W, self.low, dU, share, rows.start)
+            if self.low is not None:
+                self.note(self.sampled)
+            return dU
+        W, _ = self.read()
         W.add_(dU, alpha=share)
         self.write(W)
         return dU
@@ -1283,7 +1322,7 @@ class Adapters(hd_pissa.Adapters):
                 Pt, Q = hd_pissa.update_factors(
                     A, B, *side_by_side([slot.views(increments, a) for slot in group]))
                 # (E, 2kr, m), (E, 2kr, n) of the E layers of a group
-                fast = factors and TENSOR_CORES and group[0].low is not None and Pt.is_cuda
+                fast = factors and TENSOR_CORES and group[0].dtype == torch.bfloat16 and Pt.is_cuda
                 Pt3, Q3 = (pieces(Pt, (0, 0, 1)), pieces(Q, (0, 1, 0))) if fast else (Pt, Q)
                 for slot, *four in zip(group, Pt, Q, Pt3, Q3):
                     self.fold(slot, *four)

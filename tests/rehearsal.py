@@ -172,7 +172,7 @@ def in_plain_torch(function):
 
 
 KERNELS = {name: one_kernel(in_plain_torch(getattr(hd_pissa_extra, name)))
-           for name in ("add_to_halves_", "pieces")}  # fmt: skip
+           for name in ("add_to_halves_", "add_rounded_", "pieces")}  # fmt: skip
 hd_pissa_extra.kernels = lambda: KERNELS
 
 

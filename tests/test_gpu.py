@@ -128,7 +128,7 @@ from unittest import mock
 torch.utils._triton.has_triton = lambda: True
 g = torch.Generator().manual_seed(0)
 draw = lambda *shape: torch.randn(shape, generator=g) * 10.0 ** torch.randint(-44, 30, shape, generator=g)
-plain = {name: getattr(hd_pissa_extra, name) for name in ("add_to_halves_", "pieces")}
+plain = {name: getattr(hd_pissa_extra, name) for name in ("add_to_halves_", "add_rounded_", "pieces")}
 zeros = torch.zeros
 with mock.patch.object(torch, "zeros", lambda *a, device=None: zeros(*a)):
     made = hd_pissa_extra.kernels()
@@ -141,6 +141,11 @@ for shape in ((1, 1), (37, 45), (64, 64)):
         made["add_to_halves_"](*halves[1], dU, share)
         assert all(map(torch.equal, *halves)), (shape, share)
         assert W.numel() == 1 or not torch.equal(halves[0][1], hd_pissa_extra.split(W)[1])
+        for seed, start in ((0, 0), (1, 16), (2**62 + 12345, 2**31 - 7)):
+            rounded = [W.bfloat16() for _ in range(2)]
+            plain["add_rounded_"](rounded[0], dU, share, seed, start)
+            made["add_rounded_"](rounded[1], dU, share, seed, start)
+            assert torch.equal(*rounded), (shape, share, seed)
     both = torch.stack((W, dU))
     for order in ((0, 0, 1), (0, 1, 0)):
         for x in (both, both[1:], both.mT):
@@ -165,10 +170,14 @@ def test_tritons_kernels_have_the_bits_of_plain_torch_on_a_gpu(shape, monkeypatc
     both = torch.stack((W, dU))
     cut = hd_pissa_extra.pieces(both, (0, 1, 0))
     assert hd_pissa_extra.kernels()
+    rounded = [W.bfloat16() for _ in range(2)]
     hd_pissa_extra.add_to_halves_(*halves[0], dU, 1 / 3)
+    hd_pissa_extra.add_rounded_(rounded[0], dU, 1 / 3, 2**62 + 12345, 7)
     monkeypatch.setattr(hd_pissa_extra, "kernels", dict)
     hd_pissa_extra.add_to_halves_(*halves[1], dU, 1 / 3)
-    assert all(map(torch.equal, *halves)) and torch.equal(cut, hd_pissa_extra.pieces(both, (0, 1, 0)))
+    hd_pissa_extra.add_rounded_(rounded[1], dU, 1 / 3, 2**62 + 12345, 7)
+    assert torch.equal(*rounded) and all(map(torch.equal, *halves))
+    assert torch.equal(cut, hd_pissa_extra.pieces(both, (0, 1, 0)))
 
 
 @pytest.mark.gpu
