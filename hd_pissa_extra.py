@@ -1494,7 +1494,8 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
 
     init        also "random": A_i, B_i are slices of random orthonormal matrices, made again from the seed
                 when they are needed, and never kept, sent or saved. No SVD (not in the paper)
-    dropout     probability, on the adapter's input; 0 = off
+    dropout     probability, on the adapter's input; 0 = off. As with init="random", torch.compile breaks its
+                graph at every adapted layer (results are the same, fullgraph=True fails)
     gradients   "local" (the paper: a shard learns from its own mini-batch) or "global" (from the whole batch:
                 losses add up over processes, so divide by all tokens of the step)
     send        of gradients of the whole batch. "step": micro-batches add up, in K times the memory of the

@@ -144,6 +144,25 @@ def test_rank_deficient_weight_falls_back_to_the_full_svd(capsys):
     torch.testing.assert_close((U * S) @ Vt, W.double(), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("failing", [("eigh float32",), ("svd float32",), ("eigh float32", "eigh float64")])
+def test_a_driver_that_does_not_converge_is_followed_by_the_next(failing, monkeypatch, capsys):
+    """LAPACK and cuSOLVER give up on some matrices that another of their drivers can do."""
+    def planted(name, plain):
+        def call(matrix, **how):
+            if f"{name} {str(matrix.dtype)[6:]}" in failing:
+                raise torch.linalg.LinAlgError(f"linalg.{name}: The algorithm failed to converge")
+            return plain(matrix, **how)
+        return call
+
+    W = torch.randn((20, 33), generator=torch.Generator().manual_seed(0))
+    u, s, vt = torch.linalg.svd(W.double(), full_matrices=False)
+    for name in ("eigh", "svd"):
+        monkeypatch.setattr(torch.linalg, name, planted(name, getattr(torch.linalg, name)))
+    U, S, Vt = pytest.importorskip("hd_pissa_extra").components(W, 8, "layer")
+    assert capsys.readouterr().out.count("next driver") == len(failing)
+    torch.testing.assert_close((U * S).double() @ Vt.double(), (u[:, :8] * s[:8]) @ vt[:8], rtol=0, atol=1e-5)
+
+
 def test_shards_are_orthogonal_and_their_products_the_best_approximation():
     """A_i^T A_j = 0 and B_i B_j^T = 0 for i != j; sum_i A_i B_i is the rank-Kr truncation of W."""
     weights, bias, _ = toy.problem()
