@@ -3,12 +3,12 @@
     python tests/bench/gpu.py                   # on a machine with a GPU: writes gpu.json after every row
     python tests/bench/gpu.py --rehearse        # every stage on the CPU at toy size, into a file of its own
 
-Stages: tests marked gpu; the main job and its held-out loss; step time and peak memory of all methods at the
-shapes of a 1B Llama; the fold alone; peak memory of 1B to 13B models against --dry_run's formula; attach; the
-top kernels of a step; SmolLM2-135M; compiled steps. Each has a process of its own and a share of the time,
-and what earlier ones left: after a hang, an error of CUDA's or a missing package the next one begins. What
-was measured before a cut stays; --stages makes those rows again and keeps the rest. `tables.py` makes the
-README's tables.
+Stages: tests marked gpu; the main job and its held-out loss; the fold alone; step time and peak memory of all
+methods at the shapes of a 1B Llama; peak memory of 1B to 13B models; attach; the top kernels of a step; a run
+of SmolLM2-135M against the CPU's; compiled steps. Each has a process of its own and a share of the time, and
+what earlier ones left: after a hang, an error of CUDA's or a missing package the next one begins. What was
+measured before a cut stays; --stages makes those rows again and keeps the rest. `about` says of each stage
+which commit its rows are of. `tables.py` makes the README's tables.
 """
 
 import argparse
@@ -39,11 +39,9 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 
 VARIANTS = ("frozen", "hd_pissa", "hd_pissa global", "hd_pissa seed", "hd_pissa stochastic", "lora", "pissa",
             "full", "published")  # fmt: skip
-ARMS = {    # of SmolLM2-135M: 80 steps, lr of the sweep of tutorial/experiments/real.py
-    "published": "--lr 1e-3", "whole batch": "--lr 1e-3 --gradients global --aggregate sum",
-    "whole batch, basis from a seed": "--lr 1e-3 --gradients global --aggregate sum --init random",
-    "LoRA": "--method lora --lr 1e-3",
-}  # fmt: skip
+ROUNDS = {"bfloat16": 5, "tf32": 3, "float32": 2}       # steps that a median is of
+TOY = 256, 384, 3, 2, 2, 512        # as bench.hardware.MODELS says sizes
+SPARE = 20      # seconds kept back: 10 for torch's import, 10 that `apart` may add to the last stage
 
 
 class Late(Exception):
@@ -142,8 +140,8 @@ def precision(dtype: str):
 
 def shapes(toy) -> SimpleNamespace:
     """Of a 1B Llama; of a third of its layers where the GPU has less than 40 GB."""
-    small = dict(width=64, ffn=96, layers=2, device="cpu", rounds=1)
-    large = dict(width=2048, ffn=5632, layers=22, device="cuda", rounds=5)
+    small = dict(width=64, ffn=96, layers=2, device="cpu")
+    large = dict(width=2048, ffn=5632, layers=22, device="cuda")
     if not toy and torch.cuda.get_device_properties(0).total_memory < 40e9:
         large["layers"] = 8
     return SimpleNamespace(shards=1, rank=16, compile=False, dtype="float32", **(small if toy else large))
@@ -160,8 +158,11 @@ def quick(W, k, name="W"):
     return U, torch.ones(k, device=W.device), V.T
 
 
-def build(variant: str, args):
-    """bench.step's variant, its weights made on the device and nothing decomposed."""
+def build(variant: str, args, compile: bool = False):
+    """bench.step's variant, its weights made on the device and nothing decomposed.
+
+    compile     its blocks one by one: they are alike, so that one of them is compiled and not all 22
+    """
     import step
 
     import hd_pissa
@@ -173,7 +174,11 @@ def build(variant: str, args):
     owner, name = (hd_pissa, "shard_factors") if variant == "published" else (hd_pissa_extra, "attach")
     fast = functools.partial(getattr(owner, name), decompose=quick)
     with torch.device(args.device), mock.patch.object(owner, name, fast):
-        return step.Step(variant, args)
+        made = step.Step(variant, args)
+    for block in made.model.modules():
+        if compile and type(block).__name__ == "LlamaDecoderLayer":
+            block.compile(backend="inductor" if args.device == "cuda" else "aot_eager")
+    return made
 
 
 def synchronize(args) -> None:
@@ -204,16 +209,17 @@ def step_times(results, toy, compile: bool = False) -> None:
     needs("transformers")
     tokens = (64,) if toy else (2048, 8192)
     variants = ("frozen", "hd_pissa", "lora") if compile else VARIANTS
-    for dtype in ("bfloat16", "tf32") if compile else ("bfloat16", "tf32", "float32"):
-        for variant in variants if dtype == "bfloat16" else (v for v in variants if "stochastic" not in v):
+    for dtypes in ("bfloat16",), ("tf32",) if compile else ("tf32", "float32"):     # each of one build
+        for variant in variants if "bfloat16" in dtypes else (v for v in variants if "stochastic" not in v):
             args, made = shapes(toy), None
-            with precision(dtype) as args.dtype:
-                args.compile = compile
-                for t in tokens:                # shorter ones first: they fit where longer ones do not
-                    def work(t=t, variant=variant, args=args):
-                        nonlocal made
-                        made = made or build(variant, args)
-                        return one_step(made, args, t, results)
+            for dtype, t in itertools.product(dtypes, tokens):      # shorter ones fit where longer do not
+                def work(t=t, variant=variant, args=args):
+                    nonlocal made
+                    made = made or build(variant, args, compile)
+                    return one_step(made, args, t, results)
+
+                args.rounds = 1 if toy else ROUNDS[dtype]
+                with precision(dtype) as args.dtype:
                     if not results.measure("compiled" if compile else "step", work, variant=variant,
                                            tokens=t, dtype=dtype, layers=args.layers):
                         break                   # what an error has left half done is measured no more
@@ -281,16 +287,17 @@ def fold(results, toy) -> None:
 
 
 def memory(results, toy) -> None:
-    """Steps of train() whose rows have 1024 tokens: the allocator's peak, and what --dry_run computes."""
+    """Steps of train() whose rows have 1024 tokens: the allocator's peak. tables.py puts beside it what
+    --dry_run computes. 7B first: 1B has been measured."""
     import hardware
 
     import hd_pissa
     import hd_pissa_extra
     needs("transformers")
-    hardware.MODELS["toy"] = 256, 384, 3, 2, 2, 512
+    hardware.MODELS["toy"] = TOY
     tries = [("toy", {"dtype": "bfloat16"})] if toy else [
-        ("Llama-3.2-1B", {}), ("LLaMA-2-7B", {"dtype": "bfloat16"}), ("LLaMA-2-7B", hardware.TWO_BYTES),
-        ("LLaMA-2-7B", {"dtype": "autocast"}), ("LLaMA-2-13B", hardware.TWO_BYTES)]  # fmt: skip
+        ("LLaMA-2-7B", {"dtype": "bfloat16"}), ("LLaMA-2-7B", hardware.TWO_BYTES),
+        ("LLaMA-2-7B", {"dtype": "autocast"}), ("LLaMA-2-13B", hardware.TWO_BYTES), ("Llama-3.2-1B", {})]
     device = "cpu" if toy else "cuda"
 
     def work(name, options):
@@ -309,10 +316,8 @@ def memory(results, toy) -> None:
         rows = [([token % 512 for token in tokens], prompt) for tokens, prompt in rows]
         *_, last = hd_pissa.train(model, adapters, [rows] * 3, lr=1e-5, max_steps=3, micro_batch_size=1,
                                   device=device, autocast=kind == "autocast", progress=False)
-        peak = None if toy else torch.cuda.max_memory_allocated() / 2**30
-        computed = hardware.needed(name, options, gpu=not toy) / 2**30
-        return {"tokens a second": last["tokens_per_second"], "peak, GiB": peak, "computed, GiB": computed,
-                "peak over computed": peak and peak / computed}
+        return {"tokens a second": last["tokens_per_second"],
+                "peak, GiB": None if toy else torch.cuda.max_memory_allocated() / 2**30}
 
     for name, options in tries:
         results.measure("memory", functools.partial(work, name, options), model=name,
@@ -320,17 +325,43 @@ def memory(results, toy) -> None:
 
 
 def smollm2(results, toy) -> None:
-    """Arms of tutorial/results on the real model, as many as fit."""
-    needs("transformers")
-    model = os.environ.get("HD_PISSA_SMOLLM2", str(ROOT / "smollm2"))
-    if not toy and not Path(model, "config.json").is_file():
-        raise FileNotFoundError(f"no SmolLM2 at {model}; set HD_PISSA_SMOLLM2")
-    flags = (f"--model {model} --batch_size 32 --micro_batch_size 4 --max_steps 80 --dtype autocast "
-             "--device cuda --eval_rows 200").split()  # fmt: skip
-    flags = "--max_steps 2 --eval_rows 16 --batch_size 16 --device cpu".split() if toy else flags
-    for name, own in ARMS.items():
-        command = [*flags, *own.split()]
-        results.measure("SmolLM2", lambda command=command: quiet(*command), arm=name, flags=own)
+    """Runs of tutorial/experiments/real.py that its file has from a CPU: configuration, rows and loop are its
+    own, only the device is another. The whole batch comes first: 2 forwards a step, the published form 8."""
+    needs("transformers", "peft")
+    import hardware
+
+    import hd_pissa
+    from tutorial.experiments import job, real, run
+    folder = os.environ.get("HD_PISSA_SMOLLM2", str(ROOT / "smollm2"))
+    if not toy and not Path(folder, "config.json").is_file():
+        raise FileNotFoundError(f"no SmolLM2 at {folder}; set HD_PISSA_SMOLLM2")
+    device, done, hardware.MODELS["toy"] = "cpu" if toy else "cuda", run.read(real.RESULTS), TOY
+    load, pad, autocast = real.hugging_face, hd_pissa.pad, torch.autocast
+
+    def loaded(folder, weights=True):
+        model, *rest = [hardware.build("toy", 2, "float32")] if toy else load(folder, weights)
+        return model.to(device), *rest
+
+    def cast(kind, *given, **more):
+        return autocast(device if kind == "cpu" else kind, *given, **more)
+
+    def work(c):
+        with contextlib.ExitStack() as patched:
+            for owner, name, new in (
+                    (real, "hugging_face", loaded), (job, "provenance", lambda: {"commit": None}),
+                    (hd_pissa, "pad", lambda rows, _: pad(rows, device)), (torch, "autocast", cast),
+                    *[(real, "data", lambda _: ([(list(range(9)), 4)] * 64,) * 3)] * bool(toy)):
+                patched.enter_context(mock.patch.object(owner, name, new))
+            here = real.one(c, folder, quick=bool(toy))
+        there = done.get(run.key(c), dict.fromkeys(here))
+        losses = {f"{key}{of}": record[key] for key in ("validation", "test")
+                  for of, record in (("", here), (", CPU", there))}
+        return {"seconds": here.get("seconds"), **losses, "commit, CPU": there["commit"],
+                "the same weights": here["model"] == there["model"]}
+
+    for arm in ("whole", "published"):
+        c = real.complete(arm, real.sweep(arm, done)[1], real.SEEDS[0], quick=bool(toy))
+        results.measure("SmolLM2", functools.partial(work, c), arm=arm, lr=c["lr"], seed=c["seed"])
 
 
 def profile(results, toy) -> None:
@@ -355,12 +386,14 @@ def profile(results, toy) -> None:
         results.add("profile", name=event.key[:90], calls=event.count, ms=getattr(event, kind) / 1e3)
 
 
-# Stage: what it runs, its seconds of 8 minutes, and where its rows go.
-STAGES = {"tests": (marked_tests, 90, "tests"), "main job": (main_job, 60, "main job"),
-          "step": (step_times, 110, "step"), "fold": (fold, 20, "fold"), "memory": (memory, 60, "memory"),
-          "attach": (attach, 20, "attach"), "profile": (profile, 20, "profile"),
-          "SmolLM2": (smollm2, 40, "SmolLM2"),
-          "compiled": (functools.partial(step_times, compile=True), 60, "compiled")}  # fmt: skip
+# Stage: what it runs, its seconds of 8 minutes less SPARE, and where its rows go. On an H200 (55ad55d) pytest
+# took 36 s, the main job's rows 59, 38 of 50 rows of steps some 150 (69 of them steps), attach and profile at
+# most 30 each. The fold had 2 of 6 rows after 30 s, memory 1 of 5 after 70, SmolLM2's published form none.
+STAGES = {"tests": (marked_tests, 50, "tests"), "main job": (main_job, 55, "main job"),
+          "fold": (fold, 30, "fold"), "step": (step_times, 140, "step"), "memory": (memory, 55, "memory"),
+          "attach": (attach, 15, "attach"), "profile": (profile, 15, "profile"),
+          "SmolLM2": (smollm2, 50, "SmolLM2"),
+          "compiled": (functools.partial(step_times, compile=True), 50, "compiled")}  # fmt: skip
 
 
 def stage(name: str, results, toy) -> None:
@@ -368,8 +401,7 @@ def stage(name: str, results, toy) -> None:
     work, _, rows = STAGES[name]
     try:
         results.left()
-        if toy is None or name != "compiled":
-            work(results, toy)
+        work(results, toy)
     except Late as e:
         results.add(rows, failed=f"{name}: {e}")
     except (Exception, SystemExit) as e:
@@ -390,12 +422,23 @@ def apart(command, seconds: float) -> str:
         process.wait()
 
 
+def commit_here() -> str | None:
+    """The checkout's commit, -dirty where programs differ from it; None where git does not tell."""
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+
+    with contextlib.suppress(OSError):
+        if head := git("rev-parse", "--short=7", "HEAD").stdout.strip():
+            return head + "-dirty" * bool(git("diff", "--quiet", "HEAD", "--", "*.py").returncode)
+
+
 def main(argv=None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rehearse", action="store_true", help="every stage on the CPU at toy size")
-    parser.add_argument("--minutes", type=float, default=8.0, help="after which no row begins")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which the command has ended")
     parser.add_argument("--json", type=Path, help="file of the results; default: gpu.json beside this file")
     parser.add_argument("--stages", default=",".join(STAGES), help="some of them, by commas")
+    parser.add_argument("--commit", help="of these files, where git does not tell it")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -404,27 +447,39 @@ def main(argv=None) -> dict:
     if args.stage:
         results = Results(path, args.until)
         stage(args.stage, results, toy)
-        return results.rows
+        sys.stdout.flush()
+        os._exit(0)         # all is written; a profile once had all its rows and then did not end in time
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; --rehearse runs every stage on the CPU")
     names = args.stages.split(",")
     if unknown := {*names} - {*STAGES}:
         parser.error(f"--stages {sorted(unknown)[0]!r}: there are {', '.join(STAGES)}")
     device = "cpu" if toy else torch.cuda.get_device_properties(0).name
-    about = {"device": device, "torch": torch.__version__, "rehearsed": bool(toy)}
-    if len(names) == len(STAGES) or path.exists() and json.loads(path.read_text())["about"] != about:
+    about = {"device": device, "torch": torch.__version__, "rehearsed": bool(toy), "stages": {}}
+    if len(names) == len(STAGES) or path.exists() and json.loads(path.read_text())["about"] | {
+            "stages": {}} != about:
         path.unlink(missing_ok=True)
     results = Results(path, **about)
+    results.rows["about"].setdefault("stages", {})      # a file of an earlier form
     for name in names:
         results.rows.pop(STAGES[name][2], None)
     results.write()
-    until, scale = time.time(), 60 * args.minutes / sum(STAGES[name][1] for name in names)
+    commit = args.commit or commit_here()
+    until, scale = time.time(), (60 * args.minutes - SPARE) / sum(STAGES[name][1] for name in names)
     for name in names:
+        began, results, rows = time.time(), Results(path), STAGES[name][2]
+        of = {"commit": commit, "date": time.strftime("%Y-%m-%d")}
+        results.rows["about"]["stages"][rows] = of
+        results.write()
         until += scale * STAGES[name][1]
         command = [sys.executable, str(Path(__file__).resolve()), "--stage", name, "--until", str(until),
                    "--json", str(path), *["--rehearse"] * args.rehearse]
-        if fault := apart(command, max(0.0, until - time.time()) + 10):
-            Results(path).add(STAGES[name][2], failed=f"{name}: {fault}")
+        fault = apart(command, max(0.0, until - began) + 10)
+        results = Results(path)
+        if fault:
+            results.add(rows, failed=f"{name}: {fault}")
+        results.rows["about"]["stages"][rows] = of | {"seconds": round(time.time() - began)}
+        results.write()
     print(path)
     return json.loads(path.read_text())
 

@@ -3,6 +3,8 @@
     python tests/bench/tables.py                   # after step.py, parts.py, network.py, stress.py or real.py
 """
 
+import functools
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -109,33 +111,85 @@ def real_commands(result) -> str:
     return "\n".join(["```", *lines, "```"])
 
 
-def gpu(result, about: str) -> str:
-    """What gpu.py has measured of a stage; before that, that it has not."""
-    rows = result.get(about, [])
-    if not any("failed" not in row for row in rows):
-        return "Not measured: no GPU has run `python tests/bench/gpu.py` yet."
-    keys = list(dict.fromkeys(key for row in rows for key in row if key not in ("flags", "failed")))
-    cells = [[row.get(key, row.get("failed", "")) if key == keys[-1] else row.get(key) for key in keys]
-             for row in rows]  # fmt: skip
-    cells = [["yes" if c is True else "no" if c is False else " ".join(c).strip("= ")
-              if isinstance(c, list) else c for c in row] for row in cells]  # fmt: skip
+def gpu_head(result, about: str) -> str:
+    """The machine; the commit, the day and the seconds that a stage's rows are of."""
     here = result["about"]
-    return f"{here['device']}, torch {here['torch']}\n\n" + table(keys, cells)
+    run = here.get("stages", {}).get(about, {})
+    words = [here["device"], f"torch {here['torch']}", f"commit {run.get('commit') or 'unknown'}"]
+    words += [str(run["date"])] if "date" in run else []
+    words += [f"{run['seconds']} s in all"] if "seconds" in run else []
+    return ", ".join(words)
+
+
+def because(row) -> str:
+    """Why a row was not measured, in one line."""
+    return " ".join(row["failed"].split())
+
+
+def reasons(rows) -> str:
+    """Why the stage itself failed; where single rows did, their cells tell."""
+    ended = [row for row in rows if set(row) == {"failed"}]
+    what = "Ended early" if len(rows) > len(ended) else "Not measured"
+    return "".join(f"\n\n{what}: {because(row)}." for row in ended)
+
+
+def computed(row) -> dict:
+    """A row of stage memory, and what --dry_run's formula gives today for its model and options.
+
+    Needs transformers.
+    """
+    import hardware as models
+    words = row["options"].replace("(none)", "").split()
+    options = {name.removeprefix("--"): value for name, value in zip(words[::2], words[1::2])}
+    size = models.needed(row["model"], options) / 2**30
+    over = {"peak over computed": row["peak, GiB"] / size} if "peak, GiB" in row else {}
+    return row | {"computed, GiB": size} | over
+
+
+def gpu(result, about: str) -> str:
+    """What gpu.py has measured of a stage; else why it has not."""
+    rows = result.get(about, [])
+    if not rows:
+        return "Not measured: no GPU has run this stage of `python tests/bench/gpu.py` yet."
+    here, why = gpu_head(result, about), reasons(rows)
+    rows = [row for row in rows if set(row) != {"failed"}]
+    if not rows:
+        return here + why
+    rows = [computed(row) for row in rows] if about == "memory" else rows
+    keys = list(dict.fromkeys(key for row in rows for key in row if key != "failed"))
+
+    def cell(row, key):
+        value = row.get(key)
+        if key == keys[-1] and "failed" in row:
+            return because(row)
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, list):
+            return " ".join(value).strip("= ")
+        if isinstance(value, float) and key.split(",")[0] in ("before", "after", "validation", "test"):
+            return f"{value:.4f}"                       # losses that are nearly equal
+        return value
+
+    return f"{here}\n\n{table(keys, [[cell(row, key) for key in keys] for row in rows])}{why}"
 
 
 def gpu_step(result, about: str) -> str:
     """Seconds and GiB of every method, side by side."""
-    rows = [row for row in result.get(about, []) if "failed" not in row]
+    rows = [row for row in result.get(about, []) if "variant" in row]
     if not rows:
         return gpu(result, about)
     kinds = list(dict.fromkeys((row["dtype"], row["tokens"]) for row in rows))
     cells = {(row["variant"], row["dtype"], row["tokens"]):
-             f"{row['seconds']:.3f} s, {row['peak'] / 1024:.1f} GiB" for row in rows}  # fmt: skip
-    here = result["about"]
-    return f"{here['device']}, torch {here['torch']}\n\n" + table(
-        ["", *(f"{dtype}, {tokens} tokens" for dtype, tokens in kinds)],
-        [[variant, *(cells.get((variant, *kind)) for kind in kinds)]
-         for variant in dict.fromkeys(row["variant"] for row in rows)])
+             f"{row['seconds']:.3f} s, {row['peak'] / 1024:.1f} GiB" if "seconds" in row
+             else because(row)[:60] for row in rows}  # fmt: skip
+
+    def empty(variant, dtype):
+        return "bfloat16 only" if "stochastic" in variant and dtype != "bfloat16" else "not measured"
+
+    made = table(["", *(f"{dtype}, {tokens} tokens" for dtype, tokens in kinds)],
+                 [[variant, *(cells.get((variant, *kind), empty(variant, kind[0])) for kind in kinds)]
+                  for variant in dict.fromkeys(row["variant"] for row in rows)])
+    return f"{gpu_head(result, about)}\n\n{made}{reasons(result[about])}"
 
 
 def hardware(result) -> str:
@@ -160,15 +214,19 @@ def memory(result) -> str:
     return table(["", "processes", "held, MiB", "formula", "ratio", "received a step, MiB", "formula"], rows)
 
 
-def gpu_tables(path: Path) -> dict[str, str]:
+def gpu_tables(path: Path) -> dict[str, str | None]:
+    """None for the table that is computed by transformers, where it is not installed."""
     result = json.loads(path.read_text()) if path.exists() else {}
-    return {f"gpu {name}": (gpu_step if name in ("step", "compiled") else gpu)(result, name)
-            for name in ("tests", "main job", "step", "compiled", "fold", "memory", "attach", "SmolLM2",
+    lacking = () if importlib.util.find_spec("transformers") else ("memory",)
+    return {f"gpu {name}": None if name in lacking else
+            (gpu_step if name in ("step", "compiled") else gpu)(result, name)
+            for name in ("tests", "main job", "fold", "step", "compiled", "memory", "attach", "SmolLM2",
                          "profile")}  # fmt: skip
 
 
-def tables() -> dict[str, str]:
-    """{marker: text} of all that has been measured."""
+@functools.cache
+def tables() -> dict[str, str | None]:
+    """{marker: text} of all that has been measured; None: the page's text stays."""
     functions = {"step": step, "hardware": hardware, "hardware short": hardware_short, "memory": memory,
                  "network": network, "rounding": rounding, "stress": stress, "real": real,
                  "real output": real_output, "real commands": real_commands}
@@ -188,6 +246,8 @@ def filled(text: str) -> str:
     def block(match):
         if match[1] not in made:
             raise ValueError(f"a page asks for {match[1]!r}; there are {', '.join(made)}")
+        if made[match[1]] is None:
+            return match[0]
         return f"<!-- {match[1]} -->\n\n{made[match[1]]}\n\n<!-- end -->"
 
     return re.sub(r"<!-- (?!end )(\w[\w ]*) -->\n.*?<!-- end -->", block, text, flags=re.S)
