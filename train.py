@@ -178,20 +178,21 @@ def batches_of(args, model, rows, context: int):
 def fit(args, config, model, adapters, optimizer, batches, start, extra, device, examine) -> None:
     """Train from step `start`: log lines, checkpoints; a signal ends it when a step has ended.
 
-    The host waits for the GPU once a step. What all processes must know travels with that: a signal that one
-    has caught, clock and log of process 0. A line of the log, known after the step alone, is written a step
-    later.
+    The host waits for the GPU once a step, when processes agree. What concerns all of them travels
+    with that: a signal that one has caught, clock and log of process 0. A line of the log, whose
+    `applied` is known after the step alone, is written a step later.
     """
     out, saved, plain_step_ = Path(args.out), time.monotonic(), adapters.step_
     heard = late = unwritten = None
     with (processes.signals_kept() as caught, report.board(args.log, out, start) as chart,
-          processes.heartbeat(args.heartbeat, args.timeout) as beat, models.rows_apart(args.packing)):
+          processes.heartbeat(args.heartbeat, args.timeout) as beat,
+          models.rows_apart(args.packing)):
 
         def step_(optimizer, told):
             nonlocal heard
             own = [max(caught, default=0), time.monotonic() - saved, unwritten is not None]
-            own = hd_pissa.sent(torch.tensor(own, dtype=torch.float64), device).expand(len(told), 3)
-            rows = plain_step_(optimizer, torch.cat((told, own), dim=1))
+            own = hd_pissa.sent(torch.tensor(own, dtype=torch.float64), device)
+            rows = plain_step_(optimizer, torch.cat((told, own.expand(len(told), 3)), dim=1))
             heard = [*zip(*(row[-3:] for row in rows))]
             return [row[:-3] for row in rows]
 

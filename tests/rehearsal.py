@@ -4,7 +4,10 @@
     with rehearsal.Counts() as seen:            # values: tensors of cuda:N, computed by CPU kernels
         model.to("cuda:1"); ...
     with rehearsal.Counts(shapes=True) as seen: # shapes alone (torch's fake tensors): 7B models in a minute
-    seen.launches, seen.waits, seen.sent, seen.peak
+    seen.launches, seen.waits, seen.traffic, seen.sent, seen.peak
+
+    python tests/rehearsal.py llama layers=2 exchange=all_reduce        # a step at LLaMA-2-7B's shapes
+    python tests/rehearsal.py table                                     # tests/bench/rehearsal.json
 
 rehearsal.cpp gives torch a CUDA of eight devices in this machine's memory. Devices, autograd's threads for
 each of them, autocast and generators are then torch's own. Counts raises where a kernel would meet tensors of
@@ -19,6 +22,7 @@ is 1.
 import collections
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import os
@@ -111,14 +115,18 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=Non
 
 
 def one_kernel(function):
-    """What is one kernel on a GPU."""
+    """What is one kernel on a GPU: it reads its arguments, writes its result and what it changes."""
     def one(*args):
-        seen = Counts.entered[-1]
-        launches, traffic = seen.launches.copy(), seen.traffic.copy()
+        seen, given = Counts.entered[-1], [t for t in args if isinstance(t, torch.Tensor)]
+        launches, traffic, versions = seen.launches.copy(), seen.traffic.copy(), [t._version for t in given]
+        peak, peaks = seen.peak, seen.peaks.copy()
         out = function(*args)
-        seen.launches, seen.traffic = launches, traffic
+        changed = [t for t, version in zip(given, versions) if t._version != version]
+        made = [] if out is None else [out]
+        seen.launches, seen.traffic, seen.peak, seen.peaks = launches, traffic, peak, peaks
+        seen.highest()                  # what the function itself made on its way, the kernel does not
         seen.launches[seen.phase, project_line()] += 1
-        seen.traffic[seen.phase, project_line()] += sum(t.nbytes for t in args if isinstance(t, torch.Tensor))
+        seen.traffic[seen.phase, project_line()] += sum(map(size_of, given + changed + made))
         return out
     return one
 
@@ -171,8 +179,15 @@ def in_plain_torch(function):
     return plain
 
 
-KERNELS = {name: one_kernel(in_plain_torch(getattr(hd_pissa_extra, name)))
-           for name in ("add_to_halves_", "add_rounded_", "pieces")}  # fmt: skip
+class Kernels(dict):
+    """Each of Triton's kernels has the name of the function that does the same in plain torch."""
+
+    def __missing__(self, name):
+        self[name] = one_kernel(in_plain_torch(getattr(hd_pissa_extra, name)))
+        return self[name]
+
+
+KERNELS = Kernels(there=True)
 hd_pissa_extra.kernels = lambda: KERNELS
 
 
@@ -203,6 +218,8 @@ WAITS = set("""_local_scalar_dense nonzero masked_select equal _unique2 unique_d
 _linalg_svd linalg_qr multinomial""".split())
 NCCL = {torch.int8, torch.uint8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
         torch.float64, torch.bool}
+OVERWRITES = set("copy_ zero_ fill_ bernoulli_ normal_ uniform_ random_".split())   # and do not read
+PICKS = set("embedding index index_select gather".split())      # read as much of the first as they write
 SMALL = 4096        # numbers of a tensor that keeps them among shapes
 
 
@@ -221,15 +238,20 @@ def project_line() -> str:
     return "autograd"
 
 
+def size_of(t) -> int:
+    """Bytes of a tensor in memory: expanded, it is not larger for that."""
+    return min(t.nbytes, t.untyped_storage().nbytes())
+
+
 def kernels(name: str, args) -> int:
     """Launches of one operation: foreach kernels take many tensors at once where their layouts agree."""
     lists = [a for a in args if isinstance(a, (list, tuple)) and a and isinstance(a[0], torch.Tensor)]
     if not name.startswith(("_foreach", "_fused")):
         return 1
-    pairs = ((a, b) for row in zip(*lists) for a, b in zip(row, row[1:]))
+    pairs = ((a, b) for row in zip(*lists[:4]) for a, b in zip(row, row[1:]))
     if any(a.dtype != b.dtype or a.stride() != b.stride() for a, b in pairs):
         return len(lists[0])
-    depth = len(lists) + (not name.endswith("_"))
+    depth = min(len(lists), 4) + (not name.endswith("_"))       # counts of steps travel with a fused launch
     most = (110, 64, 48, 36, 30)[min(depth, 5) - 1]         # tensors a launch, as multi_tensor_apply cuts
     blocks = sum(-(-t.numel() // 65536) for t in lists[0])
     return max(-(-len(lists[0]) // most), -(-blocks // 320)) * (2 if name == "_foreach_norm" else 1)
@@ -245,6 +267,7 @@ class Counts(TorchDispatchMode):
         self.shapes, self.phase = shapes, "loop"
         self.held, self.allocated = {}, 0       # bytes by storage
         self.pinned, self.known = weakref.WeakSet(), WeakIdKeyDictionary()
+        self.ends = WeakIdKeyDictionary()       # last numbers of a large tensor's rows: a tag of gradients
         self.begin()
 
     def begin(self) -> None:
@@ -258,6 +281,7 @@ class Counts(TorchDispatchMode):
         if self.shapes:
             self.stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             for owner, name, value in ((FakeTensor, "tolist", lambda t: self.tolist(t)),
+                                       (FakeTensor, "numpy", lambda _: b""),        # for a checkpoint's file
                                        (torch.random, "fork_rng", lambda *_: contextlib.nullcontext())):
                 self.stack.enter_context(mock.patch.object(owner, name, value))
         Counts.entered.append(self)
@@ -295,6 +319,9 @@ class Counts(TorchDispatchMode):
         size = -(-storage.nbytes() // 512) * 512            # as CUDA's allocator rounds
         self.allocated += size - self.held.get(key, 0)
         self.held[key] = size
+        self.highest()
+
+    def highest(self) -> None:
         self.peak = max(self.peak, self.allocated)
         self.peaks[self.phase] = max(self.peaks[self.phase], self.allocated)
 
@@ -337,6 +364,8 @@ class Counts(TorchDispatchMode):
         for t in tree_flatten(out)[0]:
             if isinstance(t, torch.Tensor) and t.device.type == "cuda":
                 self.hold(t.untyped_storage())
+        if (there or place.type == "cuda") and not (func.is_view or name in NOTHING):
+            self.traffic[self.phase, project_line()] += self.moved(func, name, args, kwargs, out)
         if self.shapes:
             self.remember(func, args, kwargs, out)
         return out
@@ -372,9 +401,22 @@ class Counts(TorchDispatchMode):
                     self.wait("indices of the host" if t.device.type == "cpu" else "nonzero of a mask")
         if not (func.is_view or name in NOTHING):
             self.launches[self.phase, line] += kernels(name, args)
-            self.traffic[self.phase, line] += sum(t.nbytes for t in tensors)
-            if not func._schema.is_mutable and tensors:
-                self.traffic[self.phase, line] += tensors[0].nbytes
+
+    def moved(self, func, name, args, kwargs, out) -> int:
+        """Bytes that an operation reads and writes in a GPU's memory."""
+        def on_gpu(given) -> int:
+            return sum(size_of(t) for t in tree_flatten(given)[0]
+                       if isinstance(t, torch.Tensor) and t.device.type == "cuda")
+
+        schema, read, written = func._schema, 0, 0
+        named = {argument.name: argument for argument in schema.arguments}
+        for argument, given in [*zip(schema.arguments, args), *((named[k], v) for k, v in kwargs.items())]:
+            changed = argument.alias_info is not None and argument.alias_info.is_write
+            picked = name in PICKS and argument is schema.arguments[0]
+            written += on_gpu(given) if changed else 0
+            if not (changed and (argument.is_out or name in OVERWRITES)):
+                read += on_gpu(out if picked else given)
+        return read + written + (0 if schema.is_mutable else on_gpu(out))
 
     def collective(self, func, name, args, kwargs, tensors):
         """Gloo moves the bytes that NCCL would, after NCCL's own conditions; among shapes nothing moves."""
@@ -394,6 +436,10 @@ class Counts(TorchDispatchMode):
         if name == "_allgather_base_" and args[0].numel() <= SMALL:     # all processes have the same
             parts = [args[1]] * (args[0].numel() // args[1].numel())
             self.known[args[0]] = self.computed(torch.cat, [parts], {})
+        if name == "_reduce_scatter_base_" and args[1] in self.ends:    # the sum of as many equal ones
+            out, whole = args[:2]
+            world = len(whole) // len(out)
+            self.ends[out] = self.computed(lambda ends: ends[:len(out)] * world, [self.ends[whole]], {})
         return (args[0], FakeWork().boxed()) if tensors else FakeWork().boxed()
 
     # -- numbers among shapes
@@ -416,6 +462,14 @@ class Counts(TorchDispatchMode):
 
     def remember(self, func, args, kwargs, out) -> None:
         """Do the same with the numbers of small tensors."""
+        name = func._schema.name.split("::")[1]
+        if name == "cat" and args[1:] == (1,) and args[0][-1] in self.known:
+            self.ends[out] = self.computed(lambda last: last[..., -1], [args[0][-1]], {})
+        if name == "select" and args[0] in self.ends and args[1:] in ((1, -1), (1, args[0].shape[1] - 1)):
+            self.known[out] = self.ends[args[0]]
+            return
+        if name.startswith("new_"):                         # of the first the kind alone matters
+            args = (args[0].new_empty(0), *args[1:])
         every, made = tree_flatten((args, kwargs, out))[0], tree_flatten(out)[0]
         if any(isinstance(t, torch.Tensor) and t.numel() > SMALL for t in every):
             return
@@ -449,11 +503,24 @@ def by_line(counter) -> dict[str, int]:
     return {f"{phase} {line}": n for (phase, line), n in counter.most_common()}
 
 
-def steps(model, adapters, rows, seen, device, micro_batch_size, **options) -> dict:
+def counted(seen, at_rest: int) -> dict:
+    """What was seen of a step."""
+    kinds = collections.Counter()       # bytes of each kind of collective
+    for (_, line), n in seen.sent.items():
+        kinds[line.split(": ")[-1]] += n
+    return {"launches": total(seen.launches), "by line": by_line(seen.launches), "waits": total(seen.waits),
+            "waits by line": by_line(seen.waits), "traffic": total(seen.traffic),
+            "traffic by line": by_line(seen.traffic), "calls": total(seen.calls), "sent": total(seen.sent),
+            "collectives": dict(kinds), "at rest": at_rest, "peak": seen.peak, "peaks": dict(seen.peaks)}
+
+
+def steps(model, adapters, rows, seen, device, micro_batch_size, optimizer=None, **options) -> dict:
     """Three steps of hd_pissa.train, of which the last is counted."""
     import hd_pissa
-    optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0, foreach=True)
+    optimizer = optimizer or torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0, foreach=True)
     at_rest = 0
+    if seen and seen.shapes:
+        adapters.objection = lambda _: ""       # AdamW tried out on copies, before the first step: slow here
     if seen:
         for owner, name, phase in ((adapters, "merge_", "merge"), (adapters, "clip_grad_norm_", "clip"),
                                    (optimizer, "step", "adamw")):  # fmt: skip
@@ -461,23 +528,23 @@ def steps(model, adapters, rows, seen, device, micro_batch_size, **options) -> d
 
     def batches():
         nonlocal at_rest
-        for step in range(3):
-            if step == 2 and seen:
-                at_rest = seen.allocated
-                seen.begin()
-            yield rows
+        few = rows[:adapters.K] if seen and seen.shapes else rows       # of shapes, to warm up
+        yield few
+        yield few
+        if seen:
+            at_rest = seen.allocated
+            seen.begin()
+        yield rows
 
     records = list(hd_pissa.train(model, adapters, batches(), lr=1e-3, max_steps=3, device=device,
                                   micro_batch_size=micro_batch_size, optimizer=optimizer, progress=False,
                                   **options))
     if not seen:
         return {"loss": records[-1]["loss"]}
-    return {"loss": records[-1]["loss"], "layers": len(adapters.slots), "shards": adapters.S,
-            "micro": -(-len(rows) // adapters.K // micro_batch_size), "launches": total(seen.launches),
-            "waits": total(seen.waits), "waits by line": by_line(seen.waits),
-            "by line": by_line(seen.launches),
-            "traffic": total(seen.traffic), "calls": total(seen.calls), "sent": total(seen.sent),
-            "at rest": at_rest, "peak": seen.peak, "peaks": dict(seen.peaks)}  # fmt: skip
+    return counted(seen, at_rest) | {
+        "loss": records[-1]["loss"], "layers": len(adapters.slots), "shards": adapters.S,
+        "micro": -(-len(rows) // adapters.K // micro_batch_size),
+        "adapted": sum(slot.m * slot.n for slot in adapters.slots)}
 
 
 def small(variant: str):
@@ -513,20 +580,38 @@ def toy(variants: str) -> dict:
 
 
 def llama(layers: int, world: int = 8, rank: int = 16, rows: int = 128, tokens: int = 512, micro: int = 2,
-          dtype: str = "bfloat16", shard: int = 0, **options) -> dict:
-    """LLaMA-2-7B's layers, shapes alone, on process 0 of `world` with a shard each."""
+          dtype: str = "bfloat16", shard: int = 0, max_grad_norm: float = 0.0, after: int = 0, peft: int = 0,
+          **options) -> dict:
+    """LLaMA-2-7B's layers, shapes alone, on process 0 of `world` with a shard each.
+
+    after       also a checkpoint and an evaluation; their highest memory is among the peaks
+    peft        PEFT's LoRA instead, on a process's share of the rows, as DDP trains it
+    """
     import transformers
+    from transformers import masking_utils
 
     import hd_pissa
+    from training import models
+    # Of shapes alone transformers would not ask whether rows are packed. Of a GPU's tensors it does, where
+    # train.py does not spare it that.
+    masking_utils.is_tracing = lambda *_: False
+    apart = contextlib.nullcontext() if peft else models.rows_apart(False)
     processes(world)
     hd_pissa_extra.checksum = lambda tensor, start=0: 0     # at the first merge, of every weight in parts
     config = transformers.LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=layers, num_attention_heads=32,
         num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096, use_cache=False)
-    with Counts(shapes=True) as seen:
+    with apart, Counts(shapes=True) as seen:
         with torch.device("cuda"):
             model = transformers.LlamaForCausalLM(config)
         halves = torch.bfloat16 if dtype == "bfloat16" else None
+        seen.watch(hd_pissa, "logits_of", "forward")
+        seen.watch(torch.Tensor, "backward", "backward")
+        batch = [(list(range(1, tokens + 2)), 100)] * rows
+        if peft:
+            for p in model.parameters():
+                p.data = p.data.to(halves)
+            return lora(model, rank, batch[:rows // world], seen, micro)
         adapters = hd_pissa_extra.attach(model, rank, shards=world, decompose=None, dtype=halves, **options)
         adapters.empty = False
         if halves:
@@ -537,10 +622,103 @@ def llama(layers: int, world: int = 8, rank: int = 16, rows: int = 128, tokens: 
             # it reads the ranks
             device_mesh.init_device_mesh = unset_fake_temporarily()(device_mesh.init_device_mesh)
             hd_pissa_extra.shard_over_processes(model, torch.device("cuda"))
-        seen.watch(hd_pissa, "logits_of", "forward")
-        seen.watch(torch.Tensor, "backward", "backward")
-        return steps(model, adapters, [(list(range(1, tokens + 2)), 100)] * rows, seen, "cuda:0", micro,
-                     autocast=dtype == "autocast")
+        optimizer = torch.optim.AdamW(adapters.parameters(), 1e-3, weight_decay=0.0, foreach=True)
+        told = steps(model, adapters, batch, seen, "cuda:0", micro, optimizer=optimizer,
+                     autocast=dtype == "autocast", max_grad_norm=max_grad_norm)
+        if after:
+            told["peaks"] |= finish(model, adapters, optimizer, batch[:2 * world], seen, micro)
+        return told
+
+
+def finish(model, adapters, optimizer, rows, seen, micro) -> dict:
+    """What train.py does beside steps: highest memory of a checkpoint, its file empty, and an evaluation."""
+    from training import checkpoint, evaluate
+    peaks, place = {}, "cuda:0"
+    seen.begin()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint.save(Path(folder), 3, model, adapters, optimizer, {}, {}, place)
+    peaks["checkpoint"] = seen.peak
+    seen.begin()
+    evaluate.evaluate(model, [(*row, "all") for row in rows], place, micro)
+    return peaks | {"evaluation": seen.peak}
+
+
+def lora(model, rank, rows, seen, micro) -> dict:
+    """Three steps of PEFT's LoRA on all linear layers but the head, of which the last is counted."""
+    import peft
+
+    import hd_pissa
+    torch.nn.Module.to = lambda module, *_, **__: module    # all is there, and fake parameters do not move
+    with torch.device("cuda"):
+        model = peft.get_peft_model(model, peft.LoraConfig(
+            r=rank, lora_alpha=rank, target_modules="all-linear"), autocast_adapter_dtype=False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, 1e-3, weight_decay=0.0, fused=True)
+    model.train()
+    for _ in range(3):
+        at_rest = seen.allocated
+        seen.begin()
+        for a in range(0, len(rows), micro):
+            x, y = hd_pissa.pad(rows[a:a + micro], "cuda:0")
+            loss = torch.nn.functional.cross_entropy(hd_pissa.logits_of(model, x).flatten(0, 1), y.flatten())
+            (loss / (len(rows) // micro)).backward()
+        with seen.during("backward"):
+            for p in trained:                               # in DDP's buckets, which lie side by side already
+                dist.all_reduce(p.grad)
+        with seen.during("clip"):
+            torch.nn.utils.clip_grad_norm_(trained, 1.0, foreach=True)
+        with seen.during("adamw"):
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss.item()
+    return counted(seen, at_rest) | {"loss": loss}
+
+
+ROWS = {  # of the table: options of `llama`
+    "local": {}, "whole batch": dict(gradients="global"),
+    'whole batch, send="backward"': dict(gradients="global", send="backward"),
+    "basis from a seed, stochastic rounding": dict(init="random", rounding="stochastic"),
+    "all_reduce": dict(exchange="all_reduce"), "PEFT LoRA": dict(peft=1),
+}  # fmt: skip
+PHASES = "forward", "backward", "clip", "adamw", "merge", "loop"
+
+
+def row(name: str) -> dict:
+    """A step of all 32 layers, continued from rehearsals of 2 and 4: what grows, grows with the layers."""
+    sys.path[:0] = [str(HERE / "bench")]
+    import hardware
+    options, told = ROWS[name], {}
+    for n in (2, 4):                    # torch's fake processes are there once
+        words = [f"{key}={value}" for key, value in (options | {"layers": n}).items()]
+        done = subprocess.run([sys.executable, __file__, "llama", *words], stdout=subprocess.PIPE, text=True,
+                              check=True)
+        told[n] = json.loads(done.stdout.splitlines()[-1])
+
+    def of_all(*keys) -> int:
+        two, four = (functools.reduce(lambda seen, key: seen.get(key, 0), keys, told[n]) for n in (2, 4))
+        return two + (four - two) * 15
+
+    summed = of_all("collectives", "_reduce_scatter_base_") + of_all("collectives", "allreduce_")
+    made = {
+        "row": name, "launches": {phase: of_all("launches", phase) for phase in PHASES},
+        "waits": told[4]["waits by line"], "gathered": of_all("collectives", "_allgather_base_") / 2**20,
+        "summed": summed / 2**20, "peak": max(of_all("peaks", phase) for phase in PHASES), "seen": told}
+    if "peft" not in options:
+        made["passes"] = of_all("traffic", "merge") / (4 * of_all("adapted"))
+        options = options | {"dtype": "bfloat16"}
+        made["dry_run"] = hardware.needed("LLaMA-2-7B", options, 8, rows=2, tokens=512)
+    return made
+
+
+def rows(file: str = str(HERE / "bench" / "rehearsal.json")) -> list[str]:
+    """All rows, into a file that tests/bench/tables.py reads."""
+    import transformers
+    made = [row(name) for name in ROWS if name != "PEFT LoRA" or find_spec("peft")]
+    for one in made:
+        del one["seen"]
+    about = {"torch": torch.__version__, "transformers": transformers.__version__, "rows": made}
+    Path(file).write_text(json.dumps(about, indent=1) + "\n")
+    return [one["row"] for one in made]
 
 
 def faults() -> list[str]:
@@ -568,6 +746,18 @@ def faults() -> list[str]:
             seen.begin()
             work()
             passed += [f"wait {i}"] * (not seen.waits)
+        high, low, one = a.to(torch.bfloat16), a.to(torch.int16), torch.ones((), device="cuda").expand(4, 4)
+        second = torch.tensor([1, 2], device="cuda", dtype=torch.int32)
+        for name, numbers, work in (                        # read and written, of 4 bytes
+                ("sum", 48, lambda: a + a), ("in place", 48, lambda: a.add_(a)), ("zeros", 16, a.zero_),
+                ("copy", 17, lambda: a.copy_(one)), ("one number", 33, lambda: a * one),
+                ("rows", 18, lambda: a.index_select(0, second)),
+                ("kernel", 48, lambda: hd_pissa_extra.add_to_halves_(high, low, a, 1.0)),
+                ("pieces", 40, lambda: hd_pissa_extra.pieces(a[None], (0, 1, 0)))):  # fmt: skip
+            seen.begin()
+            work()
+            moved = sum(seen.traffic.values())
+            passed += [f"{moved} bytes by {name}"] * (moved != 4 * numbers)
     return passed
 
 
@@ -596,6 +786,9 @@ def planted(fault: str) -> None:
     if fault == "item":                 # one number read in every forward
         logits_of = hd_pissa.logits_of
         hd_pissa.logits_of = lambda model, x: (out := logits_of(model, x), out.max().item())[0]
+    if fault == "packed":               # transformers looks for packed rows in every forward
+        from training import models
+        models.rows_apart = lambda packed: contextlib.nullcontext()
     if fault == "piece":                # one of the three products of bfloat16 pieces
         pieces = hd_pissa_extra.pieces
         hd_pissa_extra.pieces = lambda x, order: pieces(x, order)[:, :2 * x.shape[1]]
@@ -608,7 +801,7 @@ def command(words) -> dict:
     import train
     with Counts() as seen:
         train.main(["--device", "cuda", *words])
-    return {"calls": by_line(seen.calls), "waits": sum(total(seen.waits).values())}
+    return {"calls": by_line(seen.calls), "waits": by_line(seen.waits)}
 
 
 def tests(words) -> dict:
@@ -627,8 +820,11 @@ def main() -> None:
     else:
         options = dict(word.split("=") for word in words)
         planted(options.pop("plant", ""))
-        options = {key: int(v) if v.isdigit() else v for key, v in options.items()}
-        known = {"toy": toy, "llama": llama, "faults": faults, "halves": halves}
+        for key, value in options.items():
+            with contextlib.suppress(ValueError):
+                options[key] = json.loads(value)            # a number
+        known = {"toy": toy, "llama": llama, "faults": faults, "halves": halves,
+                 "row": row, "table": rows}
         told = known[what](**options)
     print("\n" + json.dumps(told))
 

@@ -192,6 +192,20 @@ def gpu_step(result, about: str) -> str:
     return f"{gpu_head(result, about)}\n\n{made}{reasons(result[about])}"
 
 
+def rehearsal(result) -> str:
+    """A step at 7B as a GPU would see it: launches by phase, waits, bytes, memory."""
+    names = dict(forward="forward", backward="backward", clip="clip", adamw="optimizer", merge="merge")
+    rows = []
+    for row in result["rows"]:
+        launches, peak, computed = row["launches"], row["peak"] / 2**30, row.get("dry_run")
+        rows.append([row["row"], sum(launches.values()), *(launches[name] for name in names),
+                     sum(row["waits"].values()), row["gathered"], row["summed"],
+                     row.get("passes"), f"{peak:.1f}", computed and f"{computed / 2**30:.1f}"])
+    head = ["", "launches", *names.values(), "waits", "gathered, MiB", "summed, MiB",
+            "merge, passes over W", "peak, GiB", "--dry_run, GiB"]
+    return f"torch {result['torch']}, transformers {result['transformers']}\n\n" + table(head, rows)
+
+
 def hardware(result) -> str:
     rows = [[row["where"], row["model"], f"`{row['flags']}`", row["GiB"], "yes" if row["fits"] else "no"]
             for row in result]  # fmt: skip
@@ -228,8 +242,8 @@ def gpu_tables(path: Path) -> dict[str, str | None]:
 def tables() -> dict[str, str | None]:
     """{marker: text} of all that has been measured; None: the page's text stays."""
     functions = {"step": step, "hardware": hardware, "hardware short": hardware_short, "memory": memory,
-                 "network": network, "rounding": rounding, "stress": stress, "real": real,
-                 "real output": real_output, "real commands": real_commands}
+                 "network": network, "rehearsal": rehearsal, "rounding": rounding, "stress": stress,
+                 "real": real, "real output": real_output, "real commands": real_commands}
     found = {name: file for name in functions if (file := HERE / f"{name.split()[0]}.json").exists()}
     made = {name: functions[name](json.loads(path.read_text())) for name, path in found.items()}
     made |= gpu_tables(HERE / "gpu.json")
