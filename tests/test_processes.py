@@ -224,9 +224,9 @@ def received():
 def test_bytes_received(tmp_path):
     """K r (m + n) increments cached, twice that resent, 2 m n dense; and what the check of a merge sends.
 
-    That is 8 x 4 float64 (8 x 10 where hd_pissa_extra asks for more). Texts and checksums travel as objects.
+    That is 8 x 4 float64 (8 x 11 where hd_pissa_extra asks for more). Texts and checksums travel as objects.
     """
-    (a, b, c), (agreed, more) = toy.SIZES, (8 * n * 8 // 2 for n in (4, 10))
+    (a, b, c), (agreed, more) = toy.SIZES, (8 * n * 8 // 2 for n in (4, 11))
     factors, dense = 8 * (a + b + b + c) * 4 // 2, (a * b + b * c) * 4
     for counts in spawn(2, received, tmp_path):
         assert counts == {"cached": factors + agreed, "resend": 2 * factors + more, "dense": dense + agreed}
