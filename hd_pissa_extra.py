@@ -903,12 +903,11 @@ def arithmetic(device: torch.device) -> tuple[str, ...]:
             f"{gpu.multi_processor_count} multiprocessors", f"torch {torch.__version__}")
 
 def unlike_machines(device: torch.device) -> str:
-    """Which processes round products otherwise than process 0, "" if none. All processes call it."""
+    """Which process rounds products otherwise than process 0, "" if none does. All processes call it."""
     first, *others = everywhere(lambda: arithmetic(device))
-    unlike = [f"process 0 computes on {', '.join(first)}, process {i} on {', '.join(other)}: their products "
-              "round differently, so their copies of W would drift apart"
-              for i, other in enumerate(others, 1) if other[1:] != first[1:]]
-    return unlike[0] if unlike else ""
+    return next((f"process 0 computes on {', '.join(first)}, process {i} on {', '.join(other)}: their "
+                 "products round differently, so their copies of W would drift apart"
+                 for i, other in enumerate(others, 1) if other[1:] != first[1:]), "")
 
 # ---- Adapters for long and large runs ------------------------------------------------------------
 
@@ -1279,6 +1278,10 @@ class Adapters(hd_pissa.Adapters):
         if not halved[self.first]:
             self.halved()
         if first and self.begun:
+            copies = self.exchange == "all_gather" and not all(hasattr(s.W, "to_local") for s in self.slots)
+            if copies and (said := unlike_machines(self.device)) and hd_pissa.process_index() == 0:
+                warnings.warn(f'{said}. Use equal machines and versions, or exchange="all_reduce", which '
+                              "sends the sums, or FSDP2, which keeps one W", stacklevel=3)
             others = {id(p) for p in self.model.parameters() if p.requires_grad and p.grad is not None}
             if self.groups and (lacks := len((self.ids | others) - held_by(self.groups))):
                 what = "increments" + " and other trained parameters" * bool(others)
@@ -1550,10 +1553,6 @@ def attach(model: nn.Module, rank: int, *, init: str = "hd_pissa", dropout: floa
     ref = weakref.ref(adapters)
     for p in beside.values():
         p.requires_grad_(True).register_post_accumulate_grad_hook(lambda _: _refuse_collected(ref))
-    said = unlike_machines(adapters.device)
-    if said and adapters.exchange == "all_gather" and adapters.first == 0:
-        warnings.warn(f'{said}. Use equal machines and versions, or exchange="all_reduce", which sends the '
-                      "sums, or FSDP2, which keeps one W", stacklevel=2)
     adapters.mute_experts()
     for slot in adapters.slots:
         if dtype == torch.bfloat16 and slot.module.weight.dtype == torch.float32:

@@ -176,11 +176,11 @@ def batches_of(args, model, rows, context: int):
 # ---- Loop ----------------------------------------------------------------------------------------
 
 def fit(args, config, model, adapters, optimizer, batches, start, extra, device, examine) -> None:
-    """Train from step `start`: log lines, checkpoints; a signal ends it when a step has ended.
+    """Train from step `start`, log and save; a signal ends it after this step or the next.
 
     The host waits for the GPU once a step, when processes agree. What concerns all of them travels
     with that: a signal that one has caught, clock and log of process 0. A line of the log, whose
-    `applied` is known after the step alone, is written a step later.
+    `applied` is known only after the step, is written a step later.
     """
     out, saved, plain_step_ = Path(args.out), time.monotonic(), adapters.step_
     heard = late = unwritten = None
@@ -220,20 +220,20 @@ def fit(args, config, model, adapters, optimizer, batches, start, extra, device,
                 step, (signals, waited, failed) = record["step"], heard
                 beat(step)
                 late = record, adapters.applied, processes.to_host(adapters.applied)
-                if any(failed):
-                    everywhere(check_log)
-                if args.check_every and step % args.check_every == 0:
-                    checkpoint.check_replicas(adapters, device)
-                if args.eval_every and step % args.eval_every == 0 and step < args.max_steps:
-                    for line in examine(step, beat=lambda step=step: beat(step)):
-                        if line["step"] == step:
-                            chart(step, {f"{line['set']}: loss": line["loss"]})
+                asked = args.eval_every and step % args.eval_every == 0 and step < args.max_steps
                 due = (step == args.max_steps or args.save_every and step % args.save_every == 0
                        or args.save_minutes and waited[0] >= 60 * args.save_minutes)
                 stopped = int(max(signals)) if step < args.max_steps else 0
-                if due or stopped:
+                if any(failed) or asked or due or stopped:      # OUT may be another run's by now
                     log_late(wait=True)
                     everywhere(check_log)
+                if args.check_every and step % args.check_every == 0:
+                    checkpoint.check_replicas(adapters, device)
+                if asked:
+                    for line in examine(step, beat=lambda step=step: beat(step)):
+                        if line["step"] == step:
+                            chart(step, {f"{line['set']}: loss": line["loss"]})
+                if due or stopped:
                     checkpoint.save(out / "checkpoint", step, model, adapters, optimizer, config,
                                     extra | {"stopped": stopped}, device, args.keep)
                     saved = time.monotonic()

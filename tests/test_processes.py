@@ -290,7 +290,12 @@ def machines():
         for exchange in ("auto", "all_reduce"):
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
-                hd_pissa_extra.attach(nn.Sequential(nn.Linear(8, 8)), 2, exchange=exchange).detach_()
+                model = nn.Sequential(nn.Linear(8, 8))
+                adapters = hd_pissa_extra.attach(model, 2, exchange=exchange)
+                model(torch.ones(1, 8)).sum().backward()
+                adapters.increments.fill_(1e-3)
+                adapters.merge_()
+                adapters.detach_()
             said.append([str(w.message) for w in caught if "round differently" in str(w.message)])
     return said
 
@@ -316,7 +321,7 @@ def test_unlike_machines_are_told_before_they_drift_apart(tmp_path):
     if a bit had flipped."""
     first, second = spawn(2, machines, tmp_path)
     assert first[:-2] == second[:-2]
-    *gpus, versions, (warned,), sums = first            # of attach in one's own loop, by process 0
+    *gpus, versions, (warned,), sums = first            # in one's own loop, by process 0
     assert "torch 2.7.0" in warned and 'exchange="all_reduce"' in warned
     assert [sums, *second[-2:]] == [[], [], []]
     for (name, (_, _, refused)), said in zip(OTHERS.items(), gpus, strict=True):

@@ -392,7 +392,7 @@ def rows_apart(packed: bool):
     """Without --packing: transformers need not look whether positions begin anew inside a row.
 
     It looks in every forward, and a host waits for the GPU's answer. Of positions without numbers, as
-    --dry_run has them, it would take the worst.
+    --dry_run has them, it would assume the worst.
     """
     masks = sys.modules.get("transformers.masking_utils")
     look = getattr(masks, "find_packed_sequence_indices", None)

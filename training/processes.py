@@ -258,7 +258,7 @@ def signals_kept():
 
     def keep(number):
         if not caught and hd_pissa.process_index() == 0:     # not by print: it may be in the middle of one
-            os.write(2, b"\nstopping after this step, or the evaluation under way, and a save\n")
+            os.write(2, b"\nstopping after this step or the next, or the evaluation under way, and a save\n")
         caught.append(number)
 
     with handling(keep):

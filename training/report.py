@@ -13,7 +13,7 @@ import hd_pissa
 from training import folder
 from training.evaluate import HELD, SAMPLE_TOKENS
 from training.folder import read_result
-from training.processes import say
+from training.processes import say, together
 from training.report_html import write_report
 
 
@@ -77,21 +77,29 @@ def rounding_floor(W: torch.Tensor, steps: int) -> float:
 def rank_of_update(args, watched, trained) -> tuple[dict, dict]:
     """(what report_rank prints, {layer: singular values of dW}), each layer's by one process.
 
-    watched     {name: W before}; trained: a function of a name, W after on every process
+    watched     {name: W before}; trained(name): W after, which all processes ask for together
     """
     r, table, spectra = args.rank, {}, {}
     edge = {"lora": r, "pissa": 2 * r, "hd_pissa": 2 * args.shards * r}.get(args.method)
-    for j, (name, before) in enumerate(watched.items()):
-        W = trained(name)
-        if j % hd_pissa.world_size() != hd_pissa.process_index():
-            continue
-        S = hd_pissa.update_spectrum(before.to(W.device), W)
-        spectra[name] = [float(f"{sigma:.6g}") for sigma in S.tolist()]
-        floor = rounding_floor(W, args.max_steps) / float(S[0] or 1)
-        table[name] = {"effective_rank": hd_pissa.effective_rank(S), "of": len(S), "rounding_floor": floor}
-        if edge is not None and edge < len(S) and S[0] > 0:
-            table[name] |= {"edge": edge, "beyond_edge": float(S[edge] / S[0])}
-    of_all = (ChainMap(*parts) for parts in zip(*hd_pissa.everywhere(lambda: (table, spectra))))
+    own = {}
+    for j, name in enumerate(watched):
+        W = trained(name)               # FSDP2's is gathered: all processes ask for each
+        if j % hd_pissa.world_size() == hd_pissa.process_index():
+            own[name] = W
+
+    def look():
+        with together():                # one may have larger weights than another
+            for name, W in own.items():
+                S = hd_pissa.update_spectrum(watched[name].to(W.device), W)
+                spectra[name] = [float(f"{sigma:.6g}") for sigma in S.tolist()]
+                floor = rounding_floor(W, args.max_steps) / float(S[0] or 1)
+                table[name] = {"effective_rank": hd_pissa.effective_rank(S), "of": len(S),
+                               "rounding_floor": floor}
+                if edge is not None and edge < len(S) and S[0] > 0:
+                    table[name] |= {"edge": edge, "beyond_edge": float(S[edge] / S[0])}
+        return table, spectra
+
+    of_all = (ChainMap(*parts) for parts in zip(*hd_pissa.everywhere(look)))
     return tuple({name: told[name] for name in watched} for told in of_all)
 
 
