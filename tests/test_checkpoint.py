@@ -234,7 +234,8 @@ def flip_in_training(flags, out):
     def merge(self, told):
         rows = original(self, told)
         if self.step == 3 and hd_pissa.process_index() == 1:
-            self.slots[5].module.weight.data.view(torch.int32)[0, 0] ^= 1 << 20     # no later sum rounds it away
+            # the lowest bit might be rounded away by the next sum
+            self.slots[5].module.weight.data.view(torch.int32)[0, 0] ^= 1 << 20
         return rows
 
     hd_pissa.Adapters.merge_ = merge

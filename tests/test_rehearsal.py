@@ -207,12 +207,11 @@ def few(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["", "--gradients global --dtype bfloat16"])
-def test_a_run_waits_once_a_step(flags, tmp_path):
+def test_a_run_waits_once_a_step(tmp_path):
     """With log, signals and clock of train.py; without evaluations, whose answers differ."""
     common = "--batch_size 16 --eval_rows 16 --threads 1 --shards 2".split()
-    two, five = (rehearse("command", "--out", str(tmp_path / steps), "--max_steps", steps, *common,
-                          *flags.split())["waits"] for steps in ("2", "5"))
+    two, five = (rehearse("command", "--out", str(tmp_path / steps), "--max_steps", steps, *common)["waits"]
+                 for steps in ("2", "5"))
     more = {line: n - two.get(line, 0) for line, n in five.items() if "evaluate.py" not in line}
     assert [n for n in more.values() if n] == [3], more
 
