@@ -6,6 +6,7 @@ Importing it makes `import hd_pissa` work from a clone and sets torch to one thr
 prints is the same on every run.
 """
 
+import atexit
 import os
 import sys
 from contextlib import ExitStack
@@ -18,6 +19,10 @@ import torch.distributed as dist
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 torch.set_num_threads(1)
+
+from training.processes import leave_processes  # noqa: E402
+
+atexit.register(leave_processes)        # gloo's threads may abort a process that ends with its group
 
 
 def check(what: str, got, expected, rtol: float = 0.0, atol: float = 0.0) -> None:
