@@ -499,6 +499,19 @@ def checked(decompose):
         return U, S, Vt
     return decompose and call
 
+def gram_triplets(wide: torch.Tensor, G: torch.Tensor, k: int) -> tuple:
+    """U (d, k), S (k,), Vt (k, max(m, n)) of `wide` by eigenvectors of G = wide wide^T, and their error."""
+    E = torch.linalg.eigh(G).eigenvectors[:, -k:].flip(1)                       # (d, k), descending
+    if wide.dtype == torch.float32:
+        E = torch.linalg.qr(E).Q
+        R, S, Vt = torch.linalg.svd(E.T @ wide, full_matrices=False)            # (k, k), (k,), (k, max(m, n))
+        U = E @ R                                                               # (d, k)
+        return U, S, Vt, ((wide @ Vt.T - U * S).norm(dim=0) / (10 * S).clamp_max(S[0])).max()
+    SVt = E.T @ wide
+    S = SVt.norm(dim=1)
+    Vt = SVt / S.clamp_min(1e-300)[:, None]
+    return E, S, Vt, torch.dist(Vt @ Vt.T, torch.eye(k, device="cpu").to(S), p=math.inf)
+
 def gram_components(W: torch.Tensor, k: int, name: str = "W"):
     """The k largest singular triplets of float32 W (m, n) as `components` gives them, or None if inexact.
 
@@ -524,19 +537,6 @@ def gram_components(W: torch.Tensor, k: int, name: str = "W"):
             return (U, S, Vt) if wide.shape == M.shape else (Vt.T, S, U.T)
         tqdm.write(f"{name}: components by a {str(gram)[6:]} Gram matrix are off by {error:.0e}, next driver")
     return None
-
-def gram_triplets(wide: torch.Tensor, G: torch.Tensor, k: int) -> tuple:
-    """U (d, k), S (k,), Vt (k, max(m, n)) of `wide` by eigenvectors of G = wide wide^T, and their error."""
-    E = torch.linalg.eigh(G).eigenvectors[:, -k:].flip(1)                       # (d, k), descending
-    if wide.dtype == torch.float32:
-        E = torch.linalg.qr(E).Q
-        R, S, Vt = torch.linalg.svd(E.T @ wide, full_matrices=False)            # (k, k), (k,), (k, max(m, n))
-        U = E @ R                                                               # (d, k)
-        return U, S, Vt, ((wide @ Vt.T - U * S).norm(dim=0) / (10 * S).clamp_max(S[0])).max()
-    SVt = E.T @ wide
-    S = SVt.norm(dim=1)
-    Vt = SVt / S.clamp_min(1e-300)[:, None]
-    return E, S, Vt, torch.dist(Vt @ Vt.T, torch.eye(k, device="cpu").to(S), p=math.inf)
 
 # ---- A basis from a seed, W in bfloat16 at two bytes: numbers that are made again, not kept -------
 
